@@ -1,0 +1,80 @@
+# DeployBot. `make` alone lists what there is.
+#
+# PYTHON picks the interpreter of everything here:  make test PYTHON=python3.13
+# ARGS goes to the program that the target starts:  make run ARGS="--port 9000", make test ARGS="-k webhook"
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+PYYAML := PyYAML==6.0.3
+PYTEST := pytest==9.2.0
+RUFF   := ruff==0.17.6
+PIP    := -m pip --disable-pip-version-check --quiet install
+IMAGE  := deploybot
+
+# .env is read by the shell itself, so quotes, blanks and # in a value mean what they mean in a shell.
+# Only what starts a controller of yours reads it: the tests and the demo bring their own settings.
+load_env := if [ -f .env ]; then set -a; . ./.env; set +a; fi
+
+.PHONY: help run dist test fmt lint check demo acceptance docker-build docker-up python
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# A python3 that has PyYAML is used as it is; else PyYAML goes into .venv.
+run: python ## start the controller on 0.0.0.0:8080 in open mode, with ./apps.yaml and .env
+	@if $(PYTHON) -c 'import yaml' 2>/dev/null; then python=$(PYTHON); \
+	else python=$(VENV)/bin/python; $(call make_venv,$(VENV),yaml,$(PYYAML)); fi; \
+	$(load_env); exec $$python deploybot.py --open $(ARGS)
+
+dist: python ## write dist/deploybot.py: the controller with its pages inside, one file to copy
+	@$(PYTHON) .ci/dist
+
+test: python ## run the tests, in a .venv that it makes
+	@$(call make_venv,$(VENV),yaml pytest,$(PYYAML) $(PYTEST))
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+fmt: python ## format the Python files, sort their imports
+	@$(call make_venv,$(VENV)-check,ruff,$(RUFF))
+	@$(VENV)-check/bin/ruff check --quiet --select I --fix .
+	@$(VENV)-check/bin/ruff format .
+
+lint: python ## ruff: rules and format
+	@$(call make_venv,$(VENV)-check,ruff,$(RUFF))
+	@$(VENV)-check/bin/ruff check .
+	@$(VENV)-check/bin/ruff format --check .
+
+check: lint ## lint, and what else can be said without running the tests: units, scripts, apps.yaml, compose file
+	@$(call make_venv,$(VENV),yaml pytest,$(PYYAML) $(PYTEST))
+	@PYTHON=$(VENV)/bin/python .ci/check
+
+demo: python ## a push, deployed and watched, in a temporary folder: ten seconds
+	@exec $(PYTHON) examples/demo.py $(ARGS)
+
+acceptance: python ## start a controller as `make run` does and make the four calls with curl
+	@PYTHON=$(PYTHON) bash tests/acceptance.sh
+
+docker-build: ## build the image
+	docker build --tag $(IMAGE) .
+
+docker-up: ## start the controller with docker compose, closed
+	docker compose up --build --detach
+
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	{ echo "make: DeployBot needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+
+# $(call make_venv,folder,modules,packages): the folder holds a virtual environment of $(PYTHON) with these modules. One that another
+# Python made, or that lost its Python, is made anew.
+define make_venv
+	made_by=$$($(PYTHON) -c 'import os, sys; print(sys.version.split()[0], os.path.realpath(sys.executable))'); \
+	if [ "$$(cat $(1)/made-by 2>/dev/null)" != "$$made_by" ] || ! $(1)/bin/python -c '' 2>/dev/null; then \
+		rm -rf $(1) && $(PYTHON) -m venv $(1) && echo "$$made_by" > $(1)/made-by || \
+		{ echo "make: $(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv python3-yaml" >&2; exit 1; }; \
+	fi; \
+	for module in $(2); do $(1)/bin/python -c "import $$module" 2>/dev/null || missing=1; done; \
+	if [ "$${missing:-}" ]; then $(1)/bin/python $(PIP) $(3) || \
+		{ echo "make: could not install $(3) into $(1)" >&2; exit 1; }; fi
+endef
