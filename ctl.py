@@ -1,0 +1,1078 @@
+#!/usr/bin/env python3
+"""ctl.py, the command line of DeployBot: one file, the standard library only.
+
+It asks the controller over its HTTP API, as any other client does, and keeps nothing between two calls. A token is never a
+flag (others would see it in the list of processes) and is never printed. People get tables and text, fitted to the terminal;
+programs get --json: one document as the controller answered it, and one object a line where a log is followed. Results go to
+stdout, all that is said about them to stderr. `ctl.py --help` has the settings and the exit codes.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections import deque, namedtuple
+from urllib.parse import quote, urlencode, urlsplit
+
+VERSION = "0.1.0"
+DEFAULT_URL = "http://127.0.0.1:8080"
+TOKEN_FILE = "data/admin.token"  # where a controller's first start writes it, seen from the folder it runs in
+ENDED = ("success", "failed", "cancelled")
+
+DONE, FAILED, WRONG_USE, NOT_REACHED, REFUSED = range(5)
+INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
+
+ANSWER_TIMEOUT_S = 20  # connect, and between two packets of an answer
+STREAM_SILENCE_S = 45  # the controller sends a comment every 15 s: three missed ones are a dead connection
+RETRY_FIRST_S, RETRY_MOST_S = 0.5, 10
+GIVE_UP_S = 600  # without a controller; a restart or an upgrade takes less
+SSE_READ_BYTES = 65536
+PAGE_JOBS = 1000  # the most that GET /v1/jobs gives at once
+PAGE_LINES = 1000
+STREAM_TAIL_MOST = 1000  # the most that GET /v1/logs/stream gives
+DEFAULT_TAIL = 50
+RECENT_JOBS = 20  # whose logs `logs` looks through when no job is named
+SHORT_ID = 13  # characters: the 48 bits of time of a UUIDv7
+CANDIDATES = 5
+SHORT_COMMIT = 10
+EVENTS_AHEAD = 1000  # read, and not yet printed
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Failure
+# Owns: what can go wrong, as one line and an exit code. Ignores: who catches it (main).
+
+
+class Failure(Exception):
+    """Ends the program with `code` and the line `text`; `again` says that asking again may help."""
+
+    def __init__(self, code, text, again=False):
+        super().__init__(text)
+        self.code, self.text, self.again = code, text, again
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Text
+# Owns: how values read to a person; nothing that came from elsewhere leaves here with a control character. Ignores: terminals.
+
+SEQUENCES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])")
+BREAKS = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
+CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
+
+
+def clean(text):
+    """`text` on one line, without terminal sequences (ECMA-48), control characters and marks that turn its direction; tabs stay."""
+    return CONTROLS.sub("", BREAKS.sub(" ", SEQUENCES.sub("", str(text))))
+
+
+def cell(value):
+    return "-" if value is None or value == "" else clean(value).replace("\t", " ")
+
+
+def seconds(stamp):
+    """RFC 3339 to seconds since the epoch; None stays None."""
+    from datetime import datetime
+
+    return None if stamp is None else datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
+
+
+def span(length):
+    """Seconds as their two largest units: 3d4h, 2m5s, 0s."""
+    left, words = max(0, int(length)), []
+    for unit, size in UNITS:
+        if left >= size or words:
+            words.append(f"{left // size}{unit}")
+            left %= size
+    shown = [word for word in words[:2] if not word.startswith("0")]
+    return "".join(shown) or "0s"
+
+
+def ago(stamp):
+    moment = seconds(stamp)
+    return "-" if moment is None else span(time.time() - moment) + " ago"
+
+
+def took(job):
+    """How long a job ran, or has been running."""
+    start, end = seconds(job["started_at"]), seconds(job["completed_at"])
+    return "-" if start is None else span((end or time.time()) - start)
+
+
+def short_commit(text):
+    """A commit as people write it; any other ref as it is."""
+    return text[:SHORT_COMMIT] if text and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", text) else text
+
+
+def short_ids(ids):
+    """Each id to its start, of the one length that tells all of `ids` apart."""
+    wanted = set(ids)
+    length = next((n for n in range(SHORT_ID, 36) if len({one[:n] for one in wanted}) == len(wanted)), 36)
+    return {one: one[:length] for one in wanted}
+
+
+def width(text):
+    """Columns that `text` takes on a terminal."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def cut(text, most):
+    """`text` in at most `most` columns, with an ellipsis where something is left out."""
+    if width(text) <= most:
+        return text
+    while text and width(text) > most - 1:
+        text = text[:-1]
+    return text + "…"
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Screen
+# Owns: stdout and stderr, colour, tables. Ignores: what the rows are about.
+
+COLOURS = {"red": 31, "green": 32, "yellow": 33, "cyan": 36, "dim": 2, "bold": 1}
+COLOUR_OF = {
+    "success": "green", "online": "green", "ok": "green", "failed": "red", "offline": "red", "error": "red", "pending": "yellow",
+    "unknown": "yellow", "warning": "yellow", "running": "cyan", "cancelled": "dim", "debug": "dim",
+}  # fmt: skip
+GAP = 2
+LEVEL_COLOURS = {"error": "red", "warning": "yellow", "debug": "dim"}
+NARROWEST = 6  # columns that a shrinking cell keeps
+
+
+class Screen:
+    """Where results go (stdout) and what is said about them (stderr). `as_json`: stdout is for a program."""
+
+    def __init__(self, as_json=False, raw=False):
+        self.as_json, self.raw = as_json, raw
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()
+        self.colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+    def paint(self, text, colour):
+        return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if self.colour and colour else text
+
+    def status(self, word):
+        """`word`, in the colour of its first word."""
+        return self.paint(word, COLOUR_OF.get(word.split(" ")[0].rstrip(",")))
+
+    def line(self, text):
+        print(text, flush=True)
+
+    def note(self, text):
+        print(clean(text), file=sys.stderr, flush=True)
+
+    def show(self, answer, view):
+        """`answer` as it is for a program; for people, `view()` prints it."""
+        if self.as_json:
+            print(json.dumps(answer, indent=2))
+        else:
+            view()
+
+    def object_line(self, value):
+        print(json.dumps(value), flush=True)
+
+    def table(self, headers, rows, shrink=()):
+        """Rows of text under `headers`; on a terminal, columns named in `shrink` are cut first, then the last columns go."""
+        if not rows:
+            return
+        rows = [[cell(value) for value in row] for row in rows]
+        widths = [max(map(width, column)) for column in zip(headers, *rows)]
+        if self.terminal:
+            widths = fit(widths, [name in shrink for name in headers], columns())
+        self._row(headers, widths, lambda text: "bold")
+        for row in rows:
+            self._row(row, widths, COLOUR_OF.get)
+
+    def _row(self, row, widths, colour_of):
+        cells = [cut(text, most) for text, most in zip(row, widths)]
+        ends = [" " * (most - width(text) + GAP) for text, most in zip(cells, widths)]
+        print("".join(self.paint(text, colour_of(text)) + end for text, end in zip(cells, ends)).rstrip())
+
+    def fields(self, pairs):
+        """Names and values under one another; a value of None is left out."""
+        pairs = [(name.replace("_", " "), clean(value)) for name, value in pairs if value is not None]
+        margin = max(len(name) for name, _ in pairs) + GAP
+        for name, value in pairs:
+            print(self.paint(name.ljust(margin), "bold") + (self.status(value) if name == "status" else value))
+
+
+def columns():
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def fit(widths, shrinks, most):
+    """Widths that fit in `most` columns: those that may shrink do, widest first; then the last ones are dropped."""
+    widths = list(widths)
+    while sum(widths) + GAP * (len(widths) - 1) > most:
+        loose = [i for i in range(len(widths)) if shrinks[i] and widths[i] > NARROWEST]
+        if loose:
+            widths[max(loose, key=widths.__getitem__)] -= 1
+        elif len(widths) > 1:
+            widths.pop()
+        else:
+            break
+    return widths
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Settings
+# Owns: which controller, which token. Ignores: whether they are right.
+
+
+def read_url(flag):
+    """The controller's address, checked: http or https, no password, no query. The value is not repeated: it may hold a secret."""
+    source = "--url" if flag else "DEPLOYBOT_URL"
+    url = flag or os.environ.get("DEPLOYBOT_URL") or DEFAULT_URL
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.username is not None or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
+        raise Failure(WRONG_USE, f"{source} is no address of a controller: write it like {DEFAULT_URL} (no user, no password, no query)")
+    return url.rstrip("/")
+
+
+def is_loopback(url):
+    host = urlsplit(url).hostname
+    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
+
+def own_file(path):
+    """The text of a file that this user owns, else None."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read() if os.fstat(file.fileno()).st_uid == os.geteuid() else None
+    except (OSError, ValueError):
+        return None
+
+
+def find_token(url):
+    """(token or None, the words that say where it comes from). Only an owned admin.token goes, and only to this machine."""
+    if os.environ.get("DEPLOYBOT_TOKEN"):
+        return os.environ["DEPLOYBOT_TOKEN"].strip(), "DEPLOYBOT_TOKEN"
+    path = os.environ.get("DEPLOYBOT_TOKEN_FILE")
+    if path:
+        try:
+            with open(path, encoding="utf-8") as file:
+                return file.read().strip(), f"DEPLOYBOT_TOKEN_FILE ({path})"
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "it holds no text"
+            raise Failure(WRONG_USE, f"DEPLOYBOT_TOKEN_FILE cannot be read, {path}: {why}") from None
+    text = own_file(TOKEN_FILE) if is_loopback(url) else None
+    return (text.strip(), f"./{TOKEN_FILE}") if text else (None, "")
+
+
+def read_token(url):
+    """As find_token; a token that cannot stand in a header is refused here, as http.client would print it."""
+    token, source = find_token(url)
+    if token is not None and not re.fullmatch(r"[!-~]+", token):
+        raise Failure(WRONG_USE, f"the token from {source} is empty or has characters that no token has: write it anew")
+    return token, source
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Client
+# Owns: HTTP, and the words for what comes back wrong. Ignores: what the calls mean.
+
+HINTS = {
+    400: "this ctl.py and the controller may be of different versions, `ctl.py health` names the controller's",
+    403: "use a token that may do this, such as the admin's",
+    404: "`ctl.py jobs`, `hosts` and `apps` list what there is",
+    409: "`ctl.py status JOB` and `ctl.py hosts` show the state",
+    413: "send less",
+    422: "mend what is named and run it again",
+}
+
+
+def reason_of(error):
+    """Why a connection failed, in a few words."""
+    cause = getattr(error, "reason", error)
+    if isinstance(cause, TimeoutError):
+        return "no answer in time"
+    return clean(getattr(cause, "verify_message", None) or getattr(cause, "strerror", None) or str(cause) or type(cause).__name__)
+
+
+def problem_of(response):
+    """What a problem document (RFC 9457) says: each field with its message, else its detail, else its title."""
+    try:
+        problem = json.loads(response.read())
+        fields = "; ".join(f"{one['field']}: {one['message']}" for one in problem.get("errors") or ())
+        return fields or problem.get("detail") or problem["title"]
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return response.reason
+
+
+class Client:
+    """Calls to one controller. Every failure to get a good answer is a Failure that names the call's URL."""
+
+    def __init__(self, url, token, token_source, flagged=False):
+        self.url, self.token, self.token_source, self.flagged = url, token, token_source, flagged
+        self._opener = None
+
+    def call(self, method, path, query=None, body=None):
+        """The JSON object that the controller answers."""
+        return self._object(method, self.target(path, query), body)[1]
+
+    def health(self):
+        """(status, object) of GET /health, which is 503 with the same object when something is wrong."""
+        return self._object("GET", self.target("/health"), good=(200, 503))
+
+    def stream(self, query, last_id):
+        """An open answer of the event stream, 200 or 204; its reads fail after STREAM_SILENCE_S without a byte."""
+        headers = {"Accept": "text/event-stream", **({"Last-Event-ID": last_id} if last_id else {})}
+        return self._open("GET", self.target("/v1/logs/stream", query), None, headers, STREAM_SILENCE_S)
+
+    def command(self, words):
+        """A ctl.py command that reaches the same controller."""
+        return f"ctl.py {words} --url {self.url}" if self.flagged else f"ctl.py {words}"
+
+    def target(self, path, query=None):
+        asked = {name: value for name, value in (query or {}).items() if value is not None}
+        return self.url + path + ("?" + urlencode(asked) if asked else "")
+
+    def _object(self, method, target, body=None, good=()):
+        from http.client import HTTPException
+
+        try:
+            with self._open(method, target, body, {"Accept": "application/json"}, ANSWER_TIMEOUT_S, good) as response:
+                answer = json.loads(response.read())
+        except (OSError, HTTPException) as error:
+            raise self._unreached(target, error) from None
+        except (ValueError, RecursionError):
+            answer = None
+        if not isinstance(answer, dict):
+            raise Failure(NOT_REACHED, f"{target} did not answer with JSON: --url or DEPLOYBOT_URL must name a DeployBot controller")
+        return response.status, answer
+
+    def _open(self, method, target, body, headers, timeout, good=()):
+        from http.client import HTTPException
+        from urllib.request import Request
+
+        request = Request(target, None if body is None else json.dumps(body).encode(), headers, method=method)
+        request.add_header("User-Agent", f"deploybot-ctl/{VERSION}")
+        request.add_header("Content-Type", "application/json")
+        if self.token:
+            request.add_header("Authorization", f"Bearer {self.token}")
+        try:
+            response = self._open_with().open(request, timeout=timeout)
+            if response.status >= 300 and response.status not in good:
+                with response:
+                    raise self._refused(response, method, target)
+            return response
+        except (OSError, HTTPException) as error:
+            raise self._unreached(target, error) from None
+
+    def _open_with(self):
+        """An opener that has no handler for redirects: followed, they would carry the token elsewhere. No proxy for loopback."""
+        if self._opener is None:
+            from urllib import request
+
+            self._opener = request.OpenerDirector()
+            for handler in (request.HTTPHandler(), request.HTTPSHandler(), request.ProxyHandler({} if is_loopback(self.url) else None)):
+                self._opener.add_handler(handler)
+        return self._opener
+
+    def _unreached(self, target, error):
+        why = reason_of(error)
+        hint = "start the controller there, or name another with --url or DEPLOYBOT_URL"
+        if "certificate" in why:
+            hint = "name the file of its CA in SSL_CERT_FILE"
+        return Failure(NOT_REACHED, f"cannot reach {target} ({why}): {hint}", again=True)
+
+    def _refused(self, response, method, target):
+        status, said = response.status, clean(problem_of(response)).rstrip(".")
+        code = REFUSED if 400 <= status < 500 else NOT_REACHED
+        text = f"{status} from {method} {target}: {said}: {self._hint(status, response.headers)}"
+        return Failure(code, text, again=status == 429 or status >= 500)
+
+    def _hint(self, status, headers):
+        if status < 400:
+            return f"redirects are not followed, name the controller itself with --url (this one points to {headers.get('Location')})"
+        if status == 401:
+            sent = f"the token from {self.token_source} is not one of this controller's" if self.token else "no token was sent"
+            return f"{sent}, set DEPLOYBOT_TOKEN or DEPLOYBOT_TOKEN_FILE"
+        if status == 429 or status >= 500:
+            return f"try again in {headers.get('Retry-After', '5')} s"
+        return HINTS.get(status, "see `ctl.py --help`")
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Stream
+# Owns: server-sent events (WHATWG HTML, 9.2.6), resuming at Last-Event-ID, several streams as one. Ignores: what is shown.
+
+Event = namedtuple("Event", "kind data")  # kind: log, job, gap, end as the controller sends them (data: dict), or note (data: text)
+
+
+def sse_lines(chunks):
+    """Lines out of pieces of bytes; each ends with LF, CR or CRLF (so a CR at the end of a piece waits for the next byte)."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = re.split(rb"\r\n|\n|\r(?=[^\n])", rest + chunk)
+        yield from lines
+
+
+def sse_events(lines):
+    """(id or None, kind, data or None) at each blank line; comments are dropped. An id may come without data."""
+    seen, kind, data = None, "message", []
+    for line in lines:
+        name, _, value = line.decode("utf-8", "replace").partition(":")
+        value = value.removeprefix(" ")
+        if not line:
+            yield seen, kind, "\n".join(data) if data else None
+            kind, data = "message", []
+        elif name == "id" and "\0" not in value:
+            seen = value
+        elif name == "event":
+            kind = value
+        elif name == "data":
+            data.append(value)
+
+
+def jitter():
+    """A factor between 0.5 and 1."""
+    return 0.5 + os.urandom(1)[0] / 510
+
+
+class Backoff:
+    """The pauses between connections, and when to stop trying. Time, sleep and jitter are passed in."""
+
+    def __init__(self, now=time.monotonic, sleep=time.sleep, jitter=jitter):
+        self.now, self.sleep, self.jitter = now, sleep, jitter
+        self.pause, self.since = RETRY_FIRST_S, None
+
+    def connected(self):
+        self.since = None
+
+    def delivered(self):
+        self.pause = RETRY_FIRST_S
+
+    def wait(self):
+        """Sleeps; False, at once, when the controller has been away for too long."""
+        self.since = self.now() if self.since is None else self.since
+        if self.now() - self.since > GIVE_UP_S:
+            return False
+        self.sleep(self.pause * self.jitter())
+        self.pause = min(self.pause * 2, RETRY_MOST_S)
+        return True
+
+
+class Stream:
+    """The events that match `query`, over as many connections as it takes; iterating ends when the job of a one-job query has."""
+
+    def __init__(self, client, query, backoff=None):
+        self.client, self.query, self.backoff = client, query, backoff or Backoff()
+        self.last_id, self.ever, self.lost = None, False, None
+
+    def __iter__(self):
+        """Yields Event; raises the Failure of the first connection, of a refusal, or of giving up."""
+        while True:
+            try:
+                yield from self._connection()
+                return
+            except Failure as failure:
+                if not self.ever or not failure.again:
+                    raise
+                if self.lost is None:
+                    yield Event("note", f"connection lost, trying again: {failure.text}")
+                self.lost = failure
+            if not self.backoff.wait():
+                raise self.lost
+
+    def _connection(self):
+        with self.client.stream(self.query, self.last_id) as response:
+            self.backoff.connected()
+            if self.lost:
+                yield Event("note", f"connected again to {self.client.url}")
+            self.ever, self.lost = True, None
+            if response.status != 204:
+                yield from self._read(response)
+
+    def _read(self, response):
+        """The events of one connection up to `end`; Failure (again) when it breaks, ends early or falls silent."""
+        from http.client import HTTPException
+
+        why = "the controller ended the stream"
+        pieces = iter(lambda: response.read1(SSE_READ_BYTES), b"")
+        events = sse_events(sse_lines(pieces))
+        while True:
+            try:
+                seen, kind, data = next(events)
+            except (OSError, HTTPException, StopIteration) as error:
+                why = why if isinstance(error, StopIteration) else reason_of(error)
+                raise Failure(NOT_REACHED, f"{self.client.target('/v1/logs/stream', self.query)} ({why})", again=True) from None
+            self.last_id = seen or self.last_id
+            self.backoff.delivered()
+            if data is not None:
+                yield Event(kind, json.loads(data))
+            if kind == "end":
+                return
+
+
+def pump(stream, events):
+    """Puts every event of `stream`, then None, or the exception that ended it."""
+    try:
+        for event in stream:
+            events.put(event)
+        events.put(None)
+    except Exception as error:
+        events.put(error)
+
+
+def merged(streams):
+    """The events of several streams as they come. Threads read, the caller alone prints: none dies holding stdout."""
+    if len(streams) == 1:
+        yield from streams[0]
+        return
+    from queue import Queue
+    from threading import Thread
+
+    events = Queue(EVENTS_AHEAD)
+    for stream in streams:
+        Thread(target=pump, args=(stream, events), daemon=True).start()
+    open_ones = len(streams)
+    while open_ones:
+        event = events.get()
+        if isinstance(event, Exception):
+            raise event
+        if event is None:
+            open_ones -= 1
+        else:
+            yield event
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Views
+# Owns: what people see of jobs, hosts, apps and log lines. Ignores: where they came from.
+
+
+def state(job):
+    """running; running, cancel asked for; failed (timeout); ..."""
+    asked = job["cancel_requested_at"] and job["status"] not in ENDED
+    return job["status"] + (f" ({job['reason']})" if job["reason"] else ", cancel asked for" if asked else "")
+
+
+def show_jobs(screen, jobs):
+    """A row a job; ids are cut to the one length that tells them apart."""
+    ids = short_ids(job["id"] for job in jobs)
+    rows = [
+        [ids[job["id"]], job["status"], job["app"], job["host"], short_commit(job["ref"]), short_commit(job["commit"])]
+        + [ago(job["created_at"]), took(job), job["reason"] or job["hold"]]
+        for job in jobs
+    ]
+    headers = ["JOB", "STATUS", "APP", "HOST", "REF", "COMMIT", "CREATED", "TOOK", "REASON"]
+    screen.table(headers, rows, shrink=("APP", "HOST", "REF"))
+
+
+def show_job(screen, client, job):
+    metadata = ", ".join(f"{name}={value}" for name, value in (job["metadata"] or {}).items())
+    pairs = [
+        ("job", job["id"]),
+        ("status", state(job)),
+        *[(name, job[name]) for name in ("hold", "exit_code", "error", "app", "repo", "ref", "commit", "rolled_back_to", "host")],
+        ("attempt", f"{job['attempt']} of {job['retries'] + 1}" if job["retries"] else job["attempt"]),
+        ("created", f"{ago(job['created_at'])} by {job['created_by'] or '-'}"),
+        ("started", job["started_at"] and ago(job["started_at"])),
+        ("took", job["started_at"] and took(job)),
+        *[(name, job[name]) for name in ("superseded_by", "retry_of", "deployment_id")],
+        ("metadata", metadata or None),
+        ("log", client.command(f"logs --job {job['id']}")),
+    ]
+    screen.fields(pairs)
+
+
+def show_outcome(screen, client, job):
+    """The end of a deployment in a line, and what one needs to know where it failed."""
+    commit = f", commit {cell(short_commit(job['commit']))}" if job["commit"] else ""
+    screen.line(f"{screen.status(job['status'])}: {cell(job['app'])} on {cell(job['host'])}{commit}, took {took(job)}")
+    if job["status"] != "success":
+        for name in ("reason", "error", "exit_code", "rolled_back_to"):
+            if job[name] is not None:
+                screen.line(f"  {name.replace('_', ' ')}: {cell(job[name])}")
+        screen.line(f"  log: {client.command('logs --job ' + job['id'])}")
+
+
+def show_hosts(screen, hosts):
+    rows = [
+        [host["hostname"], host["agent_status"], ago(host["last_seen"]), host["running"], host["pending"], host["slots"]]
+        + ["drained" if host["drained"] else " "]
+        for host in hosts
+    ]
+    screen.table(["HOST", "AGENT", "LAST SEEN", "RUNNING", "PENDING", "SLOTS", ""], rows, shrink=("HOST",))
+
+
+def pushed_branches(app):
+    """Which pushes deploy an app."""
+    return (", ".join(app["branches"] or ()) or "default branch") if app["deploy_on_push"] else None
+
+
+def show_apps(screen, apps):
+    """A row an app and host; what belongs to the app stands in its first."""
+    jobs = short_ids(host["job_id"] for app in apps for host in app["hosts"] if host["job_id"])
+    never = {"hostname": None, "commit": None, "job_id": None, "deployed_at": None}
+    rows = []
+    for app in apps:
+        named = [app["name"], app["repo"], pushed_branches(app)]
+        for host in app["hosts"] or [never]:
+            there = [host["hostname"], short_commit(host["commit"]), ago(host["deployed_at"]), jobs.get(host["job_id"])]
+            rows.append([*named[:2], *there, named[2]])
+            named = [" ", " ", " "]
+    screen.table(["APP", "REPO", "HOST", "COMMIT", "DEPLOYED", "JOB", "ON PUSH"], rows, shrink=("APP", "REPO", "HOST", "ON PUSH"))
+
+
+class LogView:
+    """Log lines and events as text, each line behind what tells its source apart; or an object a line."""
+
+    def __init__(self, screen, prefix=(), events=True):
+        self.screen, self.prefix, self.events = screen, prefix, events
+
+    def line(self, line):
+        message = line["message"] if self.screen.raw else self.screen.paint(clean(line["message"]), LEVEL_COLOURS.get(line["level"]))
+        source = " ".join(cell(line[name]) for name in self.prefix)
+        self.screen.line(self.screen.paint(source + " | ", "cyan") + message if source else message)
+
+    def event(self, event):
+        """One Event. Notes go to stderr, for programs too."""
+        if event.kind == "note":
+            self.screen.note(event.data)
+        elif self.screen.as_json:
+            self.screen.object_line({"event": event.kind, "data": event.data})
+        elif event.kind == "log":
+            self.line(event.data)
+        elif event.kind == "gap":
+            self.screen.note(f"lines are missing here: {event.data['detail']}")
+        elif event.kind == "job" and self.events:
+            job = event.data
+            self.screen.note(f"-- {job['app']} on {job['host']}: {state(job)} (attempt {job['attempt']} of job {job['id']})")
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Verbs
+# Owns: one function a verb, (client, screen, options) -> exit code. Ignores: argv, what a failure looks like.
+
+
+def list_jobs(client, limit, **filters):
+    """{jobs, next} with up to `limit` jobs, over as many pages as it takes."""
+    jobs, before = [], None
+    while True:
+        page = client.call("GET", "/v1/jobs", {**filters, "limit": min(PAGE_JOBS, limit - len(jobs)), "before": before})
+        jobs += page["jobs"]
+        before = page["next"]
+        if before is None or len(jobs) >= limit:
+            return {"jobs": jobs, "next": before}
+
+
+def job_path(job_id, action=""):
+    return f"/v1/jobs/{quote(job_id, safe='')}{action}"
+
+
+def get_job(client, job_id):
+    return client.call("GET", job_path(job_id))["job"]
+
+
+def find_job(client, text):
+    """The Job whose id starts with `text`; Failure where there is none or more than one."""
+    prefix = text.lower()
+    if not re.fullmatch(r"[0-9a-f-]{1,36}", prefix):
+        raise Failure(WRONG_USE, f"{clean(text)!r} is no start of a job's id (hex digits and dashes): `ctl.py jobs` lists them")
+    if len(prefix) == 36:
+        return get_job(client, prefix)
+    query = {"id": prefix, "limit": CANDIDATES}
+    found, target = client.call("GET", "/v1/jobs", query)["jobs"], client.target("/v1/jobs", query)
+    if not found:
+        raise Failure(REFUSED, f"no job's id starts with {prefix} ({target}): `ctl.py jobs` lists them")
+    if len(found) > 1:
+        names = ", ".join(f"{job['id']} ({job['app']} on {job['host']})" for job in found)
+        more = " and maybe more" if len(found) == CANDIDATES else ""
+        raise Failure(WRONG_USE, f"{prefix} is the start of {names}{more} ({target}): give more of the id")
+    return found[0]
+
+
+def watch(client, screen, jobs, show):
+    """Waits for the end of `jobs`, with their logs where `show`; the jobs as they ended."""
+    view = LogView(screen, ("host",) if len(jobs) > 1 else (), events=False)
+    tail = STREAM_TAIL_MOST if show else 0
+    try:
+        for event in merged([Stream(client, {"job_id": job["id"], "tail": tail}) for job in jobs]):
+            if show or event.kind == "note":
+                view.event(event)
+    except KeyboardInterrupt:
+        commands = ", ".join(client.command(f"cancel {job['id']}") for job in jobs)
+        screen.note(f"no longer watched, the deployment goes on; to end it: {commands}")
+        raise
+    return [get_job(client, job["id"]) for job in jobs]
+
+
+def conclude(client, screen, options, results):
+    """Shows the answers to creations, {job, created, warning?} each, and waits for the ends where the options say so."""
+    for one in results:
+        if one.get("warning"):
+            screen.note(f"warning: {one['warning']}")
+        if not one["created"]:
+            screen.note(f"{one['job']['host']}: this deployment is {one['job']['status']} already, --force makes a new one")
+    made = [one["job"] for one in results]
+    if not (options.follow or options.wait):
+        screen.show({"results": results}, lambda: show_jobs(screen, made))
+        return DONE
+    ended = watch(client, screen, made, options.follow)
+    document = {"results": [{**one, "job": job} for one, job in zip(results, ended)]}
+    if screen.as_json and options.follow:
+        screen.object_line({"event": "results", "data": document})
+    else:
+        screen.show(document, lambda: [show_outcome(screen, client, job) for job in ended])
+    return DONE if all(job["status"] == "success" for job in ended) else FAILED
+
+
+def deploy(client, screen, options):
+    """A job a host. A refusal ends it there; the jobs that were made before are shown and go on."""
+    given = {name: getattr(options, name) for name in ("repo", "ref", "app", "timeout", "retries")}
+    given |= {"force": options.force or None, "metadata": dict(options.metadata) if options.metadata else None}
+    body = {name: value for name, value in given.items() if value is not None}
+    results = []
+    for host in dict.fromkeys(options.host):
+        try:
+            results.append(client.call("POST", "/v1/jobs", body={**body, "host": host}))
+        except Failure as failure:
+            if results:
+                screen.show({"results": results}, lambda: show_jobs(screen, [one["job"] for one in results]))
+                failure.text += f" ({len(results)} made before it go on; {host} and those after it have no job)"
+            raise
+    return conclude(client, screen, options, results)
+
+
+def retry(client, screen, options):
+    job = find_job(client, options.job)
+    return conclude(client, screen, options, [client.call("POST", job_path(job["id"], "/retry"))])
+
+
+def status(client, screen, options):
+    job = find_job(client, options.job)
+    screen.show({"job": job}, lambda: show_job(screen, client, job))
+    return DONE
+
+
+def cancel(client, screen, options):
+    answer = client.call("POST", job_path(find_job(client, options.job)["id"], "/cancel"))
+    job = answer["job"]
+    asked = f"cancel asked for: the agent of {cell(job['host'])} stops it ({client.command('status ' + job['id'])})"
+    screen.show(answer, lambda: show_outcome(screen, client, job) if job["status"] in ENDED else screen.line(asked))
+    return DONE
+
+
+def jobs(client, screen, options):
+    page = list_jobs(client, options.limit, status=options.status, host=options.host, app=options.app, repo=options.repo)
+    screen.show(page, lambda: show_jobs(screen, page["jobs"]))
+    if not page["jobs"]:
+        screen.note(f"no such jobs at {client.url}; to make one: ctl.py deploy --repo OWNER/NAME --ref main --host HOST")
+    elif page["next"]:
+        screen.note(f"there are older ones: --limit {options.limit * 10}")
+    return DONE
+
+
+HOST_ACTIONS = {
+    "drain": ("POST", "/drain", "drained: it gets no new job"),
+    "resume": ("POST", "/resume", "resumed: it gets jobs again"),
+    "remove": ("DELETE", "", "removed: its agent must register anew"),
+}
+
+
+def hosts(client, screen, options):
+    if options.action:
+        return change_host(client, screen, options)
+    answer = client.call("GET", "/v1/hosts")
+    screen.show(answer, lambda: show_hosts(screen, answer["hosts"]))
+    if not answer["hosts"]:
+        screen.note(f"no host has registered at {client.url}; run agent.py on one")
+    return DONE
+
+
+def change_host(client, screen, options):
+    if not options.name:
+        raise Failure(WRONG_USE, f"hosts {options.action} needs a host: ctl.py hosts {options.action} web-01")
+    method, end, words = HOST_ACTIONS[options.action]
+    answer = client.call(method, f"/v1/hosts/{quote(options.name, safe='')}{end}")
+    screen.show(answer, lambda: screen.line(f"{clean(options.name)} {words}"))
+    return DONE
+
+
+def apps(client, screen, options):
+    answer = client.call("GET", "/v1/apps")
+    screen.show(answer, lambda: show_apps(screen, answer["apps"]))
+    if not answer["apps"]:
+        screen.note(f"no apps at {client.url}; write them into its apps.yaml, then: ctl.py reload")
+    return DONE
+
+
+def reload(client, screen, options):
+    answer = client.call("POST", "/v1/reload")
+    screen.show(answer, lambda: screen.line(clean(answer["message"])))
+    return DONE
+
+
+def health(client, screen, options):
+    code, answer = client.health()
+    pairs = [(name, answer[name]) for name in ("status", "version", "database")]
+    screen.show(answer, lambda: screen.fields([*pairs, ("uptime", span(answer["uptime"])), ("url", client.url)]))
+    if code != 200:
+        raise Failure(NOT_REACHED, f"{client.target('/health')} answers {code}, {answer['database']}: the controller's log says more")
+    return DONE
+
+
+# Logs are three readings: `-f` is the stream; a job's stored lines come by pages; without a job, the newest jobs' lines.
+
+
+def log_lines(client, job):
+    """Every stored line of a job, as the stream would send it: with job_id, host and app."""
+    source = {"job_id": job["id"], "host": job["host"], "app": job["app"]}
+    after = None
+    while True:
+        page = client.call("GET", job_path(job["id"], "/logs"), {"after": after, "limit": PAGE_LINES})
+        for line in page["lines"]:
+            yield {**source, **line}
+        after = page["next"]
+        if after is None:
+            return
+
+
+def last_lines(client, job, tail):
+    return log_lines(client, job) if tail is None else deque(log_lines(client, job), tail)
+
+
+def newest_lines(client, options):
+    """The last lines of the newest jobs that match, each job's lines together, older jobs first."""
+    left = DEFAULT_TAIL if options.tail is None else options.tail
+    found = []
+    for job in list_jobs(client, RECENT_JOBS, host=options.host, app=options.app)["jobs"]:
+        if left > 0 and job["attempt"]:
+            found.append(last_lines(client, job, left))
+            left -= len(found[-1])
+    return [line for lines in reversed(found) for line in lines]
+
+
+def follow_logs(client, screen, options, job, view):
+    """The stream; of one job it ends with the job, and the outcome decides the exit code."""
+    query = {"job_id": job and job["id"], "host": options.host, "app": options.app, "tail": options.tail}
+    for event in Stream(client, query):
+        view.event(event)
+    if job is None:
+        return DONE
+    job = get_job(client, job["id"])
+    if not screen.as_json:
+        show_outcome(screen, client, job)
+    return DONE if job["status"] == "success" else FAILED
+
+
+def logs(client, screen, options):
+    if options.job and (options.host or options.app):
+        raise Failure(WRONG_USE, "--job names one job already: leave out --host and --app")
+    if options.follow and options.tail is not None and options.tail > STREAM_TAIL_MOST:
+        raise Failure(WRONG_USE, f"--tail is at most {STREAM_TAIL_MOST} with -f: leave out -f for more")
+    job = find_job(client, options.job) if options.job else None
+    view = LogView(screen, () if job else [name for name in ("host", "app") if not getattr(options, name)])
+    if options.follow:
+        return follow_logs(client, screen, options, job, view)
+    lines = last_lines(client, job, options.tail) if job else newest_lines(client, options)
+    if screen.as_json:
+        lines = list(lines)
+    screen.show({"lines": lines}, lambda: [view.line(line) for line in lines])
+    return DONE
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Command line
+# Owns: argv, the table of verbs, help. Ignores: what the verbs do.
+
+EXIT_CODES = """exit codes:
+  0    done (with --wait, --follow and `logs -f --job`: the deployment succeeded)
+  1    the deployment failed or was cancelled (from those three alone)
+  2    wrong use: an option, a setting, or a start of a job's id that fits several jobs
+  3    the controller was not reached, or did not answer as one (5xx, a redirect, no JSON); `health`: it is not well
+  4    refused: not signed in (401), not allowed (403), not there (404), not in this state (409), wrong fields (422),
+       too large (413), too often (429)
+  130  ended by Ctrl-C; the deployment goes on
+  141  what reads the output went away"""
+
+ENVIRONMENT = f"""environment:
+  DEPLOYBOT_URL         the controller (default {DEFAULT_URL})
+  DEPLOYBOT_TOKEN       the token to send
+  DEPLOYBOT_TOKEN_FILE  or the file that holds it; where neither is set and the URL is a loopback one,
+                        ./{TOKEN_FILE} is read, if it is your own file
+  NO_COLOR              no colour, also on a terminal
+  SSL_CERT_FILE         the CA of an https controller, where the system does not know it"""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        raise Failure(WRONG_USE, f"{clean(message)}: see {self.prog} --help")
+
+
+def whole(least):
+    """A type for whole numbers from `least` on."""
+
+    def number(text):
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        return int(text)
+
+    return number
+
+
+def pair(text):
+    key, sign, value = text.partition("=")
+    if not key or not sign:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    return key, value
+
+
+JOB_HELP = "a job's id, or any start of it that only it has"
+TAIL_HELP = f"the last N lines (default: all of a job, else {DEFAULT_TAIL}; with -f {DEFAULT_TAIL} and at most {STREAM_TAIL_MOST})"
+
+HOST, APP, REPO = (("--host", {}), ("--app", {}), ("--repo", {"metavar": "OWNER/NAME"}))
+JOB = ("job", {"metavar": "JOB", "help": JOB_HELP})
+WATCH = (
+    ("--follow", {"action": "store_true", "help": "show the log until the deployment has ended"}),
+    ("--wait", {"action": "store_true", "help": "wait for the end without the log, then show how it ended"}),
+)
+DEPLOY = (
+    ("--repo", {"required": True, "metavar": "OWNER/NAME"}),
+    ("--ref", {"required": True, "help": "a branch, a tag or a commit"}),
+    ("--host", {"required": True, "action": "append", "help": "again for each further host: a job each"}),
+    ("--app", {"help": "default: the only app of that repository"}),
+    ("--force", {"action": "store_true", "help": "a new job, also while the same is pending or running"}),
+    ("--timeout", {"type": whole(1), "metavar": "SECONDS", "help": "default: the app's, or an hour"}),
+    ("--retries", {"type": whole(0), "metavar": "N", "help": "attempts after one that was lost (default: the app's, or 0)"}),
+    ("--metadata", {"type": pair, "action": "append", "metavar": "KEY=VALUE", "help": "kept with the job; may be repeated"}),
+)
+LOGS = (
+    ("--job", {"metavar": "JOB", "help": JOB_HELP}),
+    ("--follow", "-f", {"action": "store_true", "help": "go on with what comes; with --job until its deployment has ended"}),
+    ("--tail", {"type": whole(0), "metavar": "N", "help": TAIL_HELP}),
+    ("--raw", {"action": "store_true", "help": "leave control characters and colours of the scripts in"}),
+)
+JOBS = (
+    ("--status", {"choices": ("pending", "running", *ENDED)}),
+    ("--limit", {"type": whole(1), "default": 20, "metavar": "N", "help": "the newest N (default 20)"}),
+)
+HOSTS = (
+    ("action", {"nargs": "?", "choices": HOST_ACTIONS, "help": "no new jobs, jobs again, forget its agent"}),
+    ("name", {"nargs": "?", "metavar": "HOST"}),
+)
+COMMON = (  # before or behind the verb
+    ("--url", {"default": argparse.SUPPRESS, "help": "the controller (default: DEPLOYBOT_URL)"}),
+    ("--json", {"action": "store_true", "default": argparse.SUPPRESS, "help": "JSON on stdout, for programs"}),
+)
+
+LOGS_HELP = f"show a job's log, or the last lines of the {RECENT_JOBS} newest jobs (each job's together), or with -f all as it comes"
+
+Verb = namedtuple("Verb", "name run options help example")
+
+VERBS = (
+    Verb("deploy", deploy, DEPLOY + WATCH, "deploy a ref of a repository to hosts", "--repo myorg/web --ref main --host web-01 --follow"),
+    Verb("status", status, (JOB,), "show a job", "0199c2f0"),
+    Verb("logs", logs, (HOST, APP, *LOGS), LOGS_HELP, "-f --host web-01"),
+    Verb("jobs", jobs, (HOST, APP, REPO, *JOBS), "list jobs, newest first", "--status failed --limit 50"),
+    Verb("hosts", hosts, HOSTS, "list hosts; drain, resume or remove one", "drain web-01"),
+    Verb("apps", apps, (), "list the apps of apps.yaml and what each host runs", "--json"),
+    Verb("cancel", cancel, (JOB,), "end a job: a pending one at once, a running one through its agent", "0199c2f0"),
+    Verb("retry", retry, (JOB, *WATCH), "make an ended job again, as a new job", "0199c2f0 --wait"),
+    Verb("reload", reload, (), "make the controller read its apps.yaml again", ""),
+    Verb("health", health, (), "ask whether the controller is well", ""),
+)
+
+
+def add_options(parser, options):
+    for *names, settings in options:
+        parser.add_argument(*names, **settings)
+
+
+def make_parser():
+    examples = {verb.name: f"ctl.py {verb.name} {verb.example}".rstrip() for verb in VERBS}
+    listed = "\n  ".join(examples.values())
+    parser = Parser(
+        prog="ctl.py",
+        description="The command line of DeployBot.",
+        epilog=f"examples:\n  {listed}\n\n{EXIT_CODES}\n\n{ENVIRONMENT}",
+    )
+    parser.add_argument("--version", action="version", version=f"ctl.py {VERSION}")
+    add_options(parser, COMMON)
+    verbs = parser.add_subparsers(title="verbs (each has its own --help)", metavar="VERB", dest="verb")
+    for verb in VERBS:
+        title = f"{verb.help[0].upper()}{verb.help[1:]}."
+        one = verbs.add_parser(verb.name, help=verb.help, description=title, epilog=f"example:\n  {examples[verb.name]}")
+        one.set_defaults(run=verb.run)
+        add_options(one, verb.options + COMMON)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Main
+# Owns: the exit code, and that nobody sees a traceback. Ignores: the rest.
+
+
+def run(argv):
+    options = make_parser().parse_args(argv)
+    if options.verb is None:
+        raise Failure(WRONG_USE, "name a verb: " + ", ".join(verb.name for verb in VERBS) + " (see ctl.py --help)")
+    flag = getattr(options, "url", None)
+    url = read_url(flag)
+    client = Client(url, *read_token(url), flagged=bool(flag))
+    screen = Screen(getattr(options, "json", False), getattr(options, "raw", False))
+    try:
+        return options.run(client, screen, options)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        why = f"{type(error).__name__}: {clean(error)}"
+        hint = "`ctl.py health` shows whether its version fits this ctl.py's"
+        raise Failure(NOT_REACHED, f"{url} answered what was not expected ({why}): {hint}, {VERSION}") from None
+
+
+def complain(text):
+    try:
+        print(f"ctl.py: {clean(text)}", file=sys.stderr, flush=True)
+    except OSError:
+        pass  # nobody is left to be told
+
+
+def abandon_stdout():
+    """What is still buffered for a reader that has gone is dropped, else the interpreter fails on it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def main(argv=None):
+    """Runs one command; its exit code."""
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.reconfigure(errors="replace")
+        code = run(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except SystemExit as end:  # argparse, after --help and --version
+        return end.code or DONE
+    except Failure as failure:
+        complain(failure.text)
+        return failure.code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        abandon_stdout()
+        return BROKEN_PIPE
+    except OSError as error:
+        abandon_stdout()
+        complain(f"cannot write the output: {error.strerror}")
+        return WRONG_USE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
