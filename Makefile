@@ -59,7 +59,7 @@ acceptance: python ## start a controller as `make run` does and make the four ca
 docker-build: ## build the image
 	docker build --tag $(IMAGE) .
 
-docker-up: ## start the controller with docker compose, closed
+docker-up: ## start the controller with docker compose, closed, with .env
 	docker compose up --build --detach
 
 python:
