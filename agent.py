@@ -1,0 +1,1971 @@
+#!/usr/bin/env python3
+"""DeployBot's agent: takes the jobs of this host from the controller and deploys them.
+
+Life of a job: a heartbeat brings it; its tracking file is written and synced; under the app's file lock its branches and
+tags are fetched, the commit is checked out into a new release, `build` or `deploy` runs there, `current` is switched,
+`activate` runs; output goes up while it runs; the result is kept on disk until the controller has acknowledged it.
+
+Threads: the main thread acts on signals and on the end of jobs. One thread sends heartbeats. Each job has two: the worker
+(git, scripts, their output) and the uploader (log lines, then the result). Locks, none of which is held while another is
+taken: Agent._lock, Spool._ready, Children._lock, Stop._lock.
+
+Output and lines. A message is one line of output without its newline. A line that stays without one for PARTIAL_AFTER, or
+grows past LINE_LIMIT, goes up in pieces, each a message of its own, so the stored messages put end to end are the output
+less its newlines: nothing missing, nothing twice. Output is read as UTF-8; what is none becomes U+FFFD. What the agent
+itself says starts with "[deploybot] ". The spool of an attempt is a file from its first line on, so that neither memory
+nor a killed agent sets its limit; past OUTPUT_LIMIT one line says that the rest is not kept.
+
+Processes. Each script runs in a session of its own and carries DEPLOY_JOB_ID. What a failed, cancelled or timed out step
+leaves behind is ended: TERM, 10 s, KILL. What a successful one leaves in the background stays; it has to send its output
+elsewhere, as nobody reads it any more.
+
+Exit codes: 0 done; 1 with --once: no job succeeded; 2 wrong use; 3 a newer agent took over this hostname; 4 another agent
+works in this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import http.client
+import json
+import logging
+import os
+import platform
+import queue
+import random
+import re
+import secrets
+import select
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
+
+VERSION = "0.1.0"
+
+# Times, in seconds.
+HEARTBEAT_WAIT = 25  # the longest that the protocol lets a heartbeat park
+ANSWER_TIMEOUT = 30  # for an answer, on top of what it may park
+IDLE_PAUSE = 0.2  # between heartbeats that brought nothing: a controller that does not park is not flooded
+INTERVAL_LIMIT = 300  # a controller may not put an agent to sleep for longer
+BACKOFF_FIRST, BACKOFF_LIMIT = 0.5, 15.0  # half a second for a restart; never so long that a person waits for it
+PARTIAL_AFTER = 0.1  # a line without newline waits this long for the rest of it ...
+BATCH_AFTER = 0.1  # ... and a batch this long for more lines: together the 200 ms that output may be late
+TICK = 0.05  # how often a running script's limits are looked at; below PARTIAL_AFTER
+DRAIN = 1.0  # for the last output of a script whose children hold the pipe: `exec > >(tee log)` needs a moment
+KILL_GRACE = 10.0  # between TERM and KILL
+KILL_PATIENCE = 10.0  # after KILL: a process that hangs in the kernel holds nobody up for ever
+WAY_BACK_LIMIT = 300  # for `activate` of the old release, which neither cancel nor timeout stops
+LEAVING_GRACE = 10.0  # for the last uploads of an agent that was told to end; what is left goes up at the next start
+JOB_TIMEOUT = 3600  # of a job that names none
+
+# Sizes, in bytes where nothing else is said.
+LINE_LIMIT = 64 * 1024  # the controller cuts longer lines
+BATCH_BYTES = 64 * 1024  # a batch of this size does not wait
+BODY_LINES, BODY_BYTES = 1000, 900 * 1024  # a body has at most 1,000 lines and 1 MiB
+OUTPUT_LIMIT = 64 * 1024 * 1024  # of one attempt: a script in a loop must not fill the disk
+ANSWER_LIMIT = 4 * 1024 * 1024
+CAPTURE_LIMIT = 16 * 1024  # of what a git command says
+ERROR_LIMIT = 4096  # the controller cuts longer errors
+KEEP_RELEASES = 5
+KEEP_ENTRIES = 1000  # tracking files of acknowledged attempts, so that none is started twice
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_NEWER, EXIT_BUSY = range(5)
+
+PROC = Path("/proc")
+HEX = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+log = logging.getLogger("agent")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors and small helpers
+# Owns: the errors that cross sections; text and file helpers. Ignores: what is done about an error.
+
+
+class ConfigError(Exception):
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+class Unreachable(Exception):
+    """No usable answer: to be tried again, after `retry_after` seconds where the controller named them."""
+
+    def __init__(self, detail: str, retry_after: float = 0.0) -> None:
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class Refused(Exception):
+    """The controller said no. `next_offset` comes with a gap in the log lines."""
+
+    def __init__(self, status: int, detail: str, next_offset: int | None = None) -> None:
+        super().__init__(f"{status}: {detail}")
+        self.status = status
+        self.next_offset = next_offset
+
+
+class Stopped(Exception):
+    """What ran was ended: `cause` is cancelled, timeout, stopped or fenced."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(cause)
+        self.cause = cause
+
+
+class StepFailed(Exception):
+    """One end of a job, as the result names it."""
+
+    def __init__(self, reason: str | None, detail: str, exit_code: int | None = None) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.exit_code = exit_code
+
+
+def timestamp(now: float) -> str:
+    return datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def one_line(text: object) -> str:
+    """Others' words for a log line: no control character, no end of line, not endless."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", str(text)).strip()[:1000]
+
+
+def without_passwords(text: str) -> str:
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Replaces a file whole, readable for its owner alone; it is on the disk when this returns."""
+    scratch = path.with_name(path.name + ".new")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+    sync_folder(path.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes what can be removed. Some builds leave folders without the right to write (Go's module cache)."""
+    shutil.rmtree(path, ignore_errors=True)
+    if not path.exists():
+        return
+    with contextlib.suppress(OSError):
+        path.chmod(0o700)
+    for folder, names, _ in os.walk(path):
+        for name in names:
+            with contextlib.suppress(OSError):
+                os.chmod(os.path.join(folder, name), 0o700, follow_symlinks=True)
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        log.warning("%s could not be removed", path)
+
+
+def take_lock(path: Path) -> int | None:
+    """A file lock that ends with this process; None while another holds it. Scripts do not inherit it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+class Backoff:
+    """Doubling pauses with jitter, so that thousands of agents do not come back at the same moment."""
+
+    def __init__(self, chance: Callable[[], float] = random.random) -> None:
+        self._chance = chance
+        self._failures = 0
+
+    def reset(self) -> None:
+        self._failures = 0
+
+    def next(self, at_least: float = 0.0) -> float:
+        ceiling = min(BACKOFF_LIMIT, BACKOFF_FIRST * 2 ** min(self._failures, 10))
+        self._failures += 1
+        return max(min(at_least, INTERVAL_LIMIT), ceiling * (0.5 + self._chance() / 2))
+
+
+class Stop:
+    """Why a job is to end early, if it is. The first cause stands."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards cause: of two callers the first one wins. Nobody waits for it.
+        self.cause: str | None = None
+
+    def set(self, cause: str) -> None:
+        with self._lock:
+            self.cause = self.cause or cause
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends a running command early. `stop` is None where only the clock may."""
+
+    stop: Stop | None
+    deadline: float
+    clock: Callable[[], float]
+
+    def cause(self) -> str | None:
+        if self.stop is not None and self.stop.cause:
+            return self.stop.cause
+        return "timeout" if self.clock() >= self.deadline else None
+
+    def check(self) -> None:
+        if cause := self.cause():
+            raise Stopped(cause)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Config
+# Owns: flags over environment over defaults, every problem at once. Ignores: whether the controller is there.
+
+
+@dataclass(frozen=True)
+class Config:
+    url: str
+    hostname: str
+    workdir: Path
+    git_protocols: str = "https:ssh"
+    slots: int = 1
+    once: bool = False
+    log_level: str = "INFO"
+    token: str | None = None
+
+
+# flag, variable, help. No secret is ever a flag: others on this machine can read command lines.
+OPTIONS = (
+    ("--url", "DEPLOYBOT_URL", "the controller (http://localhost:8080)"),
+    ("--hostname", "DEPLOYBOT_HOSTNAME", "the host whose jobs to take (this machine's name)"),
+    ("--workdir", "DEPLOYBOT_WORKDIR", "mirrors, releases and the agent's own state (/var/lib/deploybot-agent as root)"),
+    ("--git-protocols", "DEPLOYBOT_GIT_PROTOCOLS", "what git may fetch over (https:ssh); add file for trials"),
+    ("--slots", "DEPLOYBOT_SLOTS", "how many jobs run at once, each of another app, 1 to 64 (1)"),
+    ("--log-level", "DEPLOYBOT_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR (INFO)"),
+)
+TOKEN_VARIABLE = "DEPLOYBOT_AGENT_TOKEN"
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="agent.py",
+        description="DeployBot's agent: takes the jobs of this host from the controller and deploys them.",
+        epilog=f"The token comes from {TOKEN_VARIABLE}, or from the file that {TOKEN_VARIABLE}_FILE names. "
+        "Exit codes: 0 done, 1 with --once: no job succeeded, 2 wrong use, 3 a newer agent took over this hostname, "
+        "4 another agent works in this folder.",
+    )
+    for flag, variable, text in OPTIONS:
+        parser.add_argument(flag, metavar="VALUE", help=f"{text} [{variable}]")
+    parser.add_argument("--once", action="store_true", help="take one job and end")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    return parser
+
+
+def default_workdir(env: dict[str, str]) -> str:
+    if os.geteuid() == 0:
+        return "/var/lib/deploybot-agent"
+    state = env.get("XDG_STATE_HOME") or os.path.join(os.path.expanduser("~"), ".local", "state")
+    return os.path.join(state, "deploybot-agent")
+
+
+def url_problem(url: str) -> str | None:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        parts.port  # raises where it is no number
+    except ValueError as error:
+        return f"--url: {error}"
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return "--url: must be http://HOST[:PORT] or https://HOST[:PORT]"
+    if parts.username or parts.query or parts.fragment:
+        return f"--url: takes no user, query or fragment (the token belongs into {TOKEN_VARIABLE})"
+    return None
+
+
+def read_token(env: dict[str, str], problems: list[str]) -> str | None:
+    token, file = env.get(TOKEN_VARIABLE), env.get(TOKEN_VARIABLE + "_FILE")
+    if file and token:
+        problems.append(f"{TOKEN_VARIABLE} and {TOKEN_VARIABLE}_FILE are both set")
+    elif file:
+        try:
+            token = Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            problems.append(f"{TOKEN_VARIABLE}_FILE: {one_line(error)}")
+    if token and not re.fullmatch(r"[\x21-\x7e]+", token):
+        problems.append(f"{TOKEN_VARIABLE}: must be printable ASCII without blanks")
+    return token or None
+
+
+def load_config(argv: list[str], env: dict[str, str]) -> Config:
+    """Raises ConfigError with every problem."""
+    args = build_parser().parse_args(argv)
+
+    def value(flag: str, variable: str, default: str) -> str:
+        given = getattr(args, flag[2:].replace("-", "_"))
+        return given if given is not None else env.get(variable) or default
+
+    defaults = ("http://localhost:8080", socket.gethostname(), default_workdir(env), "https:ssh", "1", "INFO")
+    values = [value(flag, variable, default) for (flag, variable, _), default in zip(OPTIONS, defaults)]
+    url, hostname, workdir, protocols, slots, level = values
+    problems = [problem] if (problem := url_problem(url)) else []
+    if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", hostname):
+        problems.append(f"--hostname: {one_line(hostname)!r} is no host name (RFC 1123)")
+    if not re.fullmatch(r"[a-z0-9+.-]+(:[a-z0-9+.-]+)*", protocols):
+        problems.append("--git-protocols: must be names with colons between them, as https:ssh")
+    if not re.fullmatch(r"[0-9]{1,2}", slots) or not 1 <= int(slots) <= 64:
+        problems.append("--slots: must be 1 to 64")
+    if level.upper() not in LOG_LEVELS:
+        problems.append(f"--log-level: must be one of {', '.join(LOG_LEVELS)}")
+    token = read_token(env, problems)
+    if problems:
+        raise ConfigError(problems)
+    folder = Path(workdir).expanduser().absolute()
+    return Config(url, hostname, folder, protocols, int(slots), args.once, level.upper(), token)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+# Owns: what the controller hands over, checked before anything is done with it. Ignores: HTTP, files, git.
+
+Command = list[str] | str | None
+FULL_REF = re.compile(r"refs/(heads|tags)/.+")
+# What git check-ref-format refuses, and a leading dash, which git would read as an option.
+BAD_REF = re.compile(r"^[-/.]|[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|$)|[/.]$|^@$")
+# No option, no blank, nothing that could leave a folder.
+JOB_FIELDS = {
+    "app": re.compile(r"[a-z0-9][a-z0-9._-]{0,199}"),
+    "repo": re.compile(r"[A-Za-z0-9._-]{1,100}/[A-Za-z0-9._-]{1,100}"),
+    "host": re.compile(r"[A-Za-z0-9.-]{1,253}"),
+}
+
+
+class JobKey(NamedTuple):
+    """One delivery of a job: the attempt is the fencing token."""
+
+    job_id: str
+    attempt: int
+
+
+@dataclass(frozen=True)
+class Job:
+    key: JobKey
+    app: str
+    repo: str
+    ref: str
+    host: str
+    branch: str
+    timeout: float
+    clone_url: str
+    build: Command
+    activate: Command
+    deploy: Command
+
+
+def parse_key(data: Any) -> JobKey | None:
+    """None for what cannot even be answered: the id becomes a file name and a path of the API."""
+    if not isinstance(data, dict):
+        return None
+    job_id, attempt = data.get("id"), data.get("attempt")
+    if not isinstance(job_id, str) or not re.fullmatch(r"[0-9a-f-]{1,64}", job_id):
+        return None
+    if type(attempt) is not int or attempt < 1:
+        return None
+    return JobKey(job_id, attempt)
+
+
+def is_text(value: Any) -> bool:
+    """Text that can stand in an environment: no NUL, no half of a surrogate pair."""
+    return isinstance(value, str) and "\0" not in value and not re.search("[\ud800-\udfff]", value)
+
+
+def is_command(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(map(is_text, value)) and bool(value[0])
+    return value is None or (is_text(value) and bool(value.strip()))
+
+
+def is_clone_url(value: Any) -> bool:
+    return is_text(value) and bool(re.fullmatch(r"[^-\x00-\x20\x7f][^\x00-\x20\x7f]*", value))
+
+
+def parse_job(data: dict) -> Job:
+    """Raises StepFailed("rejected") that lists every field at fault."""
+    spec = data.get("spec") if isinstance(data.get("spec"), dict) else {}
+    metadata = data.get("metadata") if isinstance(data.get("metadata"), dict) else {}
+    wrong = [name for name, rule in JOB_FIELDS.items() if not rule.fullmatch(str(data.get(name)))]
+    if not is_text(data.get("ref")) or len(data["ref"]) > 255 or not data["ref"] or BAD_REF.search(data["ref"]):
+        wrong.append("ref")
+    timeout = data.get("timeout") or JOB_TIMEOUT
+    if not isinstance(timeout, (int, float)) or timeout <= 0:
+        wrong.append("timeout")
+    wrong += [f"spec.{name}" for name in ("build", "activate", "deploy") if not is_command(spec.get(name))]
+    if not is_clone_url(spec.get("clone_url")):
+        wrong.append("spec.clone_url")
+    if wrong:
+        raise StepFailed("rejected", f"the agent does not take this job: {', '.join(wrong)}")
+    branch = metadata.get("branch") if is_text(metadata.get("branch")) else ""
+    key = JobKey(data["id"], data["attempt"])
+    commands = (spec.get("build"), spec.get("activate"), spec.get("deploy"))
+    return Job(key, data["app"], data["repo"], data["ref"], data["host"], branch, timeout, spec["clone_url"], *commands)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Spool
+# Owns: output cut into lines, kept in a file until it is uploaded. Ignores: HTTP, and who writes.
+
+
+class LineCutter:
+    """Bytes to messages. Keeps what has no newline yet, and never cuts a character in two."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._rest = ""
+
+    def feed(self, data: bytes, final: bool = False) -> list[str]:
+        *lines, self._rest = (self._rest + self._decoder.decode(data, final)).split("\n")
+        messages = [piece for line in lines for piece in self._pieces(line)]
+        *full, self._rest = self._pieces(self._rest)
+        return messages + full
+
+    def flush(self) -> list[str]:
+        """What stands without a newline."""
+        rest, self._rest = self._rest, ""
+        return [rest] if rest else []
+
+    @staticmethod
+    def _pieces(line: str) -> list[str]:
+        """At least one piece, none longer than LINE_LIMIT in UTF-8."""
+        pieces = []
+        while len(line) * 4 > LINE_LIMIT and len(raw := line.encode()) > LINE_LIMIT:
+            pieces.append(raw[:LINE_LIMIT].decode("utf-8", "ignore"))
+            line = line[len(pieces[-1]) :]
+        return [*pieces, line]
+
+
+class Spool:
+    """The messages of one attempt in a file, one JSON object a line; `offset` counts those that are acknowledged.
+
+    One thread writes, one reads. The file outlives the agent, so that a killed one loses no output.
+    """
+
+    def __init__(self, path: Path, now: Callable[[], float] = time.time, clock: Callable[[], float] = time.monotonic):
+        self._path, self._now, self._clock = path, now, clock
+        # Guards _end, _since and _closed. The uploader waits in batch(); every write and close() wake it.
+        self._ready = threading.Condition()
+        self._cutter = LineCutter()
+        self._partial_since: float | None = None  # when the oldest byte without a newline came
+        self._taken = 0  # bytes of output so far
+        self._closed = False
+        self._since: float | None = None  # when the oldest line came that no batch has seen
+        self._writer = open(path, "ab", buffering=0)
+        self._reader = open(path, "rb")
+        self._end = self._cut_torn_end()
+        self._position = 0  # of the first line that is not acknowledged
+        self.offset = 0
+        self._since = 0.0 if self._end else None
+
+    def _cut_torn_end(self) -> int:
+        """An agent that died while it wrote may have left half a line."""
+        size = end = os.fstat(self._writer.fileno()).st_size
+        while end and os.pread(self._reader.fileno(), 1, end - 1) != b"\n":
+            end -= 1
+        if end < size:
+            self._writer.truncate(end)
+        return end
+
+    # For the writer.
+
+    def write(self, data: bytes) -> None:
+        """Output of a script, as it comes."""
+        room = OUTPUT_LIMIT - self._taken
+        if room <= 0:
+            return
+        self._taken += len(data)
+        self._store(self._cutter.feed(data[:room]))
+        self._partial_since = self._partial_since or self._clock()
+        if self._taken >= OUTPUT_LIMIT:
+            self.end_output()
+            self.say(f"output past {OUTPUT_LIMIT >> 20} MiB is not kept", "warning")
+
+    def idle(self) -> None:
+        """To be called every TICK: lets go of a line that waits too long for its end."""
+        if self._partial_since is not None and self._clock() - self._partial_since >= PARTIAL_AFTER:
+            self._partial_since = None
+            self._store(self._cutter.flush())
+
+    def end_output(self) -> None:
+        """One command is done: what the next one prints starts a line of its own."""
+        self._partial_since = None
+        self._store(self._cutter.feed(b"", final=True) + self._cutter.flush())
+
+    def say(self, text: str, level: str = "info") -> None:
+        """A line of the agent's own."""
+        self._store([f"[deploybot] {one_line(text)}"], level)
+
+    def close(self) -> None:
+        self.end_output()
+        with self._ready:
+            self._closed = True
+            self._ready.notify_all()
+
+    def _store(self, messages: list[str], level: str = "info") -> None:
+        if not messages:
+            return
+        time_text = timestamp(self._now())
+        lines = [{"message": message, "level": level, "timestamp": time_text} for message in messages]
+        data = b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        try:
+            self._writer.write(data)
+        except OSError as error:  # a full disk costs the log, not the deployment
+            log.error("output is lost: %s", one_line(error))
+            self._end = self._cut_torn_end()
+            return
+        with self._ready:
+            self._end += len(data)
+            self._since = self._clock() if self._since is None else self._since
+            self._ready.notify_all()
+
+    # For the reader.
+
+    def batch(self, timeout: float) -> list[bytes] | None:
+        """The next lines as JSON, when they are due; [] after `timeout` without; None when all is acknowledged and closed."""
+        deadline = self._clock() + timeout
+        with self._ready:
+            while (pause := self._pause()) > 0 and (left := deadline - self._clock()) > 0:
+                self._ready.wait(min(pause, left))
+            end, done = self._end, self._closed
+            if pause <= 0 and self._position < end:
+                self._since = None
+        if pause > 0:
+            return []
+        return self._read(end) or (None if done else [])
+
+    def _pause(self) -> float:
+        """Seconds until a batch is due. Called with _ready held."""
+        if self._closed or self._end - self._position >= BATCH_BYTES:
+            return 0.0
+        if self._end <= self._position:
+            return float(ANSWER_TIMEOUT)
+        return (self._since or 0.0) + BATCH_AFTER - self._clock()
+
+    def _read(self, end: int) -> list[bytes]:
+        self._reader.seek(self._position)
+        lines: list[bytes] = []
+        size = 0
+        while self._reader.tell() < end and len(lines) < BODY_LINES:
+            line = self._reader.readline()[:-1]
+            size += len(line) + 1
+            if lines and size > BODY_BYTES:
+                break
+            lines.append(line)
+        return lines
+
+    def seek(self, offset: int) -> None:
+        """Go on at the line that the controller waits for, wherever that is."""
+        if offset < self.offset:
+            self._position = self.offset = 0
+        self._reader.seek(self._position)
+        while self.offset < offset and self._reader.tell() < self._end:
+            self._reader.readline()
+            self.offset += 1
+        self.offset = offset  # past our end: lines that a full disk took; what comes next follows the controller's
+        with self._ready:
+            self._position = self._reader.tell()
+            if self._position < self._end and self._since is None:
+                self._since = 0.0
+
+    def remove(self) -> None:
+        self._writer.close()
+        self._reader.close()
+        self._path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Journal
+# Owns: the tracking files, one a (job, attempt), so that none is started twice. Ignores: what a job does.
+
+
+class Entry:
+    """The tracking file of one attempt: running, then ended (result not acknowledged), then done."""
+
+    def __init__(self, path: Path, data: dict) -> None:
+        self._path = path
+        self.data = data
+        self.key = JobKey(data["job"]["id"], data["job"]["attempt"])
+
+    @property
+    def spool_path(self) -> Path:
+        return self._path.with_suffix(".log")
+
+    @property
+    def result(self) -> dict | None:
+        return self.data.get("result")
+
+    def note(self, **values: Any) -> None:
+        self.data.update(values)
+        self._save()
+
+    def end(self, result: dict) -> None:
+        self.note(state="ended", result=result)
+
+    def done(self) -> None:
+        """Acknowledged. The commands go, as they may hold secrets; the key and the result stay."""
+        self.data["job"] = {"id": self.key.job_id, "attempt": self.key.attempt}
+        self.note(state="done")
+
+    def _save(self) -> None:
+        write_synced(self._path, json.dumps(self.data))
+
+
+class Journal:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def begin(self, job_data: dict, boot: str) -> Entry:
+        """Raises OSError where it cannot be written; then the job must not start."""
+        entry = Entry(self._path(parse_key(job_data)), {"job": job_data})
+        entry.note(state="running", boot=boot)
+        return entry
+
+    def find(self, key: JobKey) -> Entry | None:
+        return self._load(self._path(key))
+
+    def unfinished(self) -> list[Entry]:
+        """What an earlier agent left, oldest first; old files of finished attempts are removed on the way."""
+        entries = [(path, self._load(path)) for path in sorted(self._folder.glob("*.json"))]
+        finished = [path for path, entry in entries if entry and entry.data["state"] == "done"]
+        for path in finished[:-KEEP_ENTRIES]:
+            path.unlink(missing_ok=True)
+        return [entry for _, entry in entries if entry and entry.data["state"] != "done"]
+
+    def _path(self, key: JobKey) -> Path:
+        return self._folder / f"{key.job_id}.{key.attempt}.json"
+
+    @staticmethod
+    def _load(path: Path) -> Entry | None:
+        try:
+            return Entry(path, json.loads(path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.error("the tracking file %s is not readable: %s", path, one_line(error))
+            return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+# Owns: starting a command, following it, ending all that it started. Ignores: what the command is for.
+
+
+class Stat(NamedTuple):
+    """The part of /proc/PID/stat that is used; proc(5). `start` is in ticks since boot and tells two owners of a pid apart."""
+
+    state: str
+    ppid: int
+    pgrp: int
+    session: int
+    start: int
+
+
+def read_stat(pid: int) -> Stat | None:
+    try:
+        raw = (PROC / str(pid) / "stat").read_bytes()
+    except OSError:
+        return None
+    fields = raw[raw.rindex(b")") + 2 :].split()  # the name before it may hold blanks and brackets
+    return Stat(fields[0].decode(), int(fields[1]), int(fields[2]), int(fields[3]), int(fields[19]))
+
+
+def read_processes() -> dict[int, Stat]:
+    try:
+        pids = [int(name) for name in os.listdir(PROC) if name.isdigit()]
+    except OSError:
+        return {}
+    return {pid: stat for pid in pids if (stat := read_stat(pid)) is not None}
+
+
+def read_mark(pid: int) -> str | None:
+    """DEPLOY_JOB_ID as the process was started with it; "" for what cannot be read, None for no mark."""
+    try:
+        environ = (PROC / str(pid) / "environ").read_bytes()
+    except OSError:
+        return ""
+    found = re.search(rb"(?:^|\0)DEPLOY_JOB_ID=([^\0]*)", environ)
+    return found[1].decode("ascii", "replace") if found else None
+
+
+def boot_id() -> str:
+    try:
+        return (PROC / "sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def send_signal(pid: int, stat: Stat | None, signum: int) -> None:
+    """To the process that `stat` is of, and never to another that got its pid since. Without stat: to the group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if stat is None:
+            return os.killpg(pid, signum)
+        try:
+            descriptor = os.pidfd_open(pid)
+        except (AttributeError, OSError):  # before Linux 5.3; or gone, then kill says so
+            descriptor = None
+        try:
+            now = read_stat(pid)
+            if now is None or now.start != stat.start:
+                return
+            if descriptor is None:
+                os.kill(pid, signum)
+            else:
+                signal.pidfd_send_signal(descriptor, signum)
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+
+class Children:
+    """The processes that this agent started itself, told apart from those that it adopted.
+
+    As their subreaper the agent becomes the parent of what scripts leave behind, so that even a daemon with an empty
+    environment is found. It then also has to collect them when they end.
+    """
+
+    def __init__(self) -> None:
+        # Guards _own: held over each start, so that reap() never takes the end of a child from the Popen that waits for it.
+        self._lock = threading.Lock()
+        self._own: set[int] = set()
+        self.adopting = False
+
+    def adopt(self) -> None:
+        """PR_SET_CHILD_SUBREAPER, prctl(2); without it only marked and related processes are found."""
+        with contextlib.suppress(OSError, AttributeError):
+            self.adopting = ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0) == 0
+
+    def start(self, argv: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Popen:
+        with self._lock:
+            process = subprocess.Popen(
+                argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                bufsize=0, start_new_session=True,
+            )  # fmt: skip
+            self._own.add(process.pid)
+        return process
+
+    def wait(self, process: subprocess.Popen) -> int:
+        """Its exit code as a shell gives it. It has exited, or does not react to KILL."""
+        try:
+            code = process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return 128 + signal.SIGKILL
+        with self._lock:
+            self._own.discard(process.pid)
+        return code if code >= 0 else 128 - code
+
+    def owns(self, pid: int) -> bool:
+        with self._lock:
+            return pid in self._own
+
+    def reap(self) -> None:
+        for pid, stat in read_processes().items() if self.adopting else ():
+            if stat.ppid == os.getpid() and stat.state == "Z":
+                with self._lock, contextlib.suppress(ChildProcessError):
+                    if pid not in self._own:
+                        os.waitpid(pid, os.WNOHANG)
+
+
+CHILDREN = Children()
+
+
+class Leader(NamedTuple):
+    """The first process of a session that the agent started."""
+
+    pid: int
+    start: int
+
+
+class Family:
+    """All processes of one job: those that carry its mark, those in a session of its commands, those that the agent
+    adopted from it, and what descends from any of these."""
+
+    def __init__(self, mark: str, sole: bool, leader: Leader | None) -> None:
+        self._mark = mark
+        self._sole = sole  # no other job can run beside it: what is adopted meanwhile belongs to it
+        self._since = 0
+        self.leader = leader  # of the command that runs, or that ran last
+
+    def lead(self, pid: int) -> None:
+        stat = read_stat(pid)
+        self.leader = Leader(pid, stat.start if stat else 0)
+        self._since = self._since or self.leader.start
+
+    def members(self) -> dict[int, Stat | None]:
+        """Living ones. A zombie is not: it does nothing any more. Without /proc only the process group is known."""
+        if not PROC.is_dir():
+            return {self.leader.pid: None} if self.leader and self._group_lives(self.leader.pid) else {}
+        table = read_processes()
+        found = {pid for pid, stat in table.items() if self._belongs(pid, stat, self._session(table))}
+        while more := {pid for pid, stat in table.items() if stat.ppid in found and pid not in found}:
+            found |= more
+        return {pid: table[pid] for pid in found if table[pid].state not in "ZX" and pid != os.getpid()}
+
+    def _belongs(self, pid: int, stat: Stat, session: int | None) -> bool:
+        if session in (stat.session, stat.pgrp):
+            return True
+        mark = read_mark(pid)
+        if mark is None and self._sole and CHILDREN.adopting and stat.ppid == os.getpid() and not CHILDREN.owns(pid):
+            return 0 < self._since <= stat.start
+        return mark == self._mark
+
+    def _session(self, table: dict[int, Stat]) -> int | None:
+        """A session is named by its leader's pid; that number means it only while it is the leader's."""
+        if self.leader and self.leader.pid in table and table[self.leader.pid].start == self.leader.start:
+            return self.leader.pid
+        return None
+
+    @staticmethod
+    def _group_lives(pgid: int) -> bool:
+        try:
+            os.killpg(pgid, 0)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+
+class Ending:
+    """TERM to all of a family now, KILL after the grace, until none is left."""
+
+    def __init__(self, family: Family, grace: float, clock: Callable[[], float]) -> None:
+        self._family, self._clock = family, clock
+        self._kill_at = clock() + grace
+        self._told: set[tuple[int, Stat | None]] = set()
+
+    def step(self) -> bool:
+        """True when it is over. What was forked since the last step gets its TERM now."""
+        members = self._family.members()
+        now = self._clock()
+        for pid, stat in members.items():
+            start = (pid, stat and stat.start)
+            if now >= self._kill_at:
+                send_signal(pid, stat, signal.SIGKILL)
+            elif start not in self._told:
+                self._told.add(start)
+                send_signal(pid, stat, signal.SIGTERM)
+        if members and now >= self._kill_at + KILL_PATIENCE:
+            log.error("processes that cannot be ended: %s", " ".join(map(str, sorted(members))))
+            return True
+        return not members
+
+
+class Output:
+    """The reading end of a command's pipe. `sink` has write(bytes) and idle()."""
+
+    def __init__(self, pipe: Any, sink: Any) -> None:
+        self._fd, self._sink = pipe.fileno(), sink
+        self.open = True
+        os.set_blocking(self._fd, False)
+
+    def pump(self, timeout: float, exit_fd: int | None = None) -> None:
+        """Waits for output, or for the exit that `exit_fd` tells, at most `timeout`; passes on what is there."""
+        watched = [fd for fd in (self._fd if self.open else None, exit_fd) if fd is not None]
+        ready = select.select(watched, [], [], timeout)[0]
+        if self._fd in ready:
+            self._read()
+        self._sink.idle()
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._fd, 64 * 1024)
+        except BlockingIOError:
+            return
+        self.open = bool(data)
+        if data:
+            self._sink.write(data)
+
+
+def has_exited(process: subprocess.Popen) -> bool:
+    """Leaves it a zombie where that can be had, so that its pid keeps naming its session until all of that is ended."""
+    if hasattr(os, "waitid"):
+        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    return process.poll() is not None
+
+
+class Runner:
+    """Runs the commands of one job, one after another, and leaves nothing of one that did not succeed."""
+
+    def __init__(self, family: Family, grace: float, clock: Callable[[], float], on_start: Callable[[], None]) -> None:
+        self._family, self._grace, self._clock, self._on_start = family, grace, clock, on_start
+
+    def run(self, argv: list[str], cwd: Path, env: dict[str, str], sink: Any, limits: Limits) -> int:
+        """Its exit code. Raises Stopped when its limits ended it, OSError when it does not start."""
+        limits.check()
+        process = CHILDREN.start(argv, cwd, env)
+        self._family.lead(process.pid)
+        try:
+            self._on_start()
+            cause = self._follow(process, Output(process.stdout, sink), limits)
+        finally:
+            process.stdout.close()
+            code = CHILDREN.wait(process)
+        if cause:
+            raise Stopped(cause)
+        return code
+
+    def _follow(self, process: subprocess.Popen, output: Output, limits: Limits) -> str | None:
+        cause = self._wait(process, output, limits)
+        if cause is None:
+            self._drain(output, DRAIN)
+            if self._succeeded(process):
+                return None
+        self.end(lambda: output.pump(TICK))
+        self._drain(output, 0.0)
+        return cause
+
+    def _wait(self, process: subprocess.Popen, output: Output, limits: Limits) -> str | None:
+        try:
+            exit_fd = os.pidfd_open(process.pid)
+        except (AttributeError, OSError):  # the exit is then seen at the next tick
+            exit_fd = None
+        try:
+            while not has_exited(process):
+                if cause := limits.cause():
+                    return cause
+                output.pump(TICK, exit_fd)
+            return None
+        finally:
+            if exit_fd is not None:
+                os.close(exit_fd)
+
+    def _drain(self, output: Output, patience: float) -> None:
+        """The last output. Children that hold the pipe may add to it for a while, but not for ever."""
+        deadline = self._clock() + patience
+        output.pump(0.0)
+        while output.open and (left := deadline - self._clock()) > 0:
+            output.pump(min(left, TICK))
+
+    @staticmethod
+    def _succeeded(process: subprocess.Popen) -> bool:
+        if hasattr(os, "waitid"):
+            info = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            return info.si_code == os.CLD_EXITED and info.si_status == 0
+        return process.wait() == 0
+
+    def end(self, between: Callable[[], None]) -> None:
+        """Ends all processes of the job; `between` is called between two looks, and takes a moment."""
+        ending = Ending(self._family, self._grace, self._clock)
+        while not ending.step():
+            between()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Environment
+# Owns: what a command gets to see of the agent's environment. Ignores: how it is started.
+
+# Of the agent's own service, or of a git hook that it was started from.
+PRIVATE_PREFIXES = ("DEPLOYBOT_", "DEPLOY_")
+PRIVATE_NAMES = frozenset(
+    "GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_COMMON_DIR "
+    "GIT_NAMESPACE GIT_PREFIX NOTIFY_SOCKET WATCHDOG_PID WATCHDOG_USEC LISTEN_FDS LISTEN_PID LISTEN_FDNAMES "
+    "CREDENTIALS_DIRECTORY INVOCATION_ID JOURNAL_STREAM".split()
+)
+
+
+def clean_environment(env: dict[str, str]) -> dict[str, str]:
+    return {
+        name: value
+        for name, value in env.items()
+        if not name.startswith(PRIVATE_PREFIXES) and name not in PRIVATE_NAMES
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Git
+# Owns: the bare mirror of one app: fetch, resolve, check out. Ignores: releases, `current`, and the scripts.
+
+# The host's own configuration counts (credentials, proxies, insteadOf), but not what would run code, prompt or surprise.
+GIT_SETTINGS = (
+    "core.hooksPath=/dev/null", "core.fsmonitor=false", "core.autocrlf=false", "gc.autoDetach=false",
+    "maintenance.autoDetach=false", "submodule.recurse=false", "advice.detachedHead=false",
+)  # fmt: skip
+LFS_SETTINGS = (
+    "filter.lfs.process=git-lfs filter-process", "filter.lfs.smudge=git-lfs smudge -- %f", "filter.lfs.required=true",
+)  # fmt: skip
+# Branches and tags, and nothing else: a forge also serves the commits of forks, by SHA and under refs/pull.
+REFSPECS = ("+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*")
+
+
+class GitError(Exception):
+    """What git said."""
+
+
+class Capture:
+    """Keeps the start of what a command says, without the passwords that a host's insteadOf may put into URLs."""
+
+    def __init__(self) -> None:
+        self._data = b""
+
+    def write(self, data: bytes) -> None:
+        self._data = (self._data + data)[:CAPTURE_LIMIT]
+
+    def idle(self) -> None:
+        pass
+
+    def text(self) -> str:
+        return without_passwords(self._data.decode("utf-8", "replace")).strip()
+
+
+class Resolved(NamedTuple):
+    commit: str
+    branch: str  # "" where the ref names none
+
+
+class Mirror:
+    """repo.git of one app. Its owner holds the app's lock, so a lock file of git's in it is one that a dead git left."""
+
+    def __init__(self, path: Path, url: str, run: Callable[[list[str], Path, dict[str, str], Any], int], env: dict) -> None:
+        self._path, self._url, self._run, self._env = path, url, run, env
+        self._settings = GIT_SETTINGS + (LFS_SETTINGS if shutil.which("git-lfs", path=env.get("PATH")) else ())
+        self._marker = path / "deploybot.json"  # how the mirror was fetched; there once a first fetch was complete
+
+    def fetch(self) -> None:
+        """Raises GitError. Without blobs where the remote can do that: a checkout then fetches those that it needs."""
+        state = self._state()
+        if state.get("url") == self._url:
+            self._clear_locks()
+            self._fetch(state["partial"])
+            return
+        try:
+            self._build(partial=True)
+        except GitError:
+            self._build(partial=False)
+
+    def resolve(self, ref: str) -> Resolved:
+        """A branch, a tag, or a commit that one of them reaches. Raises GitError."""
+        for name, branch in self._candidates(ref):
+            if commit := self._verify(name):
+                return Resolved(commit, branch)
+        commit = self._verify(ref) if re.fullmatch(r"[0-9a-fA-F]{4,64}", ref) else None
+        if commit is None:
+            raise GitError(f"{without_passwords(self._url)} has no branch, tag or commit {ref}")
+        found = self._git("for-each-ref", "--count=1", "--format=%(refname)", f"--contains={commit}", "refs/heads", "refs/tags")
+        if not found:
+            raise GitError(f"no branch or tag of {without_passwords(self._url)} reaches {ref}")
+        return Resolved(commit, "")
+
+    def check_out(self, commit: str, folder: Path) -> None:
+        """Plain files, no .git. Raises GitError."""
+        try:
+            self._check_out(commit, folder)
+        except GitError:
+            if not self._state().get("partial"):
+                raise
+            # A remote that takes the filter and then does not hand out single blobs.
+            self._build(partial=False)
+            self._check_out(commit, folder)
+
+    def remember(self, release: str, commit: str) -> None:
+        """A ref for each release: the way back knows its commit, and git keeps the objects."""
+        self._git("update-ref", f"refs/deploybot/{release}", commit)
+
+    def recall(self, release: str) -> str | None:
+        return self._verify(f"refs/deploybot/{release}")
+
+    def forget(self, release: str) -> None:
+        self._git("update-ref", "-d", f"refs/deploybot/{release}")
+
+    @staticmethod
+    def _candidates(ref: str) -> list[tuple[str, str]]:
+        if FULL_REF.fullmatch(ref):
+            return [(ref, ref.removeprefix("refs/heads/") if ref.startswith("refs/heads/") else "")]
+        if HEX.fullmatch(ref.lower()):
+            return []  # a whole SHA is one, whatever branches are called
+        return [(f"refs/heads/{ref}", ref), (f"refs/tags/{ref}", "")]
+
+    def _verify(self, name: str) -> str | None:
+        """The commit in full, and nothing that is not hex goes on from here."""
+        try:
+            said = self._git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+        except GitError:
+            return None
+        return said if HEX.fullmatch(said) else None
+
+    def _state(self) -> dict:
+        try:
+            return json.loads(self._marker.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def _clear_locks(self) -> None:
+        for pattern in ("*.lock", "refs/**/*.lock", "objects/info/*.lock", "modules/**/*.lock"):
+            for path in self._path.glob(pattern):
+                path.unlink(missing_ok=True)
+
+    def _build(self, partial: bool) -> None:
+        remove_tree(self._path)
+        self._path.mkdir(parents=True)
+        self._git("init", "--quiet", "--bare", "--template=")
+        self._git("config", "remote.origin.url", self._url)
+        self._fetch(partial)
+        self._marker.write_text(json.dumps({"url": self._url, "partial": partial}), encoding="utf-8")
+
+    def _fetch(self, partial: bool) -> None:
+        how = ["--filter=blob:none"] if partial else []
+        self._git("fetch", "--quiet", "--prune", "--no-tags", "--no-recurse-submodules", *how, "origin", *REFSPECS)
+
+    def _check_out(self, commit: str, folder: Path) -> None:
+        index = self._path / "deploybot.index"
+        index.unlink(missing_ok=True)
+        place = {"GIT_WORK_TREE": str(folder), "GIT_INDEX_FILE": str(index)}
+        self._git("read-tree", "-u", "--reset", commit, cwd=folder, env=place)
+        if (folder / ".gitmodules").exists():
+            self._check_out_submodules(folder, place)
+        index.unlink(missing_ok=True)
+
+    def _check_out_submodules(self, folder: Path, place: dict[str, str]) -> None:
+        def update() -> None:
+            self._git("submodule", "--quiet", "sync", "--recursive", cwd=folder, env=place)
+            self._git("submodule", "--quiet", "update", "--init", "--recursive", "--force", cwd=folder, env=place)
+
+        try:
+            update()
+        except GitError:  # a clone that was interrupted stays broken until it is made anew
+            remove_tree(self._path / "modules")
+            update()
+        for path, folders, files in os.walk(folder):
+            if ".git" in files:
+                os.unlink(os.path.join(path, ".git"))
+
+    def _git(self, *args: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+        settings = [word for setting in self._settings for word in ("-c", setting)]
+        said = Capture()
+        variables = {**self._env, "GIT_DIR": str(self._path), **(env or {})}
+        code = self._run(["git", *settings, *args], cwd or self._path, variables, said)
+        if code != 0:
+            raise GitError(f"git {args[0]} ended with exit code {code}: {said.text() or 'no message'}")
+        return said.text()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Releases
+# Owns: WORKDIR/APP: the lock, releases/TIME-SHORTSHA, the `current` link. Ignores: git and scripts.
+
+
+class AppFolder:
+    def __init__(self, path: Path, now: Callable[[], float]) -> None:
+        self.path, self._now = path, now
+        self.current = path / "current"
+        self._releases = path / "releases"
+        self._releases.mkdir(parents=True, exist_ok=True)
+
+    @contextlib.contextmanager
+    def locked(self, limits: Limits, on_wait: Callable[[], None]) -> Iterator[None]:
+        """Keeps two jobs of the app apart, whatever agent runs them. Raises Stopped when the limits come first."""
+        while (descriptor := take_lock(self.path / "lock")) is None:
+            limits.check()
+            on_wait()
+            time.sleep(TICK)
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def add(self, commit: str) -> Path:
+        now = self._now()
+        while True:
+            moment = datetime.fromtimestamp(now, timezone.utc).strftime("%Y%m%dT%H%M%S%f")[:-3]
+            release = self._releases / f"{moment}Z-{commit[:12]}"
+            try:
+                release.mkdir()
+                return release
+            except FileExistsError:
+                now += 0.001
+
+    def release(self, name: str | None) -> Path | None:
+        """The release of that name, if it is still there."""
+        path = self._releases / name if name else None
+        return path if path and path.is_dir() else None
+
+    def active(self) -> Path | None:
+        """The release that `current` leads to."""
+        try:
+            target = self.path / os.readlink(self.current)
+        except OSError:
+            return None
+        return target if target.parent == self._releases and target.is_dir() else None
+
+    def switch(self, release: Path | None) -> None:
+        """At every moment `current` leads to the old or to the new one. None: as before the first deployment."""
+        if release is None:
+            self.current.unlink(missing_ok=True)
+        else:
+            scratch = self.path / "current.new"
+            scratch.unlink(missing_ok=True)
+            scratch.symlink_to(os.path.join("releases", release.name))
+            os.replace(scratch, self.current)
+        sync_folder(self.path)
+
+    def prune(self, keep: set[Path]) -> list[str]:
+        """Removes all but the newest ones and `keep`; the names of what went. Failed releases are gone already."""
+        releases = sorted(path for path in self._releases.iterdir() if path.is_dir())
+        old = [path for path in releases[:-KEEP_RELEASES] if path not in keep]
+        for path in old:
+            remove_tree(path)
+        return [path.name for path in old]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Deployment
+# Owns: the steps of one job and its way back; makes the result. Ignores: HTTP, heartbeats, other jobs.
+
+CAUSES = {
+    "cancelled": ("cancelled", "cancelled", "cancelled"),
+    "stopped": ("cancelled", "cancelled", "the agent was stopped"),
+    "fenced": ("cancelled", "cancelled", "the controller gave this job up"),
+    "timeout": ("failed", "timeout", "the timeout of {timeout:g} s is over"),
+}
+CONVENTION = ".deploybot/deploy"
+
+
+@dataclass
+class Machine:
+    """What a deployment needs of the agent and its host; a test puts its own clock and environment in."""
+
+    workdir: Path
+    git_protocols: str
+    env: dict[str, str]
+    slots: int = 1
+    grace: float = KILL_GRACE
+    now: Callable[[], float] = time.time
+    clock: Callable[[], float] = time.monotonic
+
+
+class Deployment:
+    """One attempt at one job. `on_commit` is told the commit as soon as it is known."""
+
+    def __init__(
+        self, job: Job, entry: Entry, spool: Spool, stop: Stop, machine: Machine, on_commit: Callable[[str], None]
+    ) -> None:
+        self._job, self._entry, self._spool, self._machine, self._on_commit = job, entry, spool, machine, on_commit
+        same_boot = entry.data["boot"] == boot_id() != ""  # pids of an earlier boot are others'
+        leader = Leader(*entry.data["leader"]) if same_boot and entry.data.get("leader") else None
+        self._family = Family(job.key.job_id, machine.slots == 1, leader)
+        self._runner = Runner(self._family, machine.grace, machine.clock, self._note_leader)
+        self._limits = Limits(stop, machine.clock() + job.timeout, machine.clock)
+        self._app = AppFolder(machine.workdir / job.app, machine.now)
+        self._base_env = {**clean_environment(machine.env), "DEPLOY_JOB_ID": job.key.job_id}
+        protections = {"GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": machine.git_protocols}
+        self._mirror = Mirror(self._app.path / "repo.git", job.clone_url, self._run_git, self._base_env | protections)
+        self._resolved = Resolved("", "")
+        self._rolled_back_to: str | None = None
+
+    # The two ways in.
+
+    def perform(self) -> dict:
+        """Deploys. Returns the result for the controller; never raises."""
+        return self._judged(self._deploy)
+
+    def recover(self) -> dict:
+        """Ends what an agent that died left running, and undoes a switch whose `activate` it did not see through."""
+        result = self._judged(self._undo)
+        error = "the agent ended while this ran; its processes were stopped"
+        if result["status"] == "failed":
+            error += f"; {result['error']}"
+        self._spool.say(error, "error")
+        return {**result, "status": "failed", "reason": "agent_crashed", "exit_code": None, "error": error}
+
+    def _judged(self, action: Callable[[], None]) -> dict:
+        status, reason, error, exit_code = "failed", None, None, None
+        try:
+            action()
+            status, exit_code = "success", 0
+        except Stopped as stopped:
+            status, reason, error = CAUSES[stopped.cause]
+            error = error.format(timeout=self._job.timeout)
+        except StepFailed as failure:
+            reason, error, exit_code = failure.reason, str(failure), failure.exit_code
+        except GitError as failure:
+            reason, error = "fetch_failed", str(failure)
+        except Exception as failure:
+            log.exception("job %s failed in the agent", self._job.key.job_id)
+            error = f"{type(failure).__name__}: {failure}"
+        result = {"status": status, "reason": reason, "exit_code": exit_code, "error": error and error[:ERROR_LIMIT]}
+        return {**result, "commit": self._resolved.commit or None, "rolled_back_to": self._rolled_back_to}
+
+    # The steps.
+
+    def _deploy(self) -> None:
+        waiting = iter([f"waiting for another job of {self._job.app} on this host"])
+        with self._app.locked(self._limits, lambda: [self._spool.say(text) for text in waiting]):
+            release = self._prepare()
+            before = self._app.active()
+            try:
+                self._check_out_and_build(release, before)
+                self._switch(release, before)
+            except BaseException:
+                self._discard(release)
+                raise
+            self._spool.say(f"deployed {self._resolved.commit}")
+            self._prune({release, before} - {None})
+
+    def _prepare(self) -> Path:
+        self._spool.say(f"fetching {without_passwords(self._job.clone_url)}")
+        self._mirror.fetch()
+        self._resolved = self._mirror.resolve(self._job.ref)
+        self._on_commit(self._resolved.commit)
+        release = self._app.add(self._resolved.commit)
+        self._entry.note(release=release.name)
+        self._mirror.remember(release.name, self._resolved.commit)
+        self._spool.say(f"commit {self._resolved.commit} into releases/{release.name}")
+        return release
+
+    def _check_out_and_build(self, release: Path, before: Path | None) -> None:
+        self._mirror.check_out(self._resolved.commit, release)
+        job = self._job
+        name, command = ("deploy", job.deploy) if job.deploy else ("build", job.build)
+        if not (job.deploy or job.build or job.activate) and os.access(release / CONVENTION, os.X_OK):
+            name, command = CONVENTION, [f"./{CONVENTION}"]
+        if command:
+            self._script(name, command, release, self._variables(release, self._resolved.commit, before), self._limits)
+
+    def _switch(self, release: Path, before: Path | None) -> None:
+        self._limits.check()
+        self._entry.note(switched_from=before.name if before else "")
+        self._app.switch(release)
+        if self._job.activate and not self._job.deploy:
+            variables = self._variables(release, self._resolved.commit, before)
+            try:
+                self._script("activate", self._job.activate, release, variables, self._limits)
+            except BaseException:
+                self._way_back(release, before)
+                raise
+        with contextlib.suppress(OSError):  # an agent that dies from here on has nothing to undo
+            self._entry.end({"status": "success", "exit_code": 0, "commit": self._resolved.commit})
+
+    def _way_back(self, release: Path, before: Path | None) -> None:
+        """Neither cancel nor timeout stops it: it is what puts the host right again."""
+        self._app.switch(before)
+        if before is None:
+            self._spool.say("there is no release to go back to", "warning")
+            return
+        self._spool.say(f"going back to releases/{before.name}", "warning")
+        limits = Limits(None, self._machine.clock() + WAY_BACK_LIMIT, self._machine.clock)
+        commit = self._recall(before, limits)
+        try:
+            if self._job.activate:
+                variables = self._variables(before, commit or "", release)
+                self._script("activate", self._job.activate, before, variables, limits)
+            self._rolled_back_to = commit
+        except (StepFailed, Stopped) as failure:
+            self._spool.say(f"activate of the old release failed too: {failure}", "error")
+
+    def _recall(self, release: Path, limits: Limits) -> str | None:
+        self._limits, waiting = limits, self._limits  # git as well, for this one answer
+        try:
+            return self._mirror.recall(release.name)
+        finally:
+            self._limits = waiting
+
+    def _undo(self) -> None:
+        self._runner.end(lambda: time.sleep(TICK))
+        limits = Limits(None, float("inf"), self._machine.clock)
+        with self._app.locked(limits, lambda: None):
+            release = self._app.release(self._entry.data.get("release"))
+            if release is None:
+                return
+            if "switched_from" in self._entry.data and self._app.active() == release:
+                self._way_back(release, self._app.release(self._entry.data["switched_from"]))
+            self._discard(release)
+
+    # Their tools.
+
+    def _variables(self, release: Path, commit: str, previous: Path | None) -> dict[str, str]:
+        job = self._job
+        return {
+            **self._base_env,
+            "DEPLOY_APP": job.app,
+            "DEPLOY_REPO": job.repo,
+            "DEPLOY_REF": job.ref,
+            "DEPLOY_COMMIT": commit,
+            "DEPLOY_BRANCH": job.branch or self._resolved.branch,
+            "DEPLOY_HOST": job.host,
+            "DEPLOY_RELEASE": str(release),
+            "DEPLOY_CURRENT": str(self._app.current),
+            "DEPLOY_PREVIOUS": str(previous) if previous else "",
+        }
+
+    def _script(self, name: str, command: Command, cwd: Path, env: dict[str, str], limits: Limits) -> None:
+        """Raises StepFailed or Stopped. What was pushed comes in the environment, never in the command."""
+        argv = command if isinstance(command, list) else ["/bin/sh", "-c", command]
+        self._spool.say(f"running {name}")  # not the command itself: it may hold a secret, and more people read logs
+        try:
+            code = self._runner.run(argv, cwd, env, self._spool, limits)
+        except OSError as error:
+            code = 127 if isinstance(error, FileNotFoundError) else 126  # as a shell says it
+            self._spool.say(f"{name} does not start: {error.strerror}: {argv[0]}", "error")
+        finally:
+            self._spool.end_output()
+        if code != 0:
+            raise StepFailed("exit_code", f"{name} ended with exit code {code}", code)
+
+    def _run_git(self, argv: list[str], cwd: Path, env: dict[str, str], sink: Any) -> int:
+        return self._runner.run(argv, cwd, env, sink, self._limits)
+
+    def _note_leader(self) -> None:
+        self._entry.note(leader=self._family.leader)
+
+    def _discard(self, release: Path) -> None:
+        """A failed release goes at once: it must not push out a good one."""
+        if self._app.active() != release:
+            remove_tree(release)
+
+    def _prune(self, keep: set[Path]) -> None:
+        """The deployment is done: what cannot be tidied up now does not undo it."""
+        try:
+            for name in self._app.prune(keep):
+                self._mirror.forget(name)
+        except (OSError, GitError, Stopped) as error:
+            log.warning("old releases of %s: %s", self._job.app, one_line(error))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Controller
+# Owns: HTTP to the controller over one kept-alive connection. Ignores: what is said over it.
+
+
+class Controller:
+    """One connection, for one thread. Redirects are not followed: they would carry the token to another host."""
+
+    def __init__(self, url: str, token: Callable[[], str | None], timeout: float = ANSWER_TIMEOUT) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self._prefix = parts.path.rstrip("/")
+        self._token, self._timeout = token, timeout
+        self._address = (parts.hostname, parts.port)
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._connection: http.client.HTTPConnection | None = None
+        self._interrupted = threading.Event()
+
+    def call(self, method: str, path: str, body: dict | bytes, parked: float = 0.0) -> dict:
+        """The answer's JSON object. Raises Unreachable or Refused."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        while True:
+            reused = self._connection is not None
+            try:
+                return self._judge(*self._exchange(method, path, data, self._timeout + parked))
+            except (http.client.HTTPException, OSError) as error:
+                self.close()
+                # A kept connection may have been closed meanwhile: that alone is no failure yet.
+                if not reused or isinstance(error, TimeoutError) or self._interrupted.is_set():
+                    raise Unreachable(one_line(error) or type(error).__name__) from error
+
+    def _exchange(self, method: str, path: str, data: bytes, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
+        connection = self._connection = self._connection or self._connect()
+        if connection.sock is None:
+            connection.connect()
+        connection.sock.settimeout(timeout)
+        if self._interrupted.is_set():
+            raise ConnectionAbortedError("interrupted")
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": f"deploybot-agent/{VERSION}"}
+        if token := self._token():
+            headers["Authorization"] = f"Bearer {token}"
+        connection.request(method, self._prefix + path, data, headers)
+        response = connection.getresponse()
+        answer = response.read(ANSWER_LIMIT)
+        if not response.isclosed():
+            self.close()
+        return response, answer
+
+    def _connect(self) -> http.client.HTTPConnection:
+        host, port = self._address
+        if self._tls is None:
+            return http.client.HTTPConnection(host, port, timeout=self._timeout)
+        return http.client.HTTPSConnection(host, port, timeout=self._timeout, context=self._tls)
+
+    @staticmethod
+    def _judge(response: http.client.HTTPResponse, answer: bytes) -> dict:
+        """Only a problem document is the controller's own no; what a proxy says in its place is tried again."""
+        try:
+            data = json.loads(answer)
+        except ValueError:
+            data = None
+        if response.status < 300 and isinstance(data, dict):
+            return data
+        detail = one_line((data.get("detail") or data.get("title") if isinstance(data, dict) else "") or response.reason)
+        kind = response.headers.get_content_type()
+        if 400 <= response.status < 500 and response.status != 429 and kind == "application/problem+json":
+            offset = data.get("next_offset") if isinstance(data, dict) else None
+            raise Refused(response.status, detail, offset if type(offset) is int else None)
+        if 300 <= response.status < 400:
+            detail = "redirects are not followed: set --url to where the controller is"
+        retry_after = response.headers.get("Retry-After", "")
+        raise Unreachable(f"{response.status}: {detail}", float(retry_after) if re.fullmatch("[0-9]{1,4}", retry_after) else 0.0)
+
+    def resume(self) -> None:
+        self._interrupted.clear()
+
+    def interrupt(self) -> None:
+        """From another thread: ends a parked call. Half of the connection stays for a moment, as a job may be on its way."""
+        self._interrupted.set()
+        sock = getattr(self._connection, "sock", None)
+        if sock is None:
+            return
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_WR)
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+
+        timer = threading.Timer(1.0, hang_up)
+        timer.daemon = True
+        timer.start()
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Uploads
+# Owns: bringing the lines of one attempt, then its result, to the controller. Ignores: how they came about.
+
+
+class Run:
+    """One attempt that this agent holds until its end is acknowledged."""
+
+    def __init__(self, entry: Entry, machine: Machine) -> None:
+        self.entry = entry
+        self.key = entry.key
+        self.stop = Stop()
+        self.spool = Spool(entry.spool_path, machine.now, machine.clock)
+        self.commit: str | None = None
+        self.ended = threading.Event()  # the worker is done: nothing of the job runs here any more
+
+    def know_commit(self, commit: str) -> None:
+        self.commit = commit
+
+
+class Uploader:
+    """Tries again until the controller has it all. `over` ends it early; what is left goes up after the next start."""
+
+    def __init__(self, controller: Controller, run: Run, over: threading.Event, backoff: Backoff) -> None:
+        self._controller, self._run, self._over, self._backoff = controller, run, over, backoff
+        self._path = f"/v1/jobs/{run.key.job_id}"
+        self._commit_sent = False
+
+    def upload(self) -> bool:
+        """True when the controller has the end of it, or wants to hear no more."""
+        try:
+            self._logs()
+            self._result()
+        except Unreachable:
+            return False
+        except Refused as refusal:
+            # 409: a newer attempt, or an end that stands already. 404: no such job. Then this script has no business any more.
+            log.warning("job %s: %s", self._run.key.job_id, refusal)
+            self._run.stop.set("fenced")
+            while not self._run.ended.wait(1):
+                if self._over.is_set():
+                    return False
+        return True
+
+    def _logs(self) -> None:
+        spool = self._run.spool
+        while (lines := spool.batch(timeout=1.0)) is not None:
+            if self._over.is_set():
+                raise Unreachable("the agent ends")
+            if lines:
+                try:
+                    self._send(lines)
+                except Refused as refusal:
+                    if refusal.next_offset not in (None, spool.offset):
+                        spool.seek(refusal.next_offset)
+                    elif refusal.status in (404, 409):
+                        raise
+                    else:  # lines that are never taken must not keep the result from getting there
+                        log.error("job %s: log lines were refused: %s", self._run.key.job_id, refusal)
+                        spool.seek(spool.offset + len(lines))
+
+    def _send(self, lines: list[bytes]) -> None:
+        run, commit = self._run, self._run.commit
+        head = {"attempt": run.key.attempt, "offset": run.spool.offset}
+        if commit and not self._commit_sent:
+            head["commit"] = commit
+        body = json.dumps(head)[:-1].encode() + b', "lines": [' + b",".join(lines) + b"]}"
+        answer = self._insist(self._path + "/logs", body)
+        self._commit_sent = "commit" in head or self._commit_sent
+        next_offset = answer.get("next_offset")
+        run.spool.seek(next_offset if type(next_offset) is int else run.spool.offset + len(lines))
+        if answer.get("cancel"):
+            run.stop.set("cancelled")
+
+    def _result(self) -> None:
+        result = {name: value for name, value in self._run.entry.result.items() if value is not None}
+        self._insist(self._path + "/result", {"attempt": self._run.key.attempt, **result})
+
+    def _insist(self, path: str, body: dict | bytes) -> dict:
+        """Raises Refused, and Unreachable only when the agent ends. A 401 is put right by the next heartbeat."""
+        while True:
+            try:
+                answer = self._controller.call("POST", path, body)
+                self._backoff.reset()
+                return answer
+            except Unreachable as trouble:
+                wait, error = trouble.retry_after, trouble
+            except Refused as refusal:
+                if refusal.status != 401:
+                    raise
+                wait, error = 0.0, refusal
+            log.debug("POST %s: %s", path, error)
+            if self._over.wait(self._backoff.next(wait)):
+                raise Unreachable("the agent ends")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agent
+# Owns: registration, heartbeats, who runs, the order of start and end. Ignores: the steps of a deployment.
+
+
+def own_secret(folder: Path) -> str:
+    """What this host signs in with from its first registration on; never on a command line, readable for its owner alone."""
+    path = folder / "secret"
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        write_synced(path, f"dbt_{secrets.token_urlsafe(32)}\n")
+        return path.read_text(encoding="ascii").strip()
+
+
+class Agent:
+    def __init__(self, config: Config, machine: Machine, backoff: Callable[[], Backoff] = Backoff) -> None:
+        self._config, self._machine, self._backoff = config, machine, backoff
+        self._state = config.workdir / ".agent"  # no app's name starts with a dot
+        self._journal = Journal(self._state / "jobs")
+        self._secret = own_secret(self._state)
+        self._sign_in: str | None = self._secret  # what the heart sends; the enrolment token while it registers
+        self._heart = Controller(config.url, lambda: self._sign_in)
+        self._identity: tuple[str, str | None] | None = None  # id and session, None until registered; the heart's own
+        self._lock = threading.Lock()  # guards _runs: heart, uploaders and main thread change and read it. Nobody waits for it.
+        self._runs: dict[JobKey, Run] = {}
+        # For the main thread: "signal", "ended" or "newer". A SimpleQueue, as its put() is safe in a signal handler.
+        self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._nudge = threading.Event()  # wakes the heart from a pause
+        self._leaving = False  # takes no new job; set by the main thread, or by the heart with --once
+        self._silent = threading.Event()  # no more heartbeats
+        self._over = threading.Event()  # no more uploads
+        self._chosen: Run | None = None  # the one job of --once
+        self._trouble = ""
+
+    # The main thread.
+
+    def run(self) -> int:
+        """Works until it is told to end; returns the exit code."""
+        for entry in self._journal.unfinished():
+            self._hold(entry, Deployment.recover)
+        heart = threading.Thread(target=self._beat, name="heart", daemon=True)
+        heart.start()
+        code = self._serve()
+        self._silent.set()
+        self._hurry()
+        heart.join(3)
+        self._say_goodbye(code)
+        if self._config.once and code == EXIT_DONE:
+            succeeded = self._chosen is not None and (self._chosen.entry.result or {}).get("status") == "success"
+            return EXIT_DONE if succeeded else EXIT_FAILED
+        return code
+
+    def _serve(self) -> int:
+        signals = 0
+        deadline: float | None = None
+        while True:
+            if self._leaving and not self._holding():
+                return EXIT_DONE
+            if self._leaving and signals and deadline is None and not self._working():
+                deadline = self._machine.clock() + LEAVING_GRACE
+            left = None if deadline is None else deadline - self._machine.clock()
+            if left is not None and left <= 0:
+                self._over.set()
+                log.warning("results that the controller does not have yet go up at the next start")
+                return EXIT_DONE
+            try:
+                event = self.events.get(timeout=left)
+            except queue.Empty:
+                continue
+            if event == "newer":
+                return self._give_way()
+            if event == "signal":
+                signals += 1
+                self._leave(signals)
+
+    def _leave(self, signals: int) -> None:
+        """The first signal lets what runs finish, the second one stops it."""
+        self._leaving = True
+        runs = self._holding()
+        if signals > 1:
+            log.warning("stopping %d job(s)", len(runs))
+            for run in runs:
+                run.stop.set("stopped")
+        elif runs:
+            log.info("taking no new job; %d job(s) still to finish, a second signal stops them", len(runs))
+        self._hurry()
+
+    def _give_way(self) -> int:
+        for run in self._holding():
+            run.stop.set("fenced")
+        for run in self._holding():
+            run.ended.wait(self._machine.grace + KILL_PATIENCE + WAY_BACK_LIMIT)
+        self._over.set()
+        return EXIT_NEWER
+
+    def _hurry(self) -> None:
+        self._nudge.set()
+        self._heart.interrupt()
+
+    def _say_goodbye(self, code: int) -> None:
+        if self._identity is None or code == EXIT_NEWER:
+            return
+        farewell = Controller(self._config.url, lambda: self._secret, timeout=2)
+        try:
+            farewell.call("POST", *self._heartbeat_request("offline"))
+        except (Unreachable, Refused) as error:
+            log.debug("the last heartbeat: %s", error)
+        finally:
+            farewell.close()
+
+    def _holding(self) -> list[Run]:
+        with self._lock:
+            return list(self._runs.values())
+
+    def _working(self) -> bool:
+        return any(not run.ended.is_set() for run in self._holding())
+
+    # The heart.
+
+    def _beat(self) -> None:
+        backoff = self._backoff()
+        while not self._silent.is_set():
+            self._nudge.clear()
+            self._heart.resume()
+            begun = self._machine.clock()
+            try:
+                if self._identity is None:
+                    self._register()
+                pause = self._obey(self._send_heartbeat())
+                backoff.reset()
+                self._trouble = ""
+            except Unreachable as trouble:
+                if self._nudge.is_set():
+                    continue
+                pause = backoff.next(trouble.retry_after)
+                self._complain(f"the controller at {self._config.url} is not reached: {trouble}")
+            except Refused as refusal:
+                if self._is_newer(refusal):
+                    self.events.put("newer")
+                    return
+                pause = backoff.next()
+            except Exception:  # the heart outlives a mistake of its own: a silent host looks dead
+                log.exception("a heartbeat failed in the agent")
+                pause = backoff.next()
+            CHILDREN.reap()
+            self._nudge.wait(max(pause, IDLE_PAUSE - (self._machine.clock() - begun)))
+
+    def _complain(self, text: str) -> None:
+        if text != self._trouble:
+            log.warning("%s", text)
+            self._trouble = text
+
+    def _is_newer(self, refusal: Refused) -> bool:
+        """Everything else that is refused is put right by a new registration."""
+        if self._identity is not None and refusal.status == 409:
+            log.error("another agent registered as %s after this one: %s", self._config.hostname, refusal)
+            return True
+        self._complain(f"the controller refused: {refusal}")
+        self._identity = None
+        return False
+
+    def _register(self) -> None:
+        """With the enrolment token, or as whoever this host already is. Raises Refused or Unreachable."""
+        body = {
+            "hostname": self._config.hostname,
+            "capabilities": {"agent": VERSION, "python": platform.python_version(), "system": platform.system()},
+            "slots": self._config.slots,
+            "token_sha256": hashlib.sha256(self._secret.encode()).hexdigest(),
+        }
+        try:
+            self._sign_in = self._config.token
+            answer = self._heart.call("POST", "/v1/agents/register", body)
+        except Refused as refusal:
+            if refusal.status != 401:
+                raise
+            self._sign_in = self._secret
+            answer = self._heart.call("POST", "/v1/agents/register", body)
+        finally:
+            self._sign_in = self._secret
+        self._identity = (urllib.parse.quote(str(answer.get("id")), safe=""), answer.get("session"))
+        log.info("registered as %s at %s", self._config.hostname, self._config.url)
+
+    def _heartbeat_request(self, status: str, wait: int = 0) -> tuple[str, dict]:
+        agent_id, session = self._identity
+        running = [{"job_id": run.key.job_id, "attempt": run.key.attempt} for run in self._holding()]
+        body: dict[str, Any] = {"status": status, "running": running}
+        if session is not None:
+            body["session"] = session
+        if wait:
+            body["wait"] = wait
+        return f"/v1/agents/{agent_id}/heartbeat", body
+
+    def _send_heartbeat(self) -> dict:
+        if self._leaving:  # says that it takes no more, and still hears of cancels
+            return self._heart.call("POST", *self._heartbeat_request("offline"))
+        return self._heart.call("POST", *self._heartbeat_request("online", HEARTBEAT_WAIT), parked=HEARTBEAT_WAIT)
+
+    def _obey(self, answer: dict) -> float:
+        """Does what the answer says; seconds until the next heartbeat."""
+        cancel = answer.get("cancel") or []
+        for run in self._holding():
+            if run.key.job_id in cancel:
+                run.stop.set("cancelled")
+        interval = answer.get("interval")
+        pause = min(float(interval), INTERVAL_LIMIT) if isinstance(interval, (int, float)) and interval > 0 else 0.0
+        if answer.get("job") is not None:
+            self._take(answer["job"])
+        return pause
+
+    def _take(self, data: Any) -> None:
+        """Raises OSError where the tracking file cannot be written: then nothing starts, and the job comes again."""
+        key = parse_key(data)
+        if key is None:
+            log.error("a job without a usable id and attempt: %s", one_line(data))
+            return
+        with self._lock:
+            if key in self._runs:
+                return
+        if known := self._journal.find(key):
+            log.warning("job %s, attempt %d was started before; its result goes up again", *key)
+            self._hold(known, Deployment.recover)
+            return
+        log.info("job %s, attempt %d: %s %s", *key, one_line(data.get("app")), one_line(data.get("ref")))
+        run = self._hold(self._journal.begin(data, boot_id()), Deployment.perform)
+        if self._config.once:
+            self._chosen, self._leaving = run, True
+            self.events.put("ended")  # it may have been quicker than this line
+
+    # The threads of a job.
+
+    def _hold(self, entry: Entry, work: Callable[[Deployment], dict]) -> Run:
+        run = Run(entry, self._machine)
+        with self._lock:
+            self._runs[run.key] = run
+        for target, args in ((self._worker, (run, work)), (self._uploader, (run,))):
+            threading.Thread(target=target, args=args, name=f"{target.__name__}-{run.key.job_id[-6:]}", daemon=True).start()
+        return run
+
+    def _worker(self, run: Run, work: Callable[[Deployment], dict]) -> None:
+        if run.entry.result is None:
+            result = self._result_of(run, work)
+            try:
+                run.entry.end(result)
+            except OSError as error:  # it is sent all the same; only a crash before that would lose it
+                log.error("the result of job %s is not on disk: %s", run.key.job_id, one_line(error))
+            if result["status"] != "success":
+                run.spool.say(f"{result['status']}: {result.get('error')}", "error")
+            log.info("job %s: %s", run.key.job_id, result["status"])
+        run.spool.close()
+        run.ended.set()
+        self.events.put("ended")
+
+    def _result_of(self, run: Run, work: Callable[[Deployment], dict]) -> dict:
+        try:
+            return work(self._deployment(run))
+        except StepFailed as failure:
+            return {"status": "failed", "reason": failure.reason, "error": str(failure)}
+        except Exception as failure:
+            log.exception("job %s failed in the agent", run.key.job_id)
+            return {"status": "failed", "error": f"{type(failure).__name__}: {failure}"[:ERROR_LIMIT]}
+
+    def _deployment(self, run: Run) -> Deployment:
+        return Deployment(parse_job(run.entry.data["job"]), run.entry, run.spool, run.stop, self._machine, run.know_commit)
+
+    def _uploader(self, run: Run) -> None:
+        controller = Controller(self._config.url, lambda: self._secret)
+        acknowledged = Uploader(controller, run, self._over, self._backoff()).upload()
+        controller.close()
+        if acknowledged:
+            self._let_go(run)
+        self.events.put("ended")
+
+    def _let_go(self, run: Run) -> None:
+        try:
+            run.entry.done()
+            run.spool.remove()
+        except OSError as error:
+            log.error("job %s: %s", run.key.job_id, one_line(error))
+        with self._lock:
+            del self._runs[run.key]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Main
+# Owns: arguments, logging, signals, the lock on the working folder. Ignores: everything else.
+
+
+def set_up_logging(level: str) -> None:
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True)
+
+
+def catch_signals(agent: Agent) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, lambda *_: agent.events.put("signal"))
+
+
+def lock_workdir(folder: Path) -> int | None:
+    """Two agents in one folder would take each other's running jobs for those of a dead one."""
+    (folder / ".agent").mkdir(parents=True, exist_ok=True, mode=0o700)
+    return take_lock(folder / ".agent" / "lock")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        config = load_config(sys.argv[1:] if argv is None else argv, dict(os.environ))
+        lock = lock_workdir(config.workdir)
+    except (ConfigError, OSError) as error:
+        for problem in getattr(error, "problems", [one_line(error)]):
+            print(f"agent.py: {problem}", file=sys.stderr)
+        return EXIT_USAGE
+    if lock is None:
+        print(f"agent.py: another agent works in {config.workdir}", file=sys.stderr)
+        return EXIT_BUSY
+    set_up_logging(config.log_level)
+    CHILDREN.adopt()
+    agent = Agent(config, Machine(config.workdir, config.git_protocols, dict(os.environ), config.slots))
+    catch_signals(agent)
+    return agent.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
