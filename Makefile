@@ -7,11 +7,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 
-PYYAML := PyYAML==6.0.3
-PYTEST := pytest==9.2.0
-RUFF   := ruff==0.17.6
-PIP    := -m pip --disable-pip-version-check --quiet install
-IMAGE  := deploybot
+PYYAML  := PyYAML==6.0.3
+PYTEST  := pytest==9.2.0
+RUFF    := ruff==0.17.6
+PIP     := -m pip --disable-pip-version-check --quiet install
+IMAGE   := deploybot
+SOURCES := . .ci/dist
 
 # .env is read by the shell itself, so quotes, blanks and # in a value mean what they mean in a shell.
 # Only what starts a controller of yours reads it: the tests and the demo bring their own settings.
@@ -38,13 +39,13 @@ test: python ## run the tests, in a .venv that it makes
 
 fmt: python ## format the Python files, sort their imports
 	@$(call make_venv,$(VENV)-check,ruff,$(RUFF))
-	@$(VENV)-check/bin/ruff check --quiet --select I --fix .
-	@$(VENV)-check/bin/ruff format .
+	@$(VENV)-check/bin/ruff check --quiet --select I --fix $(SOURCES)
+	@$(VENV)-check/bin/ruff format $(SOURCES)
 
 lint: python ## ruff: rules and format
 	@$(call make_venv,$(VENV)-check,ruff,$(RUFF))
-	@$(VENV)-check/bin/ruff check .
-	@$(VENV)-check/bin/ruff format --check .
+	@$(VENV)-check/bin/ruff check $(SOURCES)
+	@$(VENV)-check/bin/ruff format --check $(SOURCES)
 
 check: lint ## lint, and what else can be said without running the tests: units, scripts, apps.yaml, compose file
 	@$(call make_venv,$(VENV),yaml pytest,$(PYYAML) $(PYTEST))

@@ -1,0 +1,257 @@
+"""README.md says what is so: its tables against the programs, its examples run, its demo as printed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+PROGRAMS = ("deploybot.py", "agent.py", "ctl.py")
+LEAVE_LIMIT_S = 30
+
+
+def section(title):
+    """The text under that heading, up to the next one of its level or above."""
+    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,6}} |\Z)", README, re.M | re.S)
+    assert found, f"README.md has no section {title!r}"
+    level = len(found[1])
+    return re.search(rf"^#{{{level}}} {re.escape(title)}\n(.*?)(?=^#{{1,{level}}} |\Z)", README, re.M | re.S)[1]
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
+
+
+def table(text, heading):
+    """The rows of the first table whose head starts with that cell, each a list of cells."""
+    lines = iter(text.splitlines())
+    for line in lines:
+        if line.startswith(f"| {heading} |"):
+            next(lines)
+            break
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    assert rows, f"no table {heading!r}"
+    return rows
+
+
+def program(name, *arguments, **options):
+    plain = {k: v for k, v in os.environ.items() if not k.startswith("DEPLOYBOT_")}
+    command = [sys.executable, ROOT / name, *arguments]
+    return subprocess.run(
+        command, env=plain | {"COLUMNS": "200"}, capture_output=True, text=True, check=False, **options
+    )
+
+
+def help_of(name, *verb):
+    done = program(name, *verb, "--help")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def flags(text):
+    return set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", text)) - {"--help", "--version"}
+
+
+def variables(text):
+    return set(re.findall(r"\bDEPLOYBOT_[A-Z_]*[A-Z]", text))
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_configuration_table_has_each_flag_and_variable_of_help_and_no_other(name):
+    rows = table(section(f"Configuration of {name}"), "flag")
+    text, said = "\n".join(" ".join(row[:2]) for row in rows), help_of(name)
+    options = said.partition("\nexamples:")[0] if name == "ctl.py" else said
+    assert flags(text) == flags(options)
+    assert variables(text) == variables(said)
+
+
+def test_each_verb_of_ctl_is_in_its_table_with_its_flags():
+    rows = {re.match(r"`(\w+)", row[0])[1]: row[0] for row in table(section("ctl.py"), "call")}
+    verbs = set(re.findall(r"^    (\w+)  ", help_of("ctl.py"), re.M))
+    assert set(rows) == verbs
+    for verb, shown in rows.items():
+        assert flags(shown) == flags(help_of("ctl.py", verb).partition("\nexample:")[0]) - {"--url", "--json"}, verb
+
+
+@pytest.mark.parametrize("name", ["ctl.py", "agent.py"])
+def test_the_exit_codes_are_those_that_help_names(name):
+    title = "ctl.py" if name == "ctl.py" else "The agent on a host"
+    codes = {row[0] for row in table(section(title), "exit code")}
+    said = help_of(name)
+    listed = re.findall(r"^  (\d+) {2,}", said, re.M) or re.findall(
+        r"(?:codes:|,)\s+(\d+) ", said[said.index("Exit codes") :]
+    )
+    assert codes == set(listed)
+
+
+def test_the_api_overview_has_each_call_of_openapi_and_no_other():
+    document = json.loads((ROOT / "openapi.json").read_text())
+    calls = {
+        f"{method.upper()} {path}"
+        for path, item in document["paths"].items()
+        for method in item
+        if method != "parameters"
+    }
+    named = {re.match(r"`([A-Z]+ [^`?]+)", row[0])[1] for row in table(section("HTTP API"), "call")}
+    assert named == calls
+
+
+def test_make_targets_are_those_of_the_makefile():
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M))
+    assert {row[0].strip("`").removeprefix("make ") for row in table(README, "target")} == targets
+    assert (
+        set(re.findall(r"\bmake ([a-z-]+)", "\n".join(re.findall(r"`[^`]+`|^```.*?^```", README, re.M | re.S))))
+        <= targets
+    )
+
+
+def test_what_the_readme_links_to_is_there():
+    links = set(re.findall(r"\]\(([^)#]+)", README))
+    assert links
+    for link in links:
+        assert "://" in link or (ROOT / link).exists(), link
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+def test_the_shell_agent_is_the_one_in_examples():
+    assert (ROOT / "examples/agent.sh").read_text() in blocks(section("Write your own agent"), "sh")
+
+
+@pytest.mark.parametrize("name", ["apps.yaml", "examples/apps.yaml"])
+def test_the_shipped_mappings_are_taken(name):
+    done = program("deploybot.py", "check-apps", ROOT / name)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_mapping_of_the_readme_is_taken(tmp_path):
+    (text,) = blocks(section("apps.yaml"), "yaml")
+    (tmp_path / "apps.yaml").write_text(text)
+    done = program("deploybot.py", "check-apps", tmp_path / "apps.yaml")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "apps.yaml").write_text(text.replace("hosts:", "host:", 1))
+    assert program("deploybot.py", "check-apps", tmp_path / "apps.yaml").returncode != 0
+
+
+def test_the_lines_that_make_the_secrets_make_a_file_that_env_takes(tmp_path):
+    (script,) = [b for b in blocks(section("On a real server"), "sh") if "deploybot.env" in b and "secrets." in b]
+    script = script.replace("/etc/deploybot", str(tmp_path)).replace("sudo ", "")
+    subprocess.run(["sh", "-euc", script], check=True, capture_output=True)
+    made = tmp_path / "deploybot.env"
+    assert made.stat().st_mode & 0o777 == 0o600
+    said = subprocess.run(["sh", "-c", f"set -a; . {made}; env"], capture_output=True, text=True, check=True).stdout
+    values = [line.partition("=")[2] for line in said.splitlines() if line.startswith("DEPLOYBOT_")]
+    assert len(values) == len(set(values)) == 3
+    assert all(re.fullmatch(r"[\w-]{40,}", value) for value in values)
+
+
+def test_env_of_make_keeps_blanks_quotes_and_hashes(tmp_path):
+    (tmp_path / "Makefile").write_text(
+        (ROOT / "Makefile").read_text() + '\nshow:\n\t@$(load_env); printf \'%s|%s\' "$$ONE" "$$TWO"\n'
+    )
+    (tmp_path / ".env").write_text("ONE='two  words # and $HOME \"quoted\"'\nTWO=plain # a comment\n")
+    done = subprocess.run(["make", "-s", "show"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == 'two  words # and $HOME "quoted"|plain'
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The demo
+
+
+def left_over(folder):
+    """Processes that were started with that folder in their environment or arguments."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            text = (entry / "cmdline").read_bytes() + (entry / "environ").read_bytes()
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue  # it ended meanwhile
+        if os.fsencode(str(folder)) in text and state != "Z":
+            found.append((int(entry.name), text[:200]))
+    return found
+
+
+def start_demo(folder):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "examples/demo.py"],
+        env=os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def folder():
+    """A temporary folder with a name that no other process knows."""
+    with tempfile.TemporaryDirectory(prefix="demo-test-") as name:
+        yield Path(name)
+
+
+def steady(text):
+    """`text` without what differs between two runs: folder, port, ids, hashes, times."""
+    text = re.sub(r"/\S*deploybot-demo-\w+", "FOLDER", text)
+    text = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", text)
+    text = re.sub(r"\d{8}T?-?\d{6}[\w.]*Z?-[0-9a-f]{7,40}", "RELEASE", text)
+    text = re.sub(r"\b[0-9a-f]{8}-[0-9a-f]{4}(-[0-9a-f-]+)?\b", "ID", text)
+    text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{7,64}\b", "HEX", text)
+    text = re.sub(r"\b\d\d:\d\d:\d\d(\.\d+)?", "TIME", text)
+    return text.rstrip("\n")
+
+
+def test_the_demo_prints_what_the_readme_says_and_leaves_nothing(folder):
+    demo = start_demo(folder)
+    out, err = demo.communicate(timeout=120)
+    assert (demo.returncode, err) == (0, "")
+    (shown,) = blocks(section("Try it"), "text")
+    assert steady(out) == steady(shown.removeprefix("$ make demo\n"))
+    assert "\x1b" not in out
+    assert list(folder.iterdir()) == []
+    assert left_over(folder) == []
+
+
+@pytest.mark.parametrize("moment", ["DeployBot:", "1.", "2.", "3.", "page index"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_demo_leaves_nothing(folder, moment, number):
+    demo = start_demo(folder)
+    for line in demo.stdout:
+        if moment in line:
+            break
+    else:
+        pytest.fail(f"the demo never printed {moment!r}: {demo.stderr.read()}")
+    demo.send_signal(number)
+    _, err = demo.communicate(timeout=LEAVE_LIMIT_S)
+    assert (demo.returncode, err) == (128 + number, "\ndemo: stopped; nothing is left behind\n")
+    assert list(folder.iterdir()) == []
+    assert left_over(folder) == []
+
+
+def test_the_search_for_leftovers_finds_one(folder):
+    with subprocess.Popen(["sleep", "60"], env={"TMPDIR": str(folder)}) as process:
+        deadline = time.monotonic() + LEAVE_LIMIT_S
+        while not left_over(folder) and time.monotonic() < deadline:  # until it is exec'ed
+            pass
+        assert [pid for pid, _ in left_over(folder)] == [process.pid]
+        process.kill()
