@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """ctl.py, the command line of DeployBot: one file, the standard library only.
 
-It asks the controller over its HTTP API, as any other client does, and keeps nothing between two calls. A token is never a
-flag (others would see it in the list of processes) and is never printed. People get tables and text, fitted to the terminal;
-programs get --json: one document as the controller answered it, and one object a line where a log is followed. Results go to
-stdout, all that is said about them to stderr. `ctl.py --help` has the settings and the exit codes.
+It asks the controller over its HTTP API, as any other client does, and keeps nothing between two calls. A token is
+never a flag (others would see it in the list of processes) and is never printed. People get tables and text, fitted to
+the terminal; programs get --json: one document as the controller answered it, and one object a line where a log is
+followed. Results go to stdout, all that is said about them to stderr. `ctl.py --help` has settings and exit codes.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections import deque, namedtuple
+from contextlib import suppress
 from urllib.parse import quote, urlencode, urlsplit
 
 VERSION = "0.1.0"
@@ -36,11 +37,11 @@ DEFAULT_TAIL = 50
 RECENT_JOBS = 20  # whose logs `logs` looks through when no job is named
 SHORT_ID = 13  # characters: the 48 bits of time of a UUIDv7
 CANDIDATES = 5
-SHORT_COMMIT = 10
+SHORT_COMMIT = 8
 EVENTS_AHEAD = 1000  # read, and not yet printed
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Failure
 # Owns: what can go wrong, as one line and an exit code. Ignores: who catches it (main).
 
@@ -53,9 +54,9 @@ class Failure(Exception):
         self.code, self.text, self.again = code, text, again
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Text
-# Owns: how values read to a person; nothing that came from elsewhere leaves here with a control character. Ignores: terminals.
+# Owns: how values read to a person; `clean` takes the control characters out. Ignores: terminals.
 
 SEQUENCES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])")
 BREAKS = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
@@ -64,7 +65,7 @@ UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 
 def clean(text):
-    """`text` on one line, without terminal sequences (ECMA-48), control characters and marks that turn its direction; tabs stay."""
+    """`text` on one line, without terminal sequences (ECMA-48), controls and marks that turn direction; tabs stay."""
     return CONTROLS.sub("", BREAKS.sub(" ", SEQUENCES.sub("", str(text))))
 
 
@@ -79,20 +80,21 @@ def seconds(stamp):
     return None if stamp is None else datetime.fromisoformat(stamp.replace("Z", "+00:00")).timestamp()
 
 
-def span(length):
-    """Seconds as their two largest units: 3d4h, 2m5s, 0s."""
+def span(length, units=2):
+    """Seconds in their largest units: 3d4h, 2m5s, 0s."""
     left, words = max(0, int(length)), []
     for unit, size in UNITS:
         if left >= size or words:
             words.append(f"{left // size}{unit}")
             left %= size
-    shown = [word for word in words[:2] if not word.startswith("0")]
+    shown = [word for word in words[:units] if not word.startswith("0")]
     return "".join(shown) or "0s"
 
 
 def ago(stamp):
+    """The age of `stamp` in its largest unit; none is negative, whatever the two clocks say."""
     moment = seconds(stamp)
-    return "-" if moment is None else span(time.time() - moment) + " ago"
+    return "-" if moment is None else span(time.time() - moment, 1) + " ago"
 
 
 def took(job):
@@ -131,17 +133,20 @@ def cut(text, most):
     return text + "…"
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Screen
 # Owns: stdout and stderr, colour, tables. Ignores: what the rows are about.
 
 COLOURS = {"red": 31, "green": 32, "yellow": 33, "cyan": 36, "dim": 2, "bold": 1}
 COLOUR_OF = {
-    "success": "green", "online": "green", "ok": "green", "failed": "red", "offline": "red", "error": "red", "pending": "yellow",
-    "unknown": "yellow", "warning": "yellow", "running": "cyan", "cancelled": "dim", "debug": "dim",
-}  # fmt: skip
-GAP = 2
+    **dict.fromkeys(("success", "online", "ok"), "green"),
+    **dict.fromkeys(("failed", "offline", "error"), "red"),
+    **dict.fromkeys(("pending", "unknown"), "yellow"),
+    "running": "cyan",
+    "cancelled": "dim",
+}
 LEVEL_COLOURS = {"error": "red", "warning": "yellow", "debug": "dim"}
+GAP = 2  # columns between two columns
 NARROWEST = 6  # columns that a shrinking cell keeps
 
 
@@ -177,11 +182,11 @@ class Screen:
         print(json.dumps(value), flush=True)
 
     def table(self, headers, rows, shrink=()):
-        """Rows of text under `headers`; on a terminal, columns named in `shrink` are cut first, then the last columns go."""
+        """Rows under `headers`; on a terminal, columns named in `shrink` are cut first, then the last columns go."""
         if not rows:
             return
         rows = [[cell(value) for value in row] for row in rows]
-        widths = [max(map(width, column)) for column in zip(headers, *rows)]
+        widths = [max(map(width, column)) for column in zip(headers, *rows, strict=True)]
         if self.terminal:
             widths = fit(widths, [name in shrink for name in headers], columns())
         self._row(headers, widths, lambda text: "bold")
@@ -189,9 +194,11 @@ class Screen:
             self._row(row, widths, COLOUR_OF.get)
 
     def _row(self, row, widths, colour_of):
-        cells = [cut(text, most) for text, most in zip(row, widths)]
-        ends = [" " * (most - width(text) + GAP) for text, most in zip(cells, widths)]
-        print("".join(self.paint(text, colour_of(text)) + end for text, end in zip(cells, ends)).rstrip())
+        text = ""
+        for value, most in zip(row, widths, strict=False):  # there are fewer widths where the last columns are dropped
+            shown = cut(value, most)
+            text += self.paint(shown, colour_of(value)) + " " * (most - width(shown) + GAP)
+        print(text.rstrip())
 
     def fields(self, pairs):
         """Names and values under one another; a value of None is left out."""
@@ -221,13 +228,13 @@ def fit(widths, shrinks, most):
     return widths
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Settings
 # Owns: which controller, which token. Ignores: whether they are right.
 
 
 def read_url(flag):
-    """The controller's address, checked: http or https, no password, no query. The value is not repeated: it may hold a secret."""
+    """The controller's address: http(s), no password, no query. A wrong one is not repeated: it may hold a secret."""
     source = "--url" if flag else "DEPLOYBOT_URL"
     url = flag or os.environ.get("DEPLOYBOT_URL") or DEFAULT_URL
     try:
@@ -236,7 +243,7 @@ def read_url(flag):
     except ValueError:
         good = False
     if not good or parts.username is not None or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
-        raise Failure(WRONG_USE, f"{source} is no address of a controller: write it like {DEFAULT_URL} (no user, no password, no query)")
+        raise Failure(WRONG_USE, f"{source} is no controller's address: write it as {DEFAULT_URL}, without a password")
     return url.rstrip("/")
 
 
@@ -255,7 +262,7 @@ def own_file(path):
 
 
 def find_token(url):
-    """(token or None, the words that say where it comes from). Only an owned admin.token goes, and only to this machine."""
+    """(token or None, where it comes from). An admin.token is this user's own, and goes to this machine alone."""
     if os.environ.get("DEPLOYBOT_TOKEN"):
         return os.environ["DEPLOYBOT_TOKEN"].strip(), "DEPLOYBOT_TOKEN"
     path = os.environ.get("DEPLOYBOT_TOKEN_FILE")
@@ -278,7 +285,7 @@ def read_token(url):
     return token, source
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Client
 # Owns: HTTP, and the words for what comes back wrong. Ignores: what the calls mean.
 
@@ -297,7 +304,8 @@ def reason_of(error):
     cause = getattr(error, "reason", error)
     if isinstance(cause, TimeoutError):
         return "no answer in time"
-    return clean(getattr(cause, "verify_message", None) or getattr(cause, "strerror", None) or str(cause) or type(cause).__name__)
+    words = [getattr(cause, name, None) for name in ("verify_message", "strerror")]
+    return clean(next(filter(None, words), None) or str(cause) or type(cause).__name__)
 
 
 def problem_of(response):
@@ -349,7 +357,8 @@ class Client:
         except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
-            raise Failure(NOT_REACHED, f"{target} did not answer with JSON: --url or DEPLOYBOT_URL must name a DeployBot controller")
+            hint = "--url or DEPLOYBOT_URL must name a DeployBot controller"
+            raise Failure(NOT_REACHED, f"{target} did not answer with JSON: {hint}")
         return response.status, answer
 
     def _open(self, method, target, body, headers, timeout, good=()):
@@ -371,12 +380,12 @@ class Client:
             raise self._unreached(target, error) from None
 
     def _open_with(self):
-        """An opener that has no handler for redirects: followed, they would carry the token elsewhere. No proxy for loopback."""
+        """An opener without a handler for redirects: followed, they would carry the token elsewhere."""
         if self._opener is None:
-            from urllib import request
+            from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler
 
-            self._opener = request.OpenerDirector()
-            for handler in (request.HTTPHandler(), request.HTTPSHandler(), request.ProxyHandler({} if is_loopback(self.url) else None)):
+            self._opener = OpenerDirector()
+            for handler in (HTTPHandler(), HTTPSHandler(), ProxyHandler({} if is_loopback(self.url) else None)):
                 self._opener.add_handler(handler)
         return self._opener
 
@@ -395,24 +404,25 @@ class Client:
 
     def _hint(self, status, headers):
         if status < 400:
-            return f"redirects are not followed, name the controller itself with --url (this one points to {headers.get('Location')})"
+            return f"redirects are not followed, name the controller itself (this leads to {headers.get('Location')})"
         if status == 401:
-            sent = f"the token from {self.token_source} is not one of this controller's" if self.token else "no token was sent"
+            sent = f"the token from {self.token_source} is not valid here" if self.token else "no token was sent"
             return f"{sent}, set DEPLOYBOT_TOKEN or DEPLOYBOT_TOKEN_FILE"
         if status == 429 or status >= 500:
             return f"try again in {headers.get('Retry-After', '5')} s"
         return HINTS.get(status, "see `ctl.py --help`")
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Stream
-# Owns: server-sent events (WHATWG HTML, 9.2.6), resuming at Last-Event-ID, several streams as one. Ignores: what is shown.
+# Owns: server-sent events (WHATWG HTML, 9.2.6), resuming at Last-Event-ID, several streams as one. Ignores: the screen.
 
-Event = namedtuple("Event", "kind data")  # kind: log, job, gap, end as the controller sends them (data: dict), or note (data: text)
+# kind: log, job, gap, end as the controller sends them (data: dict), or note (data: text)
+Event = namedtuple("Event", "kind data")
 
 
 def sse_lines(chunks):
-    """Lines out of pieces of bytes; each ends with LF, CR or CRLF (so a CR at the end of a piece waits for the next byte)."""
+    """Lines out of pieces of bytes; each ends with LF, CR or CRLF (a CR at the end of a piece waits for the next)."""
     rest = b""
     for chunk in chunks:
         *lines, rest = re.split(rb"\r\n|\n|\r(?=[^\n])", rest + chunk)
@@ -465,7 +475,7 @@ class Backoff:
 
 
 class Stream:
-    """The events that match `query`, over as many connections as it takes; iterating ends when the job of a one-job query has."""
+    """The events that match `query`, over as many connections as it takes; that of one job ends with the job."""
 
     def __init__(self, client, query, backoff=None):
         self.client, self.query, self.backoff = client, query, backoff or Backoff()
@@ -497,23 +507,23 @@ class Stream:
 
     def _read(self, response):
         """The events of one connection up to `end`; Failure (again) when it breaks, ends early or falls silent."""
-        from http.client import HTTPException
-
-        why = "the controller ended the stream"
-        pieces = iter(lambda: response.read1(SSE_READ_BYTES), b"")
-        events = sse_events(sse_lines(pieces))
-        while True:
-            try:
-                seen, kind, data = next(events)
-            except (OSError, HTTPException, StopIteration) as error:
-                why = why if isinstance(error, StopIteration) else reason_of(error)
-                raise Failure(NOT_REACHED, f"{self.client.target('/v1/logs/stream', self.query)} ({why})", again=True) from None
+        for seen, kind, data in sse_events(sse_lines(self._pieces(response))):
             self.last_id = seen or self.last_id
             self.backoff.delivered()
             if data is not None:
                 yield Event(kind, json.loads(data))
             if kind == "end":
                 return
+
+    def _pieces(self, response):
+        from http.client import HTTPException
+
+        why = "the controller ended the stream"
+        try:
+            yield from iter(lambda: response.read1(SSE_READ_BYTES), b"")
+        except (OSError, HTTPException) as error:
+            why = reason_of(error)
+        raise Failure(NOT_REACHED, f"{self.client.target('/v1/logs/stream', self.query)} ({why})", again=True)
 
 
 def pump(stream, events):
@@ -548,7 +558,7 @@ def merged(streams):
             yield event
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Views
 # Owns: what people see of jobs, hosts, apps and log lines. Ignores: where they came from.
 
@@ -562,11 +572,17 @@ def state(job):
 def show_jobs(screen, jobs):
     """A row a job; ids are cut to the one length that tells them apart."""
     ids = short_ids(job["id"] for job in jobs)
-    rows = [
-        [ids[job["id"]], job["status"], job["app"], job["host"], short_commit(job["ref"]), short_commit(job["commit"])]
-        + [ago(job["created_at"]), took(job), job["reason"] or job["hold"]]
-        for job in jobs
-    ]
+    rows = []
+    for job in jobs:
+        what = [
+            ids[job["id"]],
+            job["status"],
+            job["app"],
+            job["host"],
+            short_commit(job["ref"]),
+            short_commit(job["commit"]),
+        ]
+        rows.append([*what, ago(job["created_at"]), took(job), job["reason"] or job["hold"]])
     headers = ["JOB", "STATUS", "APP", "HOST", "REF", "COMMIT", "CREATED", "TOOK", "REASON"]
     screen.table(headers, rows, shrink=("APP", "HOST", "REF"))
 
@@ -576,7 +592,10 @@ def show_job(screen, client, job):
     pairs = [
         ("job", job["id"]),
         ("status", state(job)),
-        *[(name, job[name]) for name in ("hold", "exit_code", "error", "app", "repo", "ref", "commit", "rolled_back_to", "host")],
+        *[
+            (name, job[name])
+            for name in ("hold", "exit_code", "error", "app", "repo", "ref", "commit", "rolled_back_to", "host")
+        ],
         ("attempt", f"{job['attempt']} of {job['retries'] + 1}" if job["retries"] else job["attempt"]),
         ("created", f"{ago(job['created_at'])} by {job['created_by'] or '-'}"),
         ("started", job["started_at"] and ago(job["started_at"])),
@@ -600,11 +619,11 @@ def show_outcome(screen, client, job):
 
 
 def show_hosts(screen, hosts):
-    rows = [
-        [host["hostname"], host["agent_status"], ago(host["last_seen"]), host["running"], host["pending"], host["slots"]]
-        + ["drained" if host["drained"] else " "]
-        for host in hosts
-    ]
+    rows = []
+    for host in hosts:
+        counts = [host[name] for name in ("running", "pending", "slots")]
+        drained = "drained" if host["drained"] else " "
+        rows.append([host["hostname"], host["agent_status"], ago(host["last_seen"]), *counts, drained])
     screen.table(["HOST", "AGENT", "LAST SEEN", "RUNNING", "PENDING", "SLOTS", ""], rows, shrink=("HOST",))
 
 
@@ -624,7 +643,8 @@ def show_apps(screen, apps):
             there = [host["hostname"], short_commit(host["commit"]), ago(host["deployed_at"]), jobs.get(host["job_id"])]
             rows.append([*named[:2], *there, named[2]])
             named = [" ", " ", " "]
-    screen.table(["APP", "REPO", "HOST", "COMMIT", "DEPLOYED", "JOB", "ON PUSH"], rows, shrink=("APP", "REPO", "HOST", "ON PUSH"))
+    headers = ["APP", "REPO", "HOST", "COMMIT", "DEPLOYED", "JOB", "ON PUSH"]
+    screen.table(headers, rows, shrink=("APP", "REPO", "HOST", "ON PUSH"))
 
 
 class LogView:
@@ -634,7 +654,9 @@ class LogView:
         self.screen, self.prefix, self.events = screen, prefix, events
 
     def line(self, line):
-        message = line["message"] if self.screen.raw else self.screen.paint(clean(line["message"]), LEVEL_COLOURS.get(line["level"]))
+        message = line["message"]
+        if not self.screen.raw:
+            message = self.screen.paint(clean(message), LEVEL_COLOURS.get(line["level"]))
         source = " ".join(cell(line[name]) for name in self.prefix)
         self.screen.line(self.screen.paint(source + " | ", "cyan") + message if source else message)
 
@@ -650,10 +672,11 @@ class LogView:
             self.screen.note(f"lines are missing here: {event.data['detail']}")
         elif event.kind == "job" and self.events:
             job = event.data
-            self.screen.note(f"-- {job['app']} on {job['host']}: {state(job)} (attempt {job['attempt']} of job {job['id']})")
+            where = f"{job['app']} on {job['host']}"
+            self.screen.note(f"-- {where}: {state(job)} (attempt {job['attempt']} of job {job['id']})")
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Verbs
 # Owns: one function a verb, (client, screen, options) -> exit code. Ignores: argv, what a failure looks like.
 
@@ -681,7 +704,7 @@ def find_job(client, text):
     """The Job whose id starts with `text`; Failure where there is none or more than one."""
     prefix = text.lower()
     if not re.fullmatch(r"[0-9a-f-]{1,36}", prefix):
-        raise Failure(WRONG_USE, f"{clean(text)!r} is no start of a job's id (hex digits and dashes): `ctl.py jobs` lists them")
+        raise Failure(WRONG_USE, f"{text!r} is no start of a job's id (hex and dashes): `ctl.py jobs` lists them")
     if len(prefix) == 36:
         return get_job(client, prefix)
     query = {"id": prefix, "limit": CANDIDATES}
@@ -711,18 +734,19 @@ def watch(client, screen, jobs, show):
 
 
 def conclude(client, screen, options, results):
-    """Shows the answers to creations, {job, created, warning?} each, and waits for the ends where the options say so."""
+    """Shows the answers to creations, {job, created, warning?} each; waits for the ends where the options say so."""
     for one in results:
         if one.get("warning"):
             screen.note(f"warning: {one['warning']}")
         if not one["created"]:
-            screen.note(f"{one['job']['host']}: this deployment is {one['job']['status']} already, --force makes a new one")
+            job = one["job"]
+            screen.note(f"{job['host']}: this deployment is {job['status']} already, --force makes a new one")
     made = [one["job"] for one in results]
     if not (options.follow or options.wait):
         screen.show({"results": results}, lambda: show_jobs(screen, made))
         return DONE
     ended = watch(client, screen, made, options.follow)
-    document = {"results": [{**one, "job": job} for one, job in zip(results, ended)]}
+    document = {"results": [{**one, "job": job} for one, job in zip(results, ended, strict=True)]}
     if screen.as_json and options.follow:
         screen.object_line({"event": "results", "data": document})
     else:
@@ -767,10 +791,11 @@ def cancel(client, screen, options):
 
 
 def jobs(client, screen, options):
-    page = list_jobs(client, options.limit, status=options.status, host=options.host, app=options.app, repo=options.repo)
+    filters = {name: getattr(options, name) for name in ("status", "host", "app", "repo")}
+    page = list_jobs(client, options.limit, **filters)
     screen.show(page, lambda: show_jobs(screen, page["jobs"]))
     if not page["jobs"]:
-        screen.note(f"no such jobs at {client.url}; to make one: ctl.py deploy --repo OWNER/NAME --ref main --host HOST")
+        screen.note(f"no such jobs at {client.url}: ctl.py deploy --repo OWNER/NAME --ref main --host HOST makes one")
     elif page["next"]:
         screen.note(f"there are older ones: --limit {options.limit * 10}")
     return DONE
@@ -821,11 +846,12 @@ def health(client, screen, options):
     pairs = [(name, answer[name]) for name in ("status", "version", "database")]
     screen.show(answer, lambda: screen.fields([*pairs, ("uptime", span(answer["uptime"])), ("url", client.url)]))
     if code != 200:
-        raise Failure(NOT_REACHED, f"{client.target('/health')} answers {code}, {answer['database']}: the controller's log says more")
+        why = f"{client.target('/health')} answers {code}, {answer['database']}"
+        raise Failure(NOT_REACHED, f"{why}: the controller's log says more")
     return DONE
 
 
-# Logs are three readings: `-f` is the stream; a job's stored lines come by pages; without a job, the newest jobs' lines.
+# Logs are three readings: `-f` the stream; --job a job's stored lines, page by page; neither, the newest jobs' lines.
 
 
 def log_lines(client, job):
@@ -885,7 +911,7 @@ def logs(client, screen, options):
     return DONE
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Command line
 # Owns: argv, the table of verbs, help. Ignores: what the verbs do.
 
@@ -937,7 +963,7 @@ def pair(text):
 
 
 JOB_HELP = "a job's id, or any start of it that only it has"
-TAIL_HELP = f"the last N lines (default: all of a job, else {DEFAULT_TAIL}; with -f {DEFAULT_TAIL} and at most {STREAM_TAIL_MOST})"
+TAIL_HELP = f"the last N lines (default: all of a job, else {DEFAULT_TAIL}; with -f at most {STREAM_TAIL_MOST})"
 
 HOST, APP, REPO = (("--host", {}), ("--app", {}), ("--repo", {"metavar": "OWNER/NAME"}))
 JOB = ("job", {"metavar": "JOB", "help": JOB_HELP})
@@ -952,12 +978,12 @@ DEPLOY = (
     ("--app", {"help": "default: the only app of that repository"}),
     ("--force", {"action": "store_true", "help": "a new job, also while the same is pending or running"}),
     ("--timeout", {"type": whole(1), "metavar": "SECONDS", "help": "default: the app's, or an hour"}),
-    ("--retries", {"type": whole(0), "metavar": "N", "help": "attempts after one that was lost (default: the app's, or 0)"}),
-    ("--metadata", {"type": pair, "action": "append", "metavar": "KEY=VALUE", "help": "kept with the job; may be repeated"}),
+    ("--retries", {"type": whole(0), "metavar": "N", "help": "attempts after one that was lost (or the app's)"}),
+    ("--metadata", {"type": pair, "action": "append", "metavar": "KEY=VALUE", "help": "kept with the job; repeatable"}),
 )
 LOGS = (
     ("--job", {"metavar": "JOB", "help": JOB_HELP}),
-    ("--follow", "-f", {"action": "store_true", "help": "go on with what comes; with --job until its deployment has ended"}),
+    ("--follow", "-f", {"action": "store_true", "help": "go on with what comes; with --job until its deployment ends"}),
     ("--tail", {"type": whole(0), "metavar": "N", "help": TAIL_HELP}),
     ("--raw", {"action": "store_true", "help": "leave control characters and colours of the scripts in"}),
 )
@@ -974,19 +1000,19 @@ COMMON = (  # before or behind the verb
     ("--json", {"action": "store_true", "default": argparse.SUPPRESS, "help": "JSON on stdout, for programs"}),
 )
 
-LOGS_HELP = f"show a job's log, or the last lines of the {RECENT_JOBS} newest jobs (each job's together), or with -f all as it comes"
+LOGS_HELP = f"show a job's log, or the last lines of the {RECENT_JOBS} newest jobs, or with -f what comes"
 
 Verb = namedtuple("Verb", "name run options help example")
 
 VERBS = (
-    Verb("deploy", deploy, DEPLOY + WATCH, "deploy a ref of a repository to hosts", "--repo myorg/web --ref main --host web-01 --follow"),
+    Verb("deploy", deploy, DEPLOY + WATCH, "deploy a ref to hosts", "--repo myorg/web --ref main --host web-01 --wait"),
     Verb("status", status, (JOB,), "show a job", "0199c2f0"),
     Verb("logs", logs, (HOST, APP, *LOGS), LOGS_HELP, "-f --host web-01"),
     Verb("jobs", jobs, (HOST, APP, REPO, *JOBS), "list jobs, newest first", "--status failed --limit 50"),
     Verb("hosts", hosts, HOSTS, "list hosts; drain, resume or remove one", "drain web-01"),
     Verb("apps", apps, (), "list the apps of apps.yaml and what each host runs", "--json"),
     Verb("cancel", cancel, (JOB,), "end a job: a pending one at once, a running one through its agent", "0199c2f0"),
-    Verb("retry", retry, (JOB, *WATCH), "make an ended job again, as a new job", "0199c2f0 --wait"),
+    Verb("retry", retry, (JOB, *WATCH), "make an ended job again, as a new job", "0199c2f0 --follow"),
     Verb("reload", reload, (), "make the controller read its apps.yaml again", ""),
     Verb("health", health, (), "ask whether the controller is well", ""),
 )
@@ -1009,14 +1035,14 @@ def make_parser():
     add_options(parser, COMMON)
     verbs = parser.add_subparsers(title="verbs (each has its own --help)", metavar="VERB", dest="verb")
     for verb in VERBS:
-        title = f"{verb.help[0].upper()}{verb.help[1:]}."
-        one = verbs.add_parser(verb.name, help=verb.help, description=title, epilog=f"example:\n  {examples[verb.name]}")
+        words = {"help": verb.help, "description": verb.help, "epilog": f"example:\n  {examples[verb.name]}"}
+        one = verbs.add_parser(verb.name, **words)
         one.set_defaults(run=verb.run)
         add_options(one, verb.options + COMMON)
     return parser
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Main
 # Owns: the exit code, and that nobody sees a traceback. Ignores: the rest.
 
@@ -1038,10 +1064,8 @@ def run(argv):
 
 
 def complain(text):
-    try:
+    with suppress(OSError):  # nobody is left to be told
         print(f"ctl.py: {clean(text)}", file=sys.stderr, flush=True)
-    except OSError:
-        pass  # nobody is left to be told
 
 
 def abandon_stdout():
@@ -1049,15 +1073,10 @@ def abandon_stdout():
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def main(argv=None):
-    """Runs one command; its exit code."""
+def outcome(argv):
+    """`run`, with what goes wrong told in a line; the exit code."""
     try:
-        for stream in filter(None, (sys.stdout, sys.stderr)):
-            stream.reconfigure(errors="replace")
-        code = run(argv)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-        return code
+        return run(argv)
     except SystemExit as end:  # argparse, after --help and --version
         return end.code or DONE
     except Failure as failure:
@@ -1065,6 +1084,17 @@ def main(argv=None):
         return failure.code
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def main(argv=None):
+    """Runs one command; its exit code."""
+    try:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.reconfigure(errors="replace")
+        code = outcome(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except BrokenPipeError:
         abandon_stdout()
         return BROKEN_PIPE
