@@ -1,0 +1,1204 @@
+"""ctl.py against a real controller, and against a scripted server where the controller would have to misbehave.
+
+Most tests call `ctl.main` in this process; what only a process has (terminal, pipe, Ctrl-C) is tried on real ones.
+Nothing sleeps to wait: an agent's heartbeat parks until there is a job, a reader reads until the line is there.
+"""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections import namedtuple
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+import ctl
+
+CTL = Path(ctl.__file__)
+LIMIT_S = 15  # a test that waits longer has failed
+Result = namedtuple("Result", "code out err")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Running ctl
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch, tmp_path):
+    """No setting of whoever runs the tests, and a folder without data/admin.token."""
+    for name in list(os.environ):
+        if name.startswith("DEPLOYBOT_") or name.lower().endswith("_proxy") or name in ("NO_COLOR", "COLUMNS"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def here(capsys):
+    """Runs ctl in this process."""
+
+    def run(*argv):
+        code = ctl.main([str(one) for one in argv])
+        return Result(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run(controller, here, monkeypatch):
+    """Runs ctl in this process, on the controller."""
+    monkeypatch.setenv("DEPLOYBOT_URL", controller.url)
+    if getattr(controller, "token", None):
+        monkeypatch.setenv("DEPLOYBOT_TOKEN", controller.token)
+    return here
+
+
+@pytest.fixture
+def start():
+    """Starts ctl as a process of its own; what is still there at the end is killed."""
+    processes = []
+
+    def start(*argv, command=(str(CTL),), **options):
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+        processes.append(subprocess.Popen([sys.executable, *command, *argv], **options))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+        for pipe in filter(None, (process.stdout, process.stderr)):
+            pipe.close()
+
+
+def json_lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# An agent of the tests
+
+
+class Agent:
+    """The four calls of an agent, made by hand."""
+
+    def __init__(self, controller, hostname="web-01"):
+        self.controller, self.hostname, self.offset = controller, hostname, 0
+        self.id = self.call("POST", "/v1/agents/register", {"hostname": hostname, "capabilities": {}})["id"]
+
+    def call(self, method, path, body=None):
+        status, answer = self.controller.call(method, path, body)
+        assert status < 300, answer
+        return answer
+
+    def take(self):
+        """The next job of this host; waits for it."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            answer = self.call("POST", f"/v1/agents/{self.id}/heartbeat", {"status": "online", "wait": 5})
+            if answer["job"]:
+                self.offset = 0
+                return answer["job"]
+        raise AssertionError(f"no job for {self.hostname}")
+
+    def log(self, job, *messages, level="info"):
+        lines = [{"message": message, "level": level} for message in messages]
+        body = {"attempt": job["attempt"], "offset": self.offset, "lines": lines}
+        self.offset = self.call("POST", f"/v1/jobs/{job['id']}/logs", body)["next_offset"]
+
+    def end(self, job, status="success", **result):
+        self.call("POST", f"/v1/jobs/{job['id']}/result", {"attempt": job["attempt"], "status": status, **result})
+
+    def work(self, *messages, status="success", **result):
+        job = self.take()
+        self.log(job, *messages)
+        self.end(job, status, **result)
+
+    def start(self, *messages, **result):
+        """`work` in a thread, so that ctl can wait for it meanwhile."""
+        thread = threading.Thread(target=self.work, args=messages, kwargs=result, daemon=True)
+        thread.start()
+        return thread
+
+
+@pytest.fixture
+def agent(controller):
+    return Agent(controller)
+
+
+def make(controller, ref="main", host="web-01", **more):
+    status, answer = controller.call("POST", "/v1/jobs", {"repo": "myorg/web", "ref": ref, "host": host, **more})
+    assert status == 201, answer
+    return answer["job"]
+
+
+FAILURE = {"status": "failed", "exit_code": 3, "error": "npm ci ended with 3", "reason": "exit_code"}
+DEPLOY = ("deploy", "--repo", "myorg/web", "--ref", "main", "--host", "web-01")
+
+
+def ended_job(controller, agent, *messages, ref="main", **result):
+    job = make(controller, ref=ref, host=agent.hostname)
+    agent.work(*messages, **result)
+    return job
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A server that does what it is told
+
+
+class Scripted:
+    """Answers each request with the next of `answers` (the last one for ever), and keeps the requests.
+
+    An answer is (status, headers, body), or a function of the handler.
+    """
+
+    def __init__(self, *answers):
+        self.answers, self.requests = list(answers), []
+        script = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def answer(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                script.requests.append(
+                    (self.command, self.path, {name.lower(): value for name, value in self.headers.items()}, body)
+                )
+                step = script.answers.pop(0) if len(script.answers) > 1 else script.answers[0]
+                if callable(step):
+                    return step(self)
+                status, headers, text = step
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(text.encode())
+
+            do_GET = do_POST = do_DELETE = answer
+
+            def log_message(self, *args):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def scripted():
+    servers = []
+
+    def make(*answers):
+        servers.append(Scripted(*answers))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+def as_json(status, document, **headers):
+    return status, {"Content-Type": "application/json", **headers}, json.dumps(document)
+
+
+def problem(status, detail, **more):
+    return as_json(status, {"type": "about:blank", "title": "No", "status": status, "detail": detail, **more})
+
+
+JOB = {
+    "id": "0199c2f0-1111-7000-8000-000000000001", "repo": "myorg/web", "ref": "main", "host": "web-01", "app": "web", "status": "success",
+    "reason": None, "hold": None, "metadata": {}, "attempt": 1, "retries": 0, "timeout": 3600, "created_at": "2026-11-23T13:13:37.123Z",
+    "created_by": "admin", "started_at": "2026-11-23T13:13:38.000Z", "completed_at": "2026-11-23T13:15:43.000Z",
+    "cancel_requested_at": None, "assigned_agent": None, "exit_code": 0, "error": None, "commit": "c0ffee" + "0" * 34,
+    "rolled_back_to": None, "superseded_by": None, "retry_of": None, "deployment_id": None,
+}  # fmt: skip
+
+
+def frame(number, kind, data):
+    return f"id: e-{number}\nevent: {kind}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def log_frame(number, message=None):
+    where = {"position": number, "job_id": JOB["id"], "host": "web-01", "app": "web", "attempt": 1, "offset": number}
+    return frame(
+        number,
+        "log",
+        {**where, "message": message or f"line {number}", "level": "info", "timestamp": JOB["created_at"]},
+    )
+
+
+END = frame(99, "end", {"job_id": JOB["id"], "status": "success"})
+
+
+def events(*frames, then=None):
+    """An event stream of `frames`; `then(handler)` runs before it breaks off."""
+
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/event-stream")
+        handler.end_headers()
+        handler.wfile.write(b"".join(frames))
+        handler.wfile.flush()
+        if then:
+            then(handler)
+
+    return answer
+
+
+def reset(handler):
+    """Ends the connection with RST."""
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
+
+
+@pytest.fixture
+def at_once(monkeypatch):
+    """Pauses between connections take no time."""
+    monkeypatch.setattr(ctl.Backoff.__init__, "__defaults__", (time.monotonic, lambda seconds: None, lambda: 1))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# deploy, --wait, --follow
+
+
+def test_deploy_makes_a_pending_job(run, controller, agent):
+    result = run(*DEPLOY)
+    assert result.code == 0
+    header, row = result.out.splitlines()
+    assert header.split()[:5] == ["JOB", "STATUS", "APP", "HOST", "REF"]
+    job_id, *rest = row.split()
+    assert rest[:4] == ["pending", "myorg--web", "web-01", "main"]
+    assert len(job_id) == ctl.SHORT_ID
+    assert len(controller.call("GET", f"/v1/jobs?id={job_id}")[1]["jobs"]) == 1
+
+
+def test_deploy_json_is_one_document_with_what_was_asked(run, agent):
+    more = ("--app", "site", "--timeout", "90", "--retries", "2", "--metadata", "ticket=OPS=7", "--metadata", "who=me")
+    result = run(*DEPLOY, *more, "--json")
+    (one,) = json.loads(result.out)["results"]
+    assert one["created"] is True
+    job = one["job"]
+    assert (job["app"], job["timeout"], job["retries"]) == ("site", 90, 2)
+    assert job["metadata"].items() >= {"ticket": "OPS=7", "who": "me"}.items()
+    assert job["created_at"].endswith("Z")
+
+
+def test_deploy_again_is_the_same_job_unless_forced(run, agent):
+    first, second, third = (
+        json.loads(run(*DEPLOY, "--json", *more).out)["results"][0] for more in ((), (), ("--force",))
+    )
+    assert second["job"]["id"] == first["job"]["id"] and second["created"] is False
+    assert third["job"]["id"] != first["job"]["id"] and third["created"] is True
+    assert "pending already" in run(*DEPLOY).err
+
+
+def test_deploy_to_several_hosts_makes_a_job_each(run, controller):
+    Agent(controller, "web-01"), Agent(controller, "web-02")
+    result = run(*DEPLOY, "--host", "web-02", "--host", "web-01", "--json")
+    assert [one["job"]["host"] for one in json.loads(result.out)["results"]] == ["web-01", "web-02"]
+
+
+def test_a_refusal_among_several_hosts_tells_what_was_made(run, agent, controller):
+    result = run(*DEPLOY, "--host", "not a host", "--host", "web-03")
+    assert result.code == ctl.REFUSED
+    assert "web-01" in result.out and "1 made before it go on" in result.err
+    assert [job["host"] for job in controller.call("GET", "/v1/jobs")[1]["jobs"]] == ["web-01"]
+
+
+def test_the_warning_of_an_unknown_host_goes_to_stderr(run, agent):
+    result = run("deploy", "--repo", "myorg/web", "--ref", "main", "--host", "web-1", "--json")
+    assert result.code == 0
+    assert result.err.startswith("warning: ") and "web-1" in result.err
+    json.loads(result.out)
+
+
+def test_wait_is_quiet_and_prints_the_outcome(run, agent):
+    thread = agent.start("building", commit="c0ffee" + "0" * 34)
+    result = run(*DEPLOY, "--wait")
+    thread.join()
+    assert result.code == 0 and result.err == ""
+    assert re.fullmatch(r"success: myorg--web on web-01, commit c0ffee00, took \w+\n", result.out)
+
+
+def test_a_failed_deployment_ends_with_1_and_says_what_one_needs(run, agent):
+    thread = agent.start("building", **FAILURE)
+    result = run(*DEPLOY, "--wait")
+    thread.join()
+    assert result.code == ctl.FAILED
+    assert "failed: myorg--web on web-01" in result.out
+    assert (
+        "reason: exit_code" in result.out
+        and "error: npm ci ended with 3" in result.out
+        and "exit code: 3" in result.out
+    )
+    command = re.search(r"log: ctl\.py (.*)", result.out)[1]
+    assert run(*command.split()).out == "building\n"
+
+
+def test_wait_json_is_one_document_with_the_ended_job(run, agent):
+    thread = agent.start("building", **FAILURE)
+    result = run(*DEPLOY, "--wait", "--json")
+    thread.join()
+    assert result.code == ctl.FAILED
+    assert json.loads(result.out)["results"][0]["job"]["exit_code"] == 3
+
+
+def test_follow_shows_the_log_then_the_outcome(run, agent):
+    thread = agent.start("one", "two")
+    result = run(*DEPLOY, "--follow")
+    thread.join()
+    assert result.code == 0
+    assert result.out.splitlines()[:2] == ["one", "two"]
+    assert result.out.splitlines()[2].startswith("success: myorg--web on web-01")
+
+
+def test_follow_of_several_hosts_names_the_host_of_each_line(run, controller):
+    threads = [Agent(controller, "web-01").start("a", "b"), Agent(controller, "web-02").start("c", **FAILURE)]
+    result = run(*DEPLOY, "--host", "web-02", "--follow")
+    for thread in threads:
+        thread.join()
+    lines = result.out.splitlines()
+    assert result.code == ctl.FAILED
+    assert [line for line in lines if line.startswith("web-01 | ")] == ["web-01 | a", "web-01 | b"]
+    assert "web-02 | c" in lines
+    assert any(line.startswith("success: myorg--web on web-01") for line in lines)
+    assert any(line.startswith("failed: myorg--web on web-02") for line in lines)
+
+
+def test_follow_json_is_an_object_a_line_and_ends_with_the_results(run, agent):
+    thread = agent.start("one", "two")
+    result = run(*DEPLOY, "--follow", "--json")
+    thread.join()
+    lines = json_lines(result.out)
+    assert [line["data"]["message"] for line in lines if line["event"] == "log"] == ["one", "two"]
+    assert lines[-1]["event"] == "results"
+    assert lines[-1]["data"]["results"][0]["job"]["status"] == "success"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# status, jobs, and how a job is named
+
+
+def test_status_shows_a_job_by_the_start_of_its_id(run, controller, agent):
+    job = ended_job(controller, agent, "x", **FAILURE)
+    result = run("status", job["id"][:18].upper())
+    assert result.code == 0
+    assert re.search(r"^status +failed \(exit_code\)$", result.out, re.MULTILINE)
+    assert re.search(r"^created +\w+ ago by ", result.out, re.MULTILINE)
+    assert json.loads(run("status", job["id"], "--json").out)["job"]["id"] == job["id"]
+
+
+def common_start(one, other):
+    return one[: next(i for i in range(36) if one[i] != other[i])]
+
+
+def test_an_ambiguous_start_lists_the_candidates(run, controller):
+    first, second = make(controller, "a"), make(controller, "b")
+    result = run("cancel", common_start(first["id"], second["id"]))
+    assert result.code == ctl.WRONG_USE
+    assert first["id"] in result.err and second["id"] in result.err and result.err.count("\n") == 1
+    assert controller.call("GET", f"/v1/jobs/{first['id']}")[1]["job"]["status"] == "pending"
+
+
+@pytest.mark.parametrize("name", ["ffffffff", "ffffffff-ffff-7fff-8fff-ffffffffffff"])
+@pytest.mark.parametrize("verb", ["status", "cancel", "retry"])
+def test_a_job_that_is_not_there_is_refused(run, controller, verb, name):
+    make(controller)
+    result = run(verb, name)
+    assert result.code == ctl.REFUSED
+    assert controller.url in result.err and result.err.count("\n") == 1 and result.out == ""
+
+
+@pytest.mark.parametrize("name", ["", "../hosts", "xyz", "0" * 37])
+def test_what_cannot_start_an_id_is_wrong_use(run, name):
+    assert run("status", name).code == ctl.WRONG_USE
+
+
+def test_jobs_are_listed_newest_first_and_filtered(run, controller, agent):
+    ended_job(controller, agent, "x", ref="old", **FAILURE)
+    make(controller, "new")
+    make(controller, "other", host="web-02", app="api")
+
+    def refs(*argv):
+        return [job["ref"] for job in json.loads(run("jobs", "--json", *argv).out)["jobs"]]
+
+    assert refs() == ["other", "new", "old"]
+    assert refs("--status", "failed") == ["old"]
+    assert refs("--host", "web-02") == refs("--app", "api") == ["other"]
+    assert refs("--repo", "myorg/none") == []
+    assert refs("--limit", "1") == ["other"]
+
+
+def test_jobs_as_a_table(run, controller, agent):
+    job = ended_job(controller, agent, "x", ref="a" * 40, **FAILURE)
+    header, row = run("jobs").out.splitlines()
+    assert header.split() == ["JOB", "STATUS", "APP", "HOST", "REF", "COMMIT", "CREATED", "TOOK", "REASON"]
+    cells = re.split(r"  +", row)
+    assert cells[:6] == [job["id"][:13], "failed", "myorg--web", "web-01", "a" * 8, "-"]
+    assert cells[6].endswith("s ago") and cells[8] == "exit_code"
+
+
+def test_jobs_beyond_a_page_are_fetched_page_by_page(run, controller, monkeypatch):
+    monkeypatch.setattr(ctl, "PAGE_JOBS", 2)
+    made = [make(controller, f"r{number}")["id"] for number in range(5)]
+    listed = json.loads(run("jobs", "--limit", "5", "--json").out)
+    assert [job["id"] for job in listed["jobs"]] == made[::-1]
+    assert "older" not in run("jobs", "--limit", "5").err
+    assert "--limit 30" in run("jobs", "--limit", "3").err
+
+
+def test_no_jobs_says_how_to_make_one(run):
+    result = run("jobs")
+    assert (result.code, result.out) == (0, "") and "ctl.py deploy" in result.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# logs
+
+
+def test_logs_of_a_job_come_page_by_page(run, controller, agent, monkeypatch):
+    monkeypatch.setattr(ctl, "PAGE_LINES", 2)
+    job = ended_job(controller, agent, "1", "2", "3", "4", "5")
+    assert run("logs", "--job", job["id"][:20]).out.split() == ["1", "2", "3", "4", "5"]
+    assert run("logs", "--job", job["id"], "--tail", "3").out.split() == ["3", "4", "5"]
+    assert run("logs", "--job", job["id"], "--tail", "0").out == ""
+    lines = json.loads(run("logs", "--job", job["id"], "--json").out)["lines"]
+    assert [(line["message"], line["offset"], line["host"]) for line in lines] == [
+        (str(n + 1), n, "web-01") for n in range(5)
+    ]
+
+
+def test_logs_without_a_job_are_the_last_lines_of_the_newest_jobs(run, controller, agent):
+    ended_job(controller, agent, "a1", "a2", ref="a")
+    ended_job(controller, Agent(controller, "web-02"), "b1", ref="b")
+    ended_job(controller, agent, "c1", "c2", ref="c")
+    make(controller, "d")
+    every = ["web-01 myorg--web | a2", "web-02 myorg--web | b1", "web-01 myorg--web | c1", "web-01 myorg--web | c2"]
+    assert run("logs", "--tail", "4").out.splitlines() == every
+    assert run("logs", "--host", "web-02").out == "myorg--web | b1\n"
+    assert run("logs", "--host", "web-01", "--app", "myorg--web", "--tail", "3").out.split() == ["a2", "c1", "c2"]
+    assert json.loads(run("logs", "--tail", "1", "--json").out)["lines"][0]["message"] == "c2"
+
+
+def test_logs_f_of_a_job_ends_with_it(run, controller, agent):
+    job = ended_job(controller, agent, "1", "2", "3", **FAILURE)
+    result = run("logs", "-f", "--job", job["id"], "--tail", "2")
+    assert result.code == ctl.FAILED
+    assert result.out.splitlines()[:2] == ["2", "3"] and result.out.splitlines()[2].startswith("failed: ")
+    lines = json_lines(run("logs", "-f", "--job", job["id"], "--json").out)
+    assert [line["data"]["message"] for line in lines if line["event"] == "log"] == ["1", "2", "3"]
+    assert lines[-1] == {"event": "end", "data": {"job_id": job["id"], "status": "failed"}}
+
+
+def test_logs_f_of_a_host_shows_what_comes_and_only_that_host(controller, agent, start, run):
+    make(controller)
+    job = agent.take()
+    agent.log(job, "before")
+    process = start("logs", "-f", "--host", "web-01", env=dict(os.environ))
+    assert process.stdout.readline() == "myorg--web | before\n"
+    ended_job(controller, Agent(controller, "web-02"), "elsewhere")
+    agent.log(job, "after")
+    assert process.stdout.readline() == "myorg--web | after\n"
+    agent.end(job)
+    for line in process.stderr:
+        if "success" in line:
+            assert line.startswith("-- myorg--web on web-01: success")
+            break
+
+
+EVIL = "red \x1b[31mtext\x1b[0m \x1b]0;title\x07 \x9b2J a\tb \x08\x00\u202egnp.exe \x1b]8;;http://evil\x1b\\link"
+
+
+def test_control_characters_are_stripped_unless_raw(run, controller, agent):
+    job = ended_job(controller, agent, EVIL)
+    assert run("logs", "--job", job["id"]).out == "red text  2J a\tb gnp.exe link\n"
+    assert run("logs", "--job", job["id"], "--raw").out == EVIL + "\n"
+    followed = run("logs", "-f", "--job", job["id"]).out + run("logs").out
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", followed) and "gnp.exe" in followed
+    assert "\x1b" not in run("logs", "--job", job["id"], "--json").out
+
+
+def test_control_characters_of_every_other_answer_are_stripped(here, scripted, monkeypatch):
+    evil = {
+        name: "x\x1b[2J\r\ny" if isinstance(value, str) and not name.endswith("_at") else value
+        for name, value in JOB.items()
+    }
+    evil |= {"status": "failed\x1b[2J", "id": JOB["id"], "metadata": {"k\x1b[2J": "v\x07"}}
+    host = {
+        "hostname": "h\x1b[2J",
+        "agent_status": "online",
+        "last_seen": None,
+        "running": 0,
+        "pending": 0,
+        "slots": 1,
+        "drained": False,
+    }
+    app = {"name": "a\x07", "repo": "r\x1b", "hosts": [], "deploy_on_push": True, "branches": ["m\x9bain"]}
+    document = {
+        "job": evil,
+        "jobs": [evil],
+        "next": None,
+        "hosts": [host],
+        "apps": [app],
+        "message": "m\x1b[2J",
+        "created": True,
+    }
+    document |= {"status": "ok\x07", "version": "1\x07", "database": "ok\x07", "uptime": 1, "warning": "w\x1b[2J"}
+    server = scripted(as_json(200, document))
+    monkeypatch.setenv("DEPLOYBOT_URL", server.url)
+    verbs = (
+        ["status", JOB["id"]],
+        ["jobs"],
+        ["hosts"],
+        ["apps"],
+        ["cancel", JOB["id"]],
+        ["retry", JOB["id"]],
+        ["reload"],
+        ["health"],
+    )
+    for argv in (*verbs, [*DEPLOY]):
+        result = here(*argv)
+        assert result.code == 0, result
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", result.out + result.err), argv
+    refused = scripted(problem(409, "no\x1b[2J\nway"))
+    result = here("jobs", "--url", refused.url)
+    assert result.err.count("\n") == 1 and "\x1b" not in result.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# hosts, apps, cancel, retry, reload, health
+
+
+def test_hosts_and_what_is_done_to_them(run, controller, agent):
+    make(controller)
+    make(controller, host="web-09")
+    header, *rows = run("hosts").out.splitlines()
+    assert header.split() == ["HOST", "AGENT", "LAST", "SEEN", "RUNNING", "PENDING", "SLOTS"]
+    cells = {row.split()[0]: re.split(r"  +", row) for row in rows}
+    assert cells["web-01"][1] == "online" and cells["web-01"][2].endswith(" ago") and cells["web-01"][3:5] == ["0", "1"]
+    assert cells["web-09"][1:3] == ["unknown", "-"]
+    assert run("hosts", "drain", "web-01") == (0, "web-01 drained: it gets no new job\n", "")
+    assert re.search(r"^web-01 .* drained$", run("hosts").out, re.MULTILINE)
+    assert json.loads(run("hosts", "resume", "web-01", "--json").out)["host"]["drained"] is False
+    assert json.loads(run("hosts", "remove", "web-01", "--json").out) == {"hostname": "web-01", "removed": True}
+    assert run("hosts", "remove", "web-01").code == ctl.REFUSED
+    assert {host["hostname"]: host["agent_id"] for host in json.loads(run("hosts", "--json").out)["hosts"]}[
+        "web-01"
+    ] is None
+
+
+def test_a_host_with_a_running_job_is_not_removed(run, controller, agent):
+    make(controller)
+    agent.take()
+    result = run("hosts", "remove", "web-01")
+    assert result.code == ctl.REFUSED and "409" in result.err and controller.url in result.err
+
+
+def test_no_hosts_says_what_to_run(run):
+    assert "agent.py" in run("hosts").err
+
+
+def test_cancel(run, controller, agent):
+    pending, running = make(controller, "a", host="web-02"), make(controller, "b")
+    agent.take()
+    result = run("cancel", pending["id"])
+    assert result.code == 0 and result.out.startswith("cancelled: ")
+    result = run("cancel", running["id"])
+    assert result.code == 0 and result.out.startswith("cancel asked for: the agent of web-01")
+    assert "cancel asked for" in run("status", running["id"]).out
+    agent.end({**running, "attempt": 1}, "failed", exit_code=1)
+    result = run("cancel", running["id"])
+    assert result.code == ctl.REFUSED and "failed" in result.err
+
+
+def test_retry_is_a_new_job_of_an_ended_one(run, controller, agent):
+    old = ended_job(controller, agent, "x", **FAILURE)
+    thread = agent.start("again")
+    result = run("retry", old["id"][:20], "--wait")
+    thread.join()
+    assert result.code == 0 and result.out.startswith("success: ")
+    new = json.loads(run("jobs", "--limit", "1", "--json").out)["jobs"][0]
+    assert new["retry_of"] == old["id"]
+    pending = make(controller, "pending")
+    result = run("retry", pending["id"])
+    assert result.code == ctl.REFUSED and "409" in result.err
+
+
+def test_health(run, controller):
+    result = run("health")
+    assert result.code == 0
+    assert re.search(r"^status +ok$", result.out, re.MULTILINE) and controller.url in result.out
+    assert json.loads(run("health", "--json").out)["version"] == ctl.VERSION
+
+
+def test_a_sick_controller_is_shown_and_ends_with_3(here, scripted):
+    sick = {"status": "error", "version": "0.1.0", "uptime": 90061, "database": "disk I/O error"}
+    server = scripted(as_json(503, sick))
+    result = here("health", "--url", server.url)
+    assert result.code == ctl.NOT_REACHED
+    assert "1d1h" in result.out and "disk I/O error" in result.err
+    assert json.loads(here("health", "--json", "--url", server.url).out) == sick
+
+
+def test_apps_as_a_table_with_a_row_a_host(here, scripted):
+    ran = {"hostname": "web-01", "commit": "c0ffee" + "0" * 34, "job_id": JOB["id"], "deployed_at": JOB["completed_at"]}
+    never = {"hostname": "web-02", "commit": None, "job_id": None, "deployed_at": None}
+    apps = [
+        {
+            "name": "web",
+            "repo": "myorg/web",
+            "hosts": [ran, never],
+            "deploy_on_push": True,
+            "branches": ["main", "release/*"],
+        },
+        {"name": "api", "repo": "myorg/api", "hosts": [], "deploy_on_push": False, "branches": None},
+    ]
+    server = scripted(as_json(200, {"apps": apps}))
+    rows = [re.split(r"  +", row) for row in here("apps", "--url", server.url).out.splitlines()]
+    assert rows[0] == ["APP", "REPO", "HOST", "COMMIT", "DEPLOYED", "JOB", "ON PUSH"]
+    assert rows[1][:4] == ["web", "myorg/web", "web-01", "c0ffee00"] and rows[1][5:] == [
+        "0199c2f0-1111",
+        "main, release/*",
+    ]
+    assert rows[2][1:] == ["web-02", "-", "-", "-"]
+    assert rows[3] == ["api", "myorg/api", "-", "-", "-", "-", "-"]
+
+
+def test_apps_of_a_controller_without_any(run):
+    result = run("apps")
+    assert result.code == 0 and "reload" in result.err
+    assert json.loads(run("apps", "--json").out) == {"apps": []}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exit codes and error lines
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [], ["nonsense"], ["deploy"], ["deploy", "--repo", "a/b"], ["deploy", "--rep", "a/b", "--ref", "m", "--host", "h"],
+        [*DEPLOY, "--timeout", "0"], [*DEPLOY, "--retries", "-1"], [*DEPLOY, "--metadata", "novalue"], ["jobs", "--status", "done"],
+        ["jobs", "--limit", "0"], ["status"], ["hosts", "drain"], ["hosts", "explode", "web-01"], ["logs", "--job", "01", "--host", "h"],
+        ["logs", "-f", "--tail", "1001"], ["jobs", "--url", "ftp://example.com"], ["jobs", "--url", "http://me:secret@example.com"],
+        ["jobs", "--url", "http://example.com:99999"], ["jobs", "--url", "file:///etc/passwd"], ["jobs", "--url", "http://h/?token=secret"],
+        ["jobs", "--url", "http://h\r\nX: y/"],
+    ],
+)  # fmt: skip
+def test_wrong_use_is_2_in_one_line(here, argv):
+    result = here(*argv)
+    assert (result.code, result.out) == (ctl.WRONG_USE, "")
+    assert result.err.startswith("ctl.py: ") and result.err.count("\n") == 1
+    assert "secret" not in result.err
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    "argv", [["jobs"], ["status", "01"], [*DEPLOY], ["logs", "-f"], ["health"], ["hosts", "drain", "h"]]
+)
+def test_a_controller_that_is_not_there_is_3_and_named(here, argv, monkeypatch):
+    url = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("DEPLOYBOT_URL", url)
+    result = here(*argv)
+    assert (result.code, result.out) == (ctl.NOT_REACHED, "")
+    assert (
+        url in result.err and "refused" in result.err and "DEPLOYBOT_URL" in result.err and result.err.count("\n") == 1
+    )
+
+
+def hang_up(handler):
+    reset(handler)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        as_json(500, {"detail": "no"}), as_json(502, {}), (200, {}, "<html>"), (200, {}, "[]"), (200, {}, '{"unexpected": 1}'), (200, {}, ""),
+        (200, {}, "[" * 100_000), (200, {"Content-Length": "100"}, "{"), hang_up, (302, {"Location": "/login"}, ""), (503, {}, "busy"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_is_no_controllers_is_3(here, scripted, answer):
+    server = scripted(answer)
+    result = here("jobs", "--url", server.url)
+    assert result.code == ctl.NOT_REACHED
+    assert server.url in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 409, 413, 422, 429])
+def test_a_refusal_is_4_and_says_why(here, scripted, status):
+    server = scripted(problem(status, "because of this"))
+    result = here(*DEPLOY, "--url", server.url)
+    assert (result.code, result.out) == (ctl.REFUSED, "")
+    assert f"{status} from POST {server.url}/v1/jobs: because of this: " in result.err and result.err.count("\n") == 1
+
+
+def test_the_real_controller_names_each_wrong_field(run, controller):
+    result = run("deploy", "--repo", "no repo", "--ref=-x", "--host", "bad host")
+    assert result.code == ctl.REFUSED
+    assert f"422 from POST {controller.url}/v1/jobs" in result.err and result.err.count("\n") == 1
+    for field in ("repo: ", "ref: ", "host: "):
+        assert field in result.err
+
+
+def test_a_refusal_says_when_to_come_back(here, scripted):
+    server = scripted((429, {"Retry-After": "17"}, "{}"))
+    assert "try again in 17 s" in here("jobs", "--url", server.url).err
+
+
+def test_a_redirect_is_not_followed(here, scripted, monkeypatch):
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_secret")
+    elsewhere = scripted(as_json(200, {"jobs": [], "next": None}))
+    for status in (301, 302, 303, 307, 308):
+        server = scripted((status, {"Location": elsewhere.url + "/v1/jobs"}, ""))
+        assert here("jobs", "--url", server.url).code == ctl.NOT_REACHED
+        assert len(server.requests) == 1
+    assert elsewhere.requests == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens and addresses
+
+
+@pytest.fixture
+def sent(here, scripted):
+    """The Authorization header that a call with the present settings sends."""
+    server = scripted(as_json(200, {"jobs": [], "next": None}))
+
+    def sent(expect=0):
+        result = here("jobs", "--url", server.url)
+        assert result.code == expect
+        assert "dbt_" not in result.out + result.err
+        return server.requests[-1][2].get("authorization")
+
+    return sent
+
+
+def admin_token(text="dbt_admin\n"):
+    os.mkdir("data")
+    Path(ctl.TOKEN_FILE).write_text(text)
+
+
+def test_the_token_comes_from_the_first_place_that_has_one(sent, monkeypatch, tmp_path):
+    assert sent() is None
+    admin_token()
+    assert sent() == "Bearer dbt_admin"
+    (tmp_path / "token").write_text("dbt_file\n")
+    monkeypatch.setenv("DEPLOYBOT_TOKEN_FILE", str(tmp_path / "token"))
+    assert sent() == "Bearer dbt_file"
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_env")
+    assert sent() == "Bearer dbt_env"
+
+
+def test_a_token_file_of_someone_else_is_not_read(sent, monkeypatch):
+    admin_token()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    assert sent() is None
+
+
+@pytest.mark.parametrize("host", ["example.com", "10.0.0.1", "127.0.0.1.example.com", "localhost.example.com", "[::2]"])
+def test_admin_token_stays_on_this_machine(host):
+    admin_token()
+    assert ctl.read_token(f"http://{host}:8080")[0] is None
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "[::1]"])
+def test_admin_token_is_for_loopback(host):
+    admin_token()
+    assert ctl.read_token(f"http://{host}:8080")[0] == "dbt_admin"
+
+
+def test_a_token_that_no_header_can_carry_is_not_printed(here, monkeypatch):
+    for bad in ("dbt_a\r\nX: y", "dbt_é", "dbt_ a"):
+        monkeypatch.setenv("DEPLOYBOT_TOKEN", bad)
+        result = here("jobs")
+        assert result.code == ctl.WRONG_USE and "dbt_" not in result.err and result.err.count("\n") == 1
+
+
+def test_a_missing_token_file_is_named(here, monkeypatch):
+    monkeypatch.setenv("DEPLOYBOT_TOKEN_FILE", "/no/such/file")
+    result = here("jobs")
+    assert result.code == ctl.WRONG_USE and "/no/such/file: No such file" in result.err
+
+
+def test_a_401_says_whether_a_token_was_sent(here, scripted, monkeypatch):
+    server = scripted(problem(401, "A token is needed."))
+    assert "no token was sent, set DEPLOYBOT_TOKEN" in here("jobs", "--url", server.url).err
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_wrong")
+    result = here("jobs", "--url", server.url)
+    assert "the token from DEPLOYBOT_TOKEN is not valid" in result.err and "dbt_wrong" not in result.err
+
+
+def test_a_proxy_is_not_asked_for_loopback(here, scripted, monkeypatch):
+    proxy, server = scripted((200, {}, "proxy")), scripted(as_json(200, {"jobs": [], "next": None}))
+    monkeypatch.setenv("http_proxy", proxy.url)
+    assert here("jobs", "--url", server.url).code == 0
+    assert here("jobs", "--url", "http://controller.example.com").code == ctl.NOT_REACHED
+    assert [request[1] for request in proxy.requests] == ["http://controller.example.com/v1/jobs?limit=20"]
+
+
+def test_the_url_flag_wins_and_stands_in_the_commands_shown(here, scripted, monkeypatch):
+    monkeypatch.setenv("DEPLOYBOT_URL", f"http://127.0.0.1:{free_port()}")
+    server = scripted(as_json(200, {"job": JOB}))
+    for argv in (["--url", server.url + "/", "status", JOB["id"]], ["status", JOB["id"], "--url", server.url]):
+        result = here(*argv)
+        assert result.code == 0 and f"ctl.py logs --job {JOB['id']} --url {server.url}\n" in result.out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The stream: reconnecting
+
+
+def follow(here, server):
+    return here("logs", "-f", "--job", JOB["id"], "--url", server.url)
+
+
+@pytest.mark.parametrize("breakage", [None, reset])
+def test_a_broken_stream_goes_on_where_it_was(here, scripted, at_once, breakage):
+    job = as_json(200, {"job": JOB})
+    busy = (503, {"Retry-After": "1"}, "")
+    first = events(log_frame(1), log_frame(2), b"id: e-3\nevent: log\ndata: {half", then=breakage)
+    server = scripted(job, first, busy, busy, events(log_frame(3), log_frame(4), END), job)
+    result = follow(here, server)
+    assert result.code == 0
+    assert result.out.splitlines()[:4] == ["line 1", "line 2", "line 3", "line 4"]
+    assert [line.split(":")[0] for line in result.err.splitlines()] == [
+        "connection lost, trying again",
+        "connected again to http",
+    ]
+    resumed = [headers.get("last-event-id") for _, path, headers, _ in server.requests if "stream" in path]
+    assert resumed == [None, "e-2", "e-2", "e-2"]
+
+
+def test_following_through_connections_that_break_shows_each_line_once(controller, agent, start, run):
+    """The real controller behind a relay that cuts every connection after some bytes."""
+    make(controller)
+    job = agent.take()
+    wanted = [f"line {number}" for number in range(60)]
+    with Relay(controller.url, cut_after=4000) as relay:
+        process = start("logs", "-f", "--job", job["id"], "--tail", "1000", "--url", relay.url, env=dict(os.environ))
+        got = []
+        for line in wanted:
+            agent.log(job, line)
+            got.append(process.stdout.readline().rstrip("\n"))
+        agent.end(job)
+        rest, said = process.communicate(timeout=LIMIT_S)
+    assert got == wanted
+    assert rest.startswith("success: ") and process.returncode == 0
+    assert relay.cuts >= 2 and said.count("connected again") >= 2
+
+
+class Relay:
+    """Passes bytes on to a controller, and cuts each connection after `cut_after` bytes of answer."""
+
+    def __init__(self, url, cut_after):
+        self.target = ("127.0.0.1", int(url.rsplit(":", 1)[1]))
+        self.cut_after, self.cuts = cut_after, 0
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def __enter__(self):
+        threading.Thread(target=self.accept, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.listener.close()
+
+    def accept(self):
+        while True:
+            try:
+                client = self.listener.accept()[0]
+            except OSError:
+                return
+            threading.Thread(target=self.pass_on, args=(client,), daemon=True).start()
+
+    def pass_on(self, client):
+        with client, socket.create_connection(self.target) as upstream:
+            upstream.sendall(client.recv(65536))
+            left = self.cut_after
+            while data := upstream.recv(min(left, 65536)):
+                client.sendall(data)
+                left -= len(data)
+                if not left:
+                    self.cuts += 1
+                    return
+
+
+def test_a_silent_connection_is_dead(here, scripted, at_once, monkeypatch):
+    monkeypatch.setattr(ctl, "STREAM_SILENCE_S", 0.1)
+    released = threading.Event()
+    job = as_json(200, {"job": JOB})
+    server = scripted(job, events(log_frame(1), then=lambda handler: released.wait(LIMIT_S)), events(END), job)
+    result = follow(here, server)
+    released.set()
+    assert result.code == 0 and "no answer in time" in result.err
+
+
+def test_comments_keep_a_quiet_connection_alive(here, scripted, monkeypatch):
+    monkeypatch.setattr(ctl, "STREAM_SILENCE_S", 1)
+
+    def comments(handler):
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            handler.wfile.write(b": still here\n\n")
+            threading.Event().wait(0.2)
+        handler.wfile.write(END)
+
+    job = as_json(200, {"job": JOB})
+    server = scripted(job, events(log_frame(1), then=comments), job)
+    result = follow(here, server)
+    assert result.code == 0 and result.err == ""
+
+
+def test_a_204_ends_the_following(here, scripted, at_once):
+    job = as_json(200, {"job": JOB})
+    server = scripted(job, events(log_frame(1)), (204, {}, ""), job)
+    result = follow(here, server)
+    assert result.code == 0 and result.out.splitlines()[0] == "line 1"
+
+
+def test_a_refusal_on_the_way_ends_the_following(here, scripted, at_once):
+    server = scripted(as_json(200, {"job": JOB}), events(log_frame(1)), problem(401, "revoked"))
+    result = follow(here, server)
+    assert result.code == ctl.REFUSED and "401" in result.err.splitlines()[-1]
+
+
+def test_a_gap_is_told(here, scripted):
+    job = as_json(200, {"job": JOB})
+    server = scripted(job, events(frame(5, "gap", {"detail": "12 lines went with retention"}), END), job)
+    assert "12 lines went with retention" in follow(here, server).err
+
+
+def test_a_stream_of_no_events_is_3(here, scripted):
+    server = scripted(as_json(200, {"job": JOB}), events(b"event: log\ndata: not json\n\n"))
+    result = follow(here, server)
+    assert result.code == ctl.NOT_REACHED and result.err.count("\n") == 1
+
+
+def test_one_stream_that_fails_among_several_ends_with_its_error(here, scripted):
+    made = as_json(201, {"job": JOB, "created": True})
+    server = scripted(made, made, problem(404, "gone"))
+    result = here(*DEPLOY, "--host", "web-02", "--follow", "--url", server.url)
+    assert result.code == ctl.REFUSED and "gone" in result.err
+
+
+def test_backoff_grows_to_its_limit_and_gives_up():
+    clock, pauses = [0.0], []
+
+    def sleep(length):
+        pauses.append(length)
+        clock[0] += length
+
+    backoff = ctl.Backoff(now=lambda: clock[0], sleep=sleep, jitter=lambda: 1)
+    while backoff.wait():
+        pass
+    assert pauses[:6] == [0.5, 1, 2, 4, 8, 10] and set(pauses[6:]) == {10}
+    assert ctl.GIVE_UP_S < clock[0] <= ctl.GIVE_UP_S + 20
+    backoff.connected()
+    assert backoff.wait() and pauses[-1] == 10
+    backoff.delivered()
+    assert backoff.wait() and pauses[-1] == 0.5
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
+def test_events_are_the_same_wherever_the_bytes_are_cut(end):
+    text = ": x\n\nid: e-1\nevent: log\ndata: a\ndata:b\n\nid: e-2\n\ndata: é\nid\n\n: x\n".replace("\n", end).encode()
+    wanted = [(None, "message", None), ("e-1", "log", "a\nb"), ("e-2", "message", None), ("", "message", "é")]
+    for size in range(1, len(text) + 1):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        assert list(ctl.sse_events(ctl.sse_lines(pieces))) == wanted
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Text
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [
+        (-5, "0s"),
+        (0.4, "0s"),
+        (59, "59s"),
+        (60, "1m"),
+        (125, "2m5s"),
+        (3600, "1h"),
+        (3605, "1h"),
+        (90061, "1d1h"),
+        (864000, "10d"),
+    ],
+)
+def test_span(length, words):
+    assert ctl.span(length) == words
+
+
+def test_short_ids_are_as_long_as_it_takes():
+    one, two = "0199c2f0-1111-7abc-8000-000000000001", "0199c2f0-1111-7abd-8000-000000000001"
+    assert ctl.short_ids([one]) == {one: "0199c2f0-1111"}
+    assert ctl.short_ids([one, two, one]) == {one: "0199c2f0-1111-7abc", two: "0199c2f0-1111-7abd"}
+    twins = [one, one[:-1] + "2"]
+    assert ctl.short_ids(twins) == {twins[0]: twins[0], twins[1]: twins[1]}
+
+
+@pytest.mark.parametrize(
+    ("most", "wanted"),
+    [(100, [10, 20, 5]), (30, [10, 11, 5]), (26, [8, 9, 5]), (21, [6, 6, 5]), (20, [6, 6]), (10, [6])],
+)
+def test_tables_shrink_then_lose_their_last_columns(most, wanted):
+    assert ctl.fit([10, 20, 5], [True, True, False], most) == wanted
+
+
+def test_wide_characters_take_two_columns():
+    assert ctl.width("界a") == 3 and ctl.width("e\u0301") == 1
+    assert ctl.cut("界界界", 5) == "界界…" and ctl.cut("abc", 3) == "abc"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# As a process
+
+
+def on_terminal(url, *argv, columns=100, **environment):
+    """What ctl writes to a terminal of so many columns."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    environment = {**os.environ, "DEPLOYBOT_URL": url, **environment}
+    process = subprocess.Popen(
+        [sys.executable, str(CTL), *argv], stdin=slave, stdout=slave, stderr=slave, env=environment
+    )
+    os.close(slave)
+    text = b""
+    while True:
+        try:
+            data = os.read(master, 65536)
+        except OSError:  # EIO: the last writer has gone
+            break
+        if not data:
+            break
+        text += data
+    os.close(master)
+    assert process.wait(LIMIT_S) == 0
+    return text.decode().replace("\r\n", "\n")
+
+
+def test_colour_is_for_terminals_that_want_it(run, controller):
+    make(controller)
+    assert "\x1b[33mpending" in on_terminal(controller.url, "jobs")
+    plain = re.sub(r"\x1b\[\d+m", "", on_terminal(controller.url, "jobs"))
+    for setting in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        text = on_terminal(controller.url, "jobs", **setting)
+        assert "\x1b" not in text and text.split()[:9] == plain.split()[:9]
+    assert "\x1b" not in run("jobs").out
+    assert "\x1b" not in on_terminal(controller.url, "jobs", "--json")
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80])
+def test_tables_fit_the_terminal(run, controller, columns):
+    make(controller, ref="feature/" + "x" * 80, host="a-rather-long-name.of-a-host.example.com")
+    lines = re.sub(r"\x1b\[\d+m", "", on_terminal(controller.url, "jobs", columns=columns)).splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= columns
+    assert "…" in lines[1] and lines[1].split()[1] == "pending"
+    assert "x" * 80 in run("jobs").out
+
+
+def test_it_starts_as_a_script_as_a_module_and_from_anywhere(start, tmp_path):
+    shutil.copy(CTL, tmp_path / "elsewhere.py")
+    for command, cwd in (
+        ((str(CTL),), tmp_path),
+        (("-m", "ctl"), CTL.parent),
+        ((str(tmp_path / "elsewhere.py"),), "/"),
+    ):
+        out, err = start("--version", command=command, cwd=cwd).communicate(timeout=LIMIT_S)
+        assert (out, err) == (f"ctl.py {ctl.VERSION}\n", "")
+
+
+def test_what_is_slow_to_import_waits_until_it_is_needed(start):
+    slow = "{'http.client', 'urllib.request', 'ssl', 'datetime', 'email', 'queue', 'random'}"
+    code = f"import ctl, sys; ctl.main(['--help']); sys.exit(str({slow} & set(sys.modules)))"
+    process = start(command=("-c", code), cwd=CTL.parent)
+    assert process.communicate(timeout=LIMIT_S)[1] == "set()\n"
+
+
+def test_help_has_an_example_of_every_verb_and_every_exit_code(here):
+    text = here("--help").out
+    for verb in ctl.VERBS:
+        assert (
+            f"  ctl.py {verb.name}" in text
+            and f"ctl.py {verb.name}" in here(verb.name, "--help").out.partition("example:")[2]
+        )
+    for code in (0, 1, 2, 3, 4, 130, 141):
+        assert re.search(rf"^  {code} +\w", text, re.MULTILINE)
+    for name in ("DEPLOYBOT_URL", "DEPLOYBOT_TOKEN", "DEPLOYBOT_TOKEN_FILE", "NO_COLOR"):
+        assert name in text
+
+
+def test_ctrl_c_ends_with_130_and_says_that_the_deployment_goes_on(start, run, controller, agent):
+    process = start(*DEPLOY, "--follow", env=dict(os.environ))
+    job = agent.take()
+    agent.log(job, "under way")
+    assert process.stdout.readline() == "under way\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, out) == (130, "")
+    assert "the deployment goes on" in err and f"ctl.py cancel {job['id']}" in err and "Traceback" not in err
+
+
+def test_ctrl_c_while_several_hosts_are_followed(start, run, controller, agent):
+    process = start(*DEPLOY, "--host", "web-02", "--follow", env=dict(os.environ))
+    agent.log(agent.take(), "under way")
+    assert process.stdout.readline() == "web-01 | under way\n"
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=LIMIT_S)[1]
+    assert process.returncode == 130 and "Traceback" not in err and "Fatal" not in err
+
+
+@pytest.mark.parametrize("argv", [["jobs"], ["jobs", "--json"], ["logs", "-f"]])
+def test_a_reader_that_has_gone_is_no_error(start, run, controller, agent, argv):
+    ended_job(controller, agent, "x")
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = start(*argv, stdout=writing, env=dict(os.environ))
+    os.close(writing)
+    err = process.communicate(timeout=LIMIT_S)[1]
+    assert process.returncode == ctl.BROKEN_PIPE
+    assert "Traceback" not in err and "BrokenPipe" not in err
+
+
+def test_a_full_disk_is_one_line(start, run, controller):
+    make(controller)
+    with open("/dev/full", "w") as full:
+        process = start("jobs", stdout=full, env=dict(os.environ))
+    err = process.communicate(timeout=LIMIT_S)[1]
+    assert err == "ctl.py: cannot write the output: No space left on device\n" and process.returncode == ctl.WRONG_USE
+
+
+@pytest.mark.parametrize("argv", [["jobs"], ["health"], ["logs", "-f"]])
+def test_exit_codes_of_a_process(start, argv):
+    url = f"http://127.0.0.1:{free_port()}"
+    process = start(*argv, env={**os.environ, "DEPLOYBOT_URL": url, "LC_ALL": "C", "PYTHONIOENCODING": "ascii"})
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert (process.returncode, out) == (ctl.NOT_REACHED, "") and url in err
+
+
+def test_a_terminal_that_knows_only_ascii_gets_question_marks(start, run, controller, agent):
+    job = ended_job(controller, agent, "schön 界")
+    process = start("logs", "--job", job["id"], env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert process.communicate(timeout=LIMIT_S)[0] == "sch?n ?\n"
