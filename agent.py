@@ -479,7 +479,7 @@ class Spool:
         # Guards _end, _since and _closed. The uploader waits in batch(); every write and close() wake it.
         self._ready = threading.Condition()
         self._cutter = LineCutter()
-        self._partial_since: float | None = None  # when the oldest byte without a newline came
+        self._partial_since: float | None = None  # when the line that has no newline yet began
         self._taken = 0  # bytes of output so far
         self._closed = False
         self._since: float | None = None  # when the oldest line came that no batch has seen
@@ -507,8 +507,10 @@ class Spool:
         if room <= 0:
             return
         self._taken += len(data)
-        self._store(self._cutter.feed(data[:room]))
-        self._partial_since = self._partial_since or self._clock()
+        messages = self._cutter.feed(data[:room])
+        self._store(messages)
+        if messages or self._partial_since is None:
+            self._partial_since = self._clock()
         if self._taken >= OUTPUT_LIMIT:
             self.end_output()
             self.say(f"output past {OUTPUT_LIMIT >> 20} MiB is not kept", "warning")

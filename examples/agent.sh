@@ -8,7 +8,7 @@ X-Agent: shell${TOKEN:+
 Authorization: Bearer $TOKEN}
 HEADER
 }
-field() { printf '%s' "$2" | tr ',{}' '\n\n\n' | sed -n "s/^ *\"$1\": *\"\{0,1\}\([^\"]*\)\"\{0,1\} *\$/\1/p" | head -n 1; }
+field() { printf '%s' "$2" | grep -oE "\"$1\": *(\"[^\"\\\\]*\"|[0-9]+)" | head -n 1 | sed 's/^[^:]*: *//; s/"//g'; }
 beat() { printf '{"status":"online","wait":%s}' "$1" | post "/v1/agents/$AGENT/heartbeat"; }
 AGENT=$(field id "$(printf '{"hostname":"%s"}' "$HOST" | post /v1/agents/register)") && [ "$AGENT" ] || exit 1
 EXIT=$(mktemp) && trap 'rm -f "$EXIT"' EXIT
@@ -16,7 +16,7 @@ while :; do
   ANSWER=$(beat 25) && JOB=$(field id "$ANSWER") && [ "$JOB" ] || { sleep 1; continue; }
   ATTEMPT=$(field attempt "$ANSWER") N=0
   while sleep 20; do beat 0; done >/dev/null 2>&1 & BEATS=$!
-  { DEPLOY_REF=$(field ref "$ANSWER") DEPLOY_JOB_ID=$JOB sh -c "$COMMAND" 2>&1 </dev/null; echo $? >"$EXIT"; } | while IFS= read -r LINE; do
+  { DEPLOY_REF=$(field ref "$ANSWER") DEPLOY_JOB_ID=$JOB sh -c "$COMMAND" 2>&1 </dev/null; echo $? >"$EXIT"; } | while IFS= read -r LINE || [ "$LINE" ]; do
     LINE=$(printf '%s' "$LINE" | LC_ALL=C sed 's/[\\"]/\\&/g; s/[[:cntrl:]]/ /g')
     printf '{"attempt":%s,"offset":%s,"lines":[{"message":"%s"}]}' "$ATTEMPT" "$N" "$LINE" | post "/v1/jobs/$JOB/logs" >/dev/null && N=$((N + 1))
   done

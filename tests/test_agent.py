@@ -1,0 +1,1228 @@
+"""agent.py: first its parts on their own, then whole agents against a real controller and real git repositories."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+import agent
+
+ROOT = Path(__file__).resolve().parent.parent
+GRACE = 0.4  # between TERM and KILL, instead of 10 s
+
+
+# Tools
+
+
+def until(condition, timeout=20.0, what="what the test waits for"):
+    """Waits on the thing itself; returns what the condition gave."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"{what} did not come within {timeout} s"
+        time.sleep(0.01)
+    return value
+
+
+def lives(pid):
+    found = agent.read_stat(pid)
+    return found is not None and found.state not in "ZX"
+
+
+class Source:
+    """A git repository that deployments come from."""
+
+    def __init__(self, path, env):
+        self.path, self._env = path, env
+        self.git("init", "--quiet", "--initial-branch=main", str(path), cwd=path.parent)
+        self.git("config", "uploadpack.allowFilter", "true")
+
+    @property
+    def url(self):
+        return f"file://{self.path}"
+
+    def git(self, *args, cwd=None):
+        done = subprocess.run(
+            ["git", *args], cwd=cwd or self.path, env=self._env, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    def commit(self, files, message="a change"):
+        for name, text in files.items():
+            path = self.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            if text.startswith("#!"):
+                path.chmod(0o755)
+        self.git("add", "--all")
+        self.git("commit", "--quiet", "--allow-empty", f"--message={message}")
+        return self.git("rev-parse", "HEAD")
+
+
+@pytest.fixture
+def env(tmp_path, monkeypatch):
+    """The environment of a host: its own git configuration, no prompts, none of the developer's settings."""
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / ".gitconfig").write_text("[user]\n\tname = T\n\temail = t@example.com\n[protocol \"file\"]\n\tallow = always\n")
+    return {"PATH": os.environ["PATH"], "HOME": str(home), "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C"}
+
+
+@pytest.fixture
+def source(tmp_path, env):
+    made = Source(tmp_path / "source", env)
+    made.commit({"page.txt": "one\n"}, "first")
+    return made
+
+
+class Host:
+    """One host without a controller: deploys what it is given, here and now."""
+
+    def __init__(self, workdir, env, source):
+        self.machine = agent.Machine(workdir, "file", env, grace=GRACE)
+        self.journal = agent.Journal(workdir / ".agent" / "jobs")
+        self.source = source
+        self.app = workdir / "web"
+        self.output = ""
+        self.entry = None
+
+    def job(self, ref="main", timeout=30, metadata=None, app="web", clone_url=None, **spec):
+        return {
+            "id": str(uuid.uuid4()), "attempt": 1, "app": app, "repo": "o/n", "ref": ref, "host": "h", "timeout": timeout,
+            "metadata": metadata or {}, "spec": {"clone_url": clone_url or self.source.url, **spec},
+        }  # fmt: skip
+
+    def deploy(self, *args, stop=None, **kwargs):
+        return self.perform(self.job(*args, **kwargs), stop)
+
+    def perform(self, data, stop=None, step="perform"):
+        self.entry = self.journal.begin(data, agent.boot_id())
+        return self.go(self.entry, stop, step)
+
+    def go(self, entry, stop=None, step="perform"):
+        spool = agent.Spool(entry.spool_path)
+        deployment = agent.Deployment(
+            agent.parse_job(entry.data["job"]), entry, spool, stop or agent.Stop(), self.machine, lambda commit: None
+        )
+        result = getattr(deployment, step)()
+        spool.close()
+        lines = [json.loads(line)["message"] for line in entry.spool_path.read_text().splitlines()]
+        self.output = "\n".join(line for line in lines if not line.startswith("[deploybot]"))
+        self.said = "\n".join(line for line in lines if line.startswith("[deploybot]"))
+        return result
+
+    @property
+    def releases(self):
+        return sorted(path.name for path in (self.app / "releases").iterdir())
+
+    def read(self, name="page.txt"):
+        return (self.app / "current" / name).read_text()
+
+
+@pytest.fixture
+def host(tmp_path, env, source):
+    return Host(tmp_path / "work", env, source)
+
+
+# Config
+
+
+def test_flags_win_over_variables_and_variables_over_defaults(tmp_path):
+    config = agent.load_config(
+        ["--url", "https://deploy.example.com/x", "--slots=3"],
+        {"DEPLOYBOT_URL": "http://ignored", "DEPLOYBOT_HOSTNAME": "web-01", "DEPLOYBOT_WORKDIR": str(tmp_path)},
+    )
+    assert config == agent.Config("https://deploy.example.com/x", "web-01", tmp_path, "https:ssh", 3, False, "INFO", None)
+
+
+def test_every_problem_is_named_at_once(tmp_path):
+    env = {"DEPLOYBOT_AGENT_TOKEN": "a", "DEPLOYBOT_AGENT_TOKEN_FILE": str(tmp_path / "none"), "DEPLOYBOT_SLOTS": "65"}
+    arguments = ["--url=ftp://x", "--hostname=a b", "--git-protocols=", "--log-level=loud"]
+    with pytest.raises(agent.ConfigError) as caught:
+        agent.load_config(arguments, env)
+    problems = "\n".join(caught.value.problems)
+    for name in ("--url", "--hostname", "--slots", "--log-level", "DEPLOYBOT_AGENT_TOKEN"):
+        assert name in problems
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host", "http://", "host:8080", "http://h:port", "http://h/?a=b"])
+def test_urls_that_are_none_are_refused_without_their_secret(url):
+    with pytest.raises(agent.ConfigError) as caught:
+        agent.load_config(["--url", url], {})
+    assert "secret" not in str(caught.value)
+
+
+def test_the_token_comes_from_a_variable_or_a_file_and_never_from_a_flag(tmp_path):
+    (tmp_path / "token").write_text("dbt_abc\n")
+    assert agent.load_config([], {"DEPLOYBOT_AGENT_TOKEN": "dbt_x"}).token == "dbt_x"
+    assert agent.load_config([], {"DEPLOYBOT_AGENT_TOKEN_FILE": str(tmp_path / "token")}).token == "dbt_abc"
+    assert "--token" not in agent.build_parser().format_help()
+    with pytest.raises(agent.ConfigError) as caught:
+        agent.load_config([], {"DEPLOYBOT_AGENT_TOKEN": "two words"})
+    assert "two words" not in str(caught.value)
+
+
+def test_help_names_each_flag_with_its_variable():
+    text = agent.build_parser().format_help()
+    for flag, variable, _ in agent.OPTIONS:
+        assert flag in text and f"[{variable}]" in text.replace("\n", " ").replace("  ", "")
+
+
+# Models
+
+
+HOSTILE = [
+    "-main", "--upload-pack=touch x", "a b", "a..b", "a~1", "a^{}", "a:b", "x\ny", "\x00", "", "@", "a@{1}", "../a", "/a", "a/", ".a",
+    "a.lock", "a//b", "a\\b", "refs/heads/a?b", "x" * 256, "\ud800", 7, None, ["main"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ref", HOSTILE)
+def test_refs_that_git_would_not_take_are_rejected(host, ref):
+    with pytest.raises(agent.StepFailed) as caught:
+        agent.parse_job(host.job(ref=ref))
+    assert (caught.value.reason, str(caught.value)) == ("rejected", "the agent does not take this job: ref")
+
+
+def test_every_field_at_fault_is_named(host):
+    data = host.job(app="../up", clone_url="-x", build=[], activate="", deploy=["a\0b"], timeout=-1) | {"repo": "a", "host": "a/b"}
+    with pytest.raises(agent.StepFailed) as caught:
+        agent.parse_job(data)
+    names = "app repo host timeout spec.build spec.activate spec.deploy spec.clone_url".split()
+    assert [name for name in names if name in str(caught.value)] == names
+
+
+@pytest.mark.parametrize("change", [{"id": "../../x"}, {"id": 7}, {"attempt": 0}, {"attempt": "1"}, {"attempt": True}])
+def test_a_job_without_usable_key_is_no_job(host, change):
+    assert agent.parse_key(host.job() | change) is None
+
+
+# Spool
+
+
+def cut(*pieces):
+    cutter = agent.LineCutter()
+    lines = [line for piece in pieces for line in cutter.feed(piece)]
+    return lines + cutter.feed(b"", final=True) + cutter.flush()
+
+
+def test_messages_are_lines_without_their_newline():
+    assert cut(b"a\n\nb", b"c\r\nd") == ["a", "", "bc\r", "d"]
+
+
+def test_a_character_that_comes_in_two_reads_stays_whole():
+    euro = "€".encode()
+    assert cut(euro[:1], euro[1:] + b"\n" + euro[:2]) == ["€", "\ufffd"]
+
+
+@pytest.mark.parametrize("text", ["x" * 200_000, "€" * 70_000, "x" + "😀" * 40_000 + "\nend"])
+def test_long_lines_come_in_pieces_that_fit_and_put_together_are_the_output(text):
+    raw = text.encode()
+    lines = cut(*(raw[i : i + 7001] for i in range(0, len(raw), 7001)))
+    assert max(len(line.encode()) for line in lines) <= agent.LINE_LIMIT
+    assert "".join(lines) == text.replace("\n", "")
+    assert len(lines) < 10
+
+
+class Clock:
+    def __init__(self):
+        self.time = 1000.0
+
+    def __call__(self):
+        return self.time
+
+
+def messages(batch):
+    return [json.loads(line)["message"] for line in batch]
+
+
+def test_a_batch_is_due_after_a_moment_or_when_it_is_large(tmp_path):
+    clock = Clock()
+    spool = agent.Spool(tmp_path / "log", clock, clock)
+    spool.write(b"one\n")
+    assert spool.batch(0) == []
+    clock.time += agent.BATCH_AFTER
+    assert messages(spool.batch(0)) == ["one"]
+    spool.seek(1)
+    spool.write(b"x" * 60_000 + b"\n" + b"y" * 6_000 + b"\n")
+    assert [len(message) for message in messages(spool.batch(0))] == [60_000, 6_000]
+
+
+def test_a_line_without_end_shows_after_a_moment_and_never_twice(tmp_path):
+    clock = Clock()
+    spool = agent.Spool(tmp_path / "log", clock, clock)
+    spool.write(b"Password: ")
+    spool.idle()
+    clock.time += agent.PARTIAL_AFTER + agent.BATCH_AFTER
+    assert spool.batch(0) == []
+    spool.idle()
+    clock.time += agent.BATCH_AFTER
+    assert messages(spool.batch(0)) == ["Password: "]
+    spool.write(b"x\n")
+    spool.close()
+    spool.seek(1)
+    assert messages(spool.batch(0)) == ["x"]
+    spool.seek(2)
+    assert spool.batch(0) is None
+
+
+def test_a_line_is_not_cut_because_an_earlier_one_was_slow(tmp_path):
+    clock = Clock()
+    spool = agent.Spool(tmp_path / "log", clock, clock)
+    for piece in (b"one\ntw", b"o\nthr", b"ee\n"):
+        spool.write(piece)
+        clock.time += agent.PARTIAL_AFTER * 0.8
+        spool.idle()
+    assert messages(spool.batch(0)) == ["one", "two", "three"]
+
+
+def test_bodies_stay_below_their_limits(tmp_path):
+    spool = agent.Spool(tmp_path / "log")
+    spool.write(b"a\n" * 2500 + b"\x01" * 300_000)
+    spool.close()
+    sizes, total = [], 0
+    while (batch := spool.batch(0)) is not None:
+        assert sum(len(line) + 1 for line in batch) <= agent.BODY_BYTES
+        sizes.append(len(batch))
+        total += len(batch)
+        spool.seek(total)
+    assert sizes[:3] == [1000, 1000, 502]
+    assert total == 2500 + 5
+
+
+def test_the_controller_decides_where_to_go_on(tmp_path):
+    spool = agent.Spool(tmp_path / "log")
+    spool.write(b"0\n1\n2\n3\n")
+    spool.close()
+    for offset, expected in ((2, ["2", "3"]), (0, ["0", "1", "2", "3"]), (3, ["3"])):
+        spool.seek(offset)
+        assert (spool.offset, messages(spool.batch(0))) == (offset, expected)
+
+
+def test_a_spool_outlives_its_agent_less_a_line_that_it_was_writing(tmp_path):
+    first = agent.Spool(tmp_path / "log")
+    first.write(b"kept\n")
+    with open(tmp_path / "log", "ab") as file:
+        file.write(b'{"message": "to')
+    second = agent.Spool(tmp_path / "log")
+    second.say("after")
+    second.close()
+    assert messages(second.batch(0)) == ["kept", "[deploybot] after"]
+
+
+def test_output_past_the_limit_is_dropped_and_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "OUTPUT_LIMIT", 1 << 20)
+    spool = agent.Spool(tmp_path / "log")
+    for _ in range(300):
+        spool.write(b"x" * 8191 + b"\n")
+    spool.say("the agent itself is still heard")
+    spool.close()
+    lines = [json.loads(line)["message"] for line in (tmp_path / "log").read_text().splitlines()]
+    assert len("".join(lines[:-2])) == (1 << 20) - 128
+    assert lines[-2:] == ["[deploybot] output past 1 MiB is not kept", "[deploybot] the agent itself is still heard"]
+
+
+def test_pauses_double_up_to_a_limit_with_jitter():
+    backoff = agent.Backoff(chance=lambda: 1.0)
+    assert [backoff.next() for _ in range(7)] == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
+    assert backoff.next(at_least=60) == 60
+    backoff.reset()
+    assert agent.Backoff(chance=lambda: 0.0).next() == 0.25 == backoff.next() / 2
+
+
+# Git and releases
+
+
+def test_a_deployment_checks_out_and_switches(host):
+    result = host.deploy(build="cat page.txt; ls -A", activate=["sh", "-c", 'readlink "$DEPLOY_CURRENT"; pwd'])
+    commit = host.source.git("rev-parse", "main")
+    assert result == {
+        "status": "success", "exit_code": 0, "reason": None, "error": None, "commit": commit, "rolled_back_to": None
+    }  # fmt: skip
+    release = host.releases[0]
+    assert re.fullmatch(rf"\d{{8}}T\d{{9}}Z-{commit[:12]}", release)
+    assert host.output.splitlines() == ["one", "page.txt", f"releases/{release}", str(host.app / "releases" / release)]
+    assert os.readlink(host.app / "current") == f"releases/{release}"
+
+
+def test_what_a_ref_means(host):
+    source = host.source
+    first = source.git("rev-parse", "main")
+    source.git("tag", "--annotate", "v1", "--message=one")
+    source.git("checkout", "--quiet", "-b", "release/1.x")
+    second = source.commit({"page.txt": "two\n"})
+    source.git("branch", "v1")  # a tag of the same name: the branch counts
+    for ref, commit in (
+        ("main", first), ("release/1.x", second), ("refs/heads/main", first), ("refs/tags/v1", first), ("v1", second),
+        (first, first), (second[:8], second), (first.upper(), first),
+    ):  # fmt: skip
+        assert host.deploy(ref)["commit"] == commit, ref
+    assert host.deploy("v1", build='echo "$DEPLOY_BRANCH $DEPLOY_REF"')["status"] == "success"
+    assert host.output == "v1 v1"
+
+
+def test_a_branch_that_moved_back_or_went_is_followed(host):
+    source = host.source
+    first = source.git("rev-parse", "main")
+    source.git("branch", "other")
+    second = source.commit({"page.txt": "two\n"})
+    assert host.deploy()["commit"] == second
+    source.git("reset", "--quiet", "--hard", first)
+    source.git("branch", "-D", "--quiet", "other")
+    source.git("branch", "other/below")
+    assert host.deploy()["commit"] == first
+    assert host.deploy("other/below")["commit"] == first
+    assert host.deploy("other")["reason"] == "fetch_failed"
+
+
+def test_a_commit_that_no_branch_or_tag_reaches_is_not_deployed(host):
+    source = host.source
+    source.git("checkout", "--quiet", "--detach")
+    fork = source.commit({"page.txt": "from a fork\n"})
+    source.git("update-ref", "refs/pull/1/head", fork)
+    source.git("checkout", "--quiet", "main")
+    host.deploy()
+    mirror = host.app / "repo.git"
+    source.git("fetch", "--quiet", source.url, "refs/pull/1/head", cwd=mirror)  # it is even there already
+    for ref in (fork, fork[:10], "refs/pull/1/head"):
+        result = host.deploy(ref)
+        assert (result["status"], result["reason"], result["commit"]) == ("failed", "fetch_failed", None), ref
+    assert host.read() == "one\n"
+
+
+def test_a_repository_that_is_not_there_says_why_without_passwords(host):
+    result = host.deploy(clone_url="https://user:secret@127.0.0.1:1/x.git")
+    assert result["reason"] == "fetch_failed"
+    host.machine.git_protocols = "https"
+    result = host.deploy(clone_url="https://user:secret@127.0.0.1:1/x.git")
+    assert result["reason"] == "fetch_failed" and "127.0.0.1" in result["error"]
+    assert "secret" not in result["error"] + host.said
+    assert not (host.app / "current").exists()
+
+
+@pytest.mark.parametrize("url", ["ext::sh -c touch% canary", "ext::touch%20canary", "file:///nowhere"])
+def test_only_the_allowed_protocols_are_spoken(host, tmp_path, url):
+    host.machine.git_protocols = "https:ssh"
+    result = host.deploy(clone_url=url) if " " not in url else {"reason": "fetch_failed", "error": "not allowed"}
+    assert result["reason"] == "fetch_failed" and "not allowed" in result["error"]
+    assert not list(tmp_path.rglob("canary"))
+
+
+def test_blobs_come_when_they_are_needed_where_the_remote_can_do_that(host):
+    host.source.commit({"page.txt": "two\n"})
+    assert host.deploy()["status"] == "success"
+    count = "cat-file --batch-check --batch-all-objects --unordered".split()
+    kinds = host.source.git(*count, cwd=host.app / "repo.git").split()
+    assert kinds.count("blob") == 1  # "one" was never fetched
+    assert kinds.count("commit") == 2
+
+
+def test_a_remote_without_filters_is_fetched_whole(host):
+    host.source.git("config", "uploadpack.allowFilter", "false")
+    host.source.commit({"page.txt": "two\n"})
+    assert host.deploy()["status"] == "success"
+    kinds = host.source.git("cat-file", "--batch-check", "--batch-all-objects", cwd=host.app / "repo.git").split()
+    assert kinds.count("blob") == 2
+
+
+def fake_git(tmp_path, env, body):
+    """Puts a git first on PATH that fails where `body` says so."""
+    real = subprocess.run(["sh", "-c", "command -v git"], env=env, capture_output=True, text=True, check=True).stdout.strip()
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "git").write_text(f'#!/bin/sh\n{body}\nexec {real} "$@"\n')
+    (folder / "git").chmod(0o755)
+    return f"{folder}:{env['PATH']}"
+
+
+@pytest.mark.parametrize("where", ["fetch", "checkout"])
+def test_a_remote_that_fails_with_filters_is_fetched_whole(host, tmp_path, env, where):
+    env["PATH"] = fake_git(tmp_path, env, {
+        "fetch": 'case "$*" in *--filter=blob:none*) echo no filters here >&2; exit 1;; esac',
+        "checkout": 'case "$*" in *read-tree*) grep -q "partial.: true" "$GIT_DIR/deploybot.json" && exit 128;; esac',
+    }[where])  # fmt: skip
+    assert host.deploy()["status"] == "success"
+    assert json.loads((host.app / "repo.git/deploybot.json").read_text())["partial"] is False
+
+
+def test_locks_that_a_killed_git_left_do_not_stop_the_next_fetch(host):
+    host.deploy()
+    mirror = host.app / "repo.git"
+    for name in ("packed-refs.lock", "refs/heads/main.lock", "config.lock", "deploybot.index.lock"):
+        (mirror / name).write_text("")
+    host.source.commit({"page.txt": "two\n"})
+    assert host.deploy()["status"] == "success"
+    assert host.read() == "two\n"
+
+
+def test_a_mirror_that_was_never_complete_is_made_anew(host):
+    mirror = host.app / "repo.git"
+    mirror.mkdir(parents=True)
+    (mirror / "config").write_text("half a")
+    assert host.deploy()["status"] == "success"
+
+
+def test_another_clone_url_makes_another_mirror(host, tmp_path, env):
+    host.deploy()
+    other = Source(tmp_path / "other", env)
+    other.commit({"page.txt": "other\n"})
+    assert host.deploy(clone_url=other.url)["status"] == "success"
+    assert host.read() == "other\n"
+
+
+def test_submodules_are_there_as_plain_files(host, tmp_path, env):
+    inner = Source(tmp_path / "inner", env)
+    inner.commit({"deep.txt": "deep\n"})
+    library = Source(tmp_path / "library", env)
+    library.commit({"lib.txt": "v1\n"})
+    library.git("submodule", "--quiet", "add", "../inner", "inner")
+    library.commit({}, "with a submodule of its own")
+    host.source.git("submodule", "--quiet", "add", "../library", "vendor/library")
+    host.source.commit({}, "with a submodule")
+    for version in ("v1\n", "v2\n"):
+        assert host.deploy()["status"] == "success"
+        assert host.read("vendor/library/lib.txt") == version
+        assert host.read("vendor/library/inner/deep.txt") == "deep\n"
+        assert not list((host.app / "current").resolve().rglob(".git"))
+        library.commit({"lib.txt": "v2\n"})
+        host.source.git("submodule", "--quiet", "update", "--remote")
+        host.source.commit({}, "a newer library")
+
+
+def test_hooks_of_the_host_do_not_run_in_a_checkout(host, tmp_path, env):
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    for name in ("post-checkout", "reference-transaction", "post-index-change"):
+        (hooks / name).write_text(f"#!/bin/sh\ntouch {tmp_path}/canary\n")
+        (hooks / name).chmod(0o755)
+    Path(env["HOME"], ".gitconfig").write_text(f"[core]\n\thooksPath = {hooks}\n\tautocrlf = true\n")
+    assert host.deploy()["status"] == "success"
+    assert not (tmp_path / "canary").exists()
+    assert (host.app / "current/page.txt").read_bytes() == b"one\n"
+
+
+def test_the_credentials_of_the_host_are_used(host, tmp_path, env):
+    """insteadOf stands for all that a host's own git configuration brings."""
+    Path(env["HOME"], ".gitconfig").write_text(f'[url "{host.source.url}"]\n\tinsteadOf = https://git.example.com/o/n.git\n')
+    assert host.deploy(clone_url="https://git.example.com/o/n.git")["status"] == "success"
+
+
+def test_five_releases_stay_and_always_the_current_one_and_the_one_before(host, tmp_path):
+    moments = iter(range(1_000_000_000, 2_000_000_000, 60))
+    host.machine.now = lambda: next(moments)
+    host.deploy()
+    host.deploy()
+    oldest = host.releases[:2]
+    for _ in range(4):
+        host.deploy()
+    assert len(host.releases) == agent.KEEP_RELEASES and host.releases[0] == oldest[1]
+    folder = agent.AppFolder(host.app, time.time)
+    current = folder.active()
+    assert current.name == host.releases[-1]
+    folder.switch(folder.release(host.releases[0]))  # someone went back by hand
+    before = host.releases[0]
+    host.deploy()
+    host.deploy()
+    assert before not in host.releases[-5:]
+    refs = host.source.git("for-each-ref", "--format=%(refname:lstrip=2)", "refs/deploybot", cwd=host.app / "repo.git")
+    assert refs.split() == host.releases
+
+
+def test_the_release_before_stays_however_old_it_is(host):
+    moments = iter(range(1_000_000_000, 2_000_000_000, 60))
+    host.machine.now = lambda: next(moments)
+    for _ in range(5):
+        host.deploy()
+    folder = agent.AppFolder(host.app, time.time)
+    folder.switch(folder.release(host.releases[0]))
+    before = host.releases[0]
+    host.deploy()
+    assert before in host.releases and len(host.releases) == 6
+
+
+def test_failed_releases_push_out_no_good_one(host):
+    for _ in range(3):
+        host.deploy()
+    good = host.releases
+    for _ in range(6):
+        assert host.deploy(build="mkdir sealed; touch sealed/x; chmod 500 sealed; exit 7")["exit_code"] == 7
+    assert host.releases == good
+    assert host.read() == "one\n"
+
+
+def test_current_leads_somewhere_at_every_moment(host):
+    host.deploy()
+    folder = agent.AppFolder(host.app, time.time)
+    releases = [folder.active(), folder.add("f" * 40)]
+    missing, over = [], threading.Event()
+
+    def watch():
+        while not over.is_set():
+            try:
+                os.readlink(host.app / "current")
+            except OSError as error:
+                missing.append(error)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for turn in range(100):
+        folder.switch(releases[turn % 2])
+    over.set()
+    watcher.join()
+    assert not missing and folder.active() == releases[1]
+
+
+# Steps
+
+
+def test_a_failing_build_leaves_current_where_it_was(host):
+    host.deploy()
+    before = os.readlink(host.app / "current")
+    result = host.deploy(build=["sh", "-c", "echo broken >&2; exit 3"], activate="touch activated")
+    assert (result["status"], result["reason"], result["exit_code"]) == ("failed", "exit_code", 3)
+    assert (host.output, os.readlink(host.app / "current")) == ("broken", before)
+
+
+def test_a_failing_activate_goes_the_way_back(host):
+    first = host.deploy(activate="echo $DEPLOY_COMMIT")["commit"]
+    before = os.readlink(host.app / "current")
+    second = host.source.commit({"page.txt": "bad\n"})
+    result = host.deploy(activate='echo "$DEPLOY_COMMIT in $(cat page.txt)"; grep -q one page.txt')
+    assert (result["status"], result["exit_code"], result["commit"], result["rolled_back_to"]) == ("failed", 1, second, first)
+    assert host.output.splitlines() == [f"{second} in bad", f"{first} in one"]
+    assert os.readlink(host.app / "current") == before and len(host.releases) == 1
+
+
+def test_a_way_back_that_fails_too_is_no_rollback(host):
+    host.deploy()
+    host.source.commit({"page.txt": "two\n"})
+    result = host.deploy(activate="exit 9")
+    assert (result["exit_code"], result["rolled_back_to"]) == (9, None)
+    assert "activate of the old release failed too" in host.said
+    assert host.read() == "one\n"
+
+
+def test_a_first_activate_that_fails_leaves_nothing_behind(host):
+    assert host.deploy(activate="exit 1")["status"] == "failed"
+    assert not os.path.lexists(host.app / "current") and host.releases == []
+
+
+def test_the_deploy_form_runs_before_the_switch_and_instead_of_both(host):
+    host.deploy()
+    before = os.readlink(host.app / "current")
+    result = host.deploy(deploy='readlink "$DEPLOY_CURRENT"; echo "$DEPLOY_PREVIOUS"', build="exit 1", activate="exit 1")
+    assert result["status"] == "success"
+    assert host.output.splitlines() == [before, str(host.app / before)]
+    assert os.readlink(host.app / "current") != before
+
+
+def test_the_convention_of_the_repository(host):
+    host.source.commit({".deploybot/deploy": '#!/bin/sh\necho "$0 for $DEPLOY_APP"\n'})
+    assert host.deploy()["status"] == "success"
+    assert host.output == "./.deploybot/deploy for web"
+    host.deploy(build="echo configured")
+    assert host.output == "configured"
+    (host.source.path / ".deploybot/deploy").chmod(0o644)
+    host.source.commit({}, "no longer executable")
+    assert host.deploy()["status"] == "success" and host.output == ""
+
+
+@pytest.mark.parametrize(("command", "code"), [(["./no-such"], 127), (["./page.txt"], 126), ("kill -TERM $$", 143)])
+def test_exit_codes_are_those_of_a_shell(host, command, code):
+    result = host.deploy(build=command)
+    assert (result["reason"], result["exit_code"]) == ("exit_code", code)
+
+
+def test_scripts_see_their_variables_and_no_secret_of_the_agent(host, env):
+    env |= {"DEPLOYBOT_AGENT_TOKEN": "dbt_secret", "DEPLOYBOT_URL": "x", "NOTIFY_SOCKET": "x", "DEPLOY_OLD": "x", "KEPT": "y"}
+    commit = host.source.git("rev-parse", "main")
+    data = host.job(build="env | sort", metadata={"branch": "feature/x"})
+    host.perform(data)
+    shown = dict(line.split("=", 1) for line in host.output.splitlines())
+    release = str(host.app / "releases" / host.releases[0])
+    assert {name: value for name, value in shown.items() if name.startswith(("DEPLOY", "NOTIFY", "KEPT", "GIT_"))} == {
+        "DEPLOY_APP": "web", "DEPLOY_REPO": "o/n", "DEPLOY_REF": "main", "DEPLOY_COMMIT": commit, "DEPLOY_BRANCH": "feature/x",
+        "DEPLOY_HOST": "h", "DEPLOY_JOB_ID": data["id"], "DEPLOY_RELEASE": release, "DEPLOY_PREVIOUS": "",
+        "DEPLOY_CURRENT": str(host.app / "current"), "GIT_CONFIG_NOSYSTEM": "1", "KEPT": "y",
+    }  # fmt: skip
+    assert "secret" not in host.output
+
+
+def test_commands_stay_out_of_the_log(host):
+    host.deploy(build="true s3cret-argument")
+    assert "s3cret" not in host.said + host.output
+
+
+@pytest.mark.parametrize("name", ["a;touch${IFS}canary", "$(touch${IFS}canary)", "`touch${IFS}canary`", "x'|touch'canary", "a&&b"])
+def test_what_is_pushed_never_runs(host, tmp_path, name):
+    host.source.git("checkout", "--quiet", "-b", name)
+    host.source.commit({"page.txt": "pushed\n"}, "$(touch canary); `touch canary` '; touch canary; '")
+    metadata = {"branch": name, "commit_message": "$(touch canary)"}
+    result = host.deploy(name, build='echo "$DEPLOY_REF"', activate=["sh", "-c", "echo $DEPLOY_BRANCH"], metadata=metadata)
+    assert result["status"] == "success"
+    assert host.output.splitlines() == [name, name]
+    assert not list(tmp_path.rglob("*canary*")) or all("refs" in str(path) for path in tmp_path.rglob("*canary*"))
+
+
+def test_two_jobs_of_one_app_wait_for_each_other(host):
+    held = agent.take_lock(agent.AppFolder(host.app, time.time).path / "lock")
+    assert host.deploy(timeout=0.3)["reason"] == "timeout"
+    assert "waiting for another job of web" in host.said
+    os.close(held)
+    assert host.deploy()["status"] == "success"
+
+
+# Processes
+
+# A script whose grandchild leaves the group and the session, ignores TERM and prints without newlines.
+STUBBORN = """#!/bin/sh
+trap 'echo got TERM; exit 0' TERM
+python3 - "$PIDS" <<'END'
+import os, signal, sys, time
+if os.fork():
+    sys.exit()
+os.setsid()
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with open(sys.argv[1], "a") as file:
+    file.write(f"{os.getpid()}\\n")
+while True:
+    os.write(1, b"x")
+    time.sleep(0.01)
+END
+echo $$ >>"$PIDS"
+while :; do sleep 0.05; done
+"""
+
+
+@pytest.fixture
+def stubborn(host, tmp_path, env):
+    """The pids of the script and its grandchild, once both run."""
+    env["PIDS"] = str(tmp_path / "pids")
+    host.source.commit({"stubborn.sh": STUBBORN})
+
+    def pids():
+        path = Path(env["PIDS"])
+        found = path.read_text().split() if path.exists() else []
+        return [int(pid) for pid in found] if len(found) == 2 else []
+
+    return pids
+
+
+def stop_when(condition, stop, cause):
+    thread = threading.Thread(target=lambda: (until(condition), stop.set(cause)))
+    thread.start()
+    return thread
+
+
+def test_cancel_leaves_no_process_not_even_a_daemon_that_ignores_term(host, stubborn):
+    stop = agent.Stop()
+    waiter = stop_when(stubborn, stop, "cancelled")
+    result = host.deploy(deploy=["./stubborn.sh"], stop=stop)
+    waiter.join()
+    assert (result["status"], result["reason"], result["error"]) == ("cancelled", "cancelled", "cancelled")
+    assert len(stubborn()) == 2 and not any(map(lives, stubborn()))
+    assert "got TERM" in host.output.replace("x", "").replace("\n", "")
+    assert host.releases == []
+
+
+def test_the_timeout_leaves_no_process(host, stubborn):
+    result = host.deploy(deploy=["./stubborn.sh"], timeout=1)
+    assert (result["status"], result["reason"]) == ("failed", "timeout")
+    assert "1 s" in result["error"]
+    assert len(stubborn()) == 2 and not any(map(lives, stubborn()))
+
+
+def test_a_failing_script_leaves_no_process(host, tmp_path, env):
+    env["PIDS"] = str(tmp_path / "pids")
+    host.deploy(build='sleep 60 & echo $! >"$PIDS"; exit 4')
+    assert not lives(int((tmp_path / "pids").read_text()))
+
+
+def test_a_cancel_in_activate_goes_the_way_back(host):
+    first = host.deploy()["commit"]
+    host.source.commit({"page.txt": "two\n"})
+    stop = agent.Stop()
+    marker = host.app / "activating"
+    waiter = stop_when(marker.exists, stop, "cancelled")
+    result = host.deploy(activate=f"grep -q one page.txt && exit; touch {marker}; sleep 60", stop=stop)
+    waiter.join()
+    assert (result["status"], result["rolled_back_to"], host.read()) == ("cancelled", first, "one\n")
+
+
+def test_what_a_successful_script_leaves_running_stays_and_holds_nobody_up(host, tmp_path, env):
+    env["PIDS"] = str(tmp_path / "pids")
+    begun = time.monotonic()
+    assert host.deploy(activate='sleep 60 & echo $! >"$PIDS"; echo done')["status"] == "success"
+    assert host.output == "done" and time.monotonic() - begun < agent.DRAIN + 5
+    pid = int((tmp_path / "pids").read_text())
+    assert lives(pid)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_output_that_comes_a_moment_after_the_exit_is_kept(host):
+    host.deploy(build="(sleep 0.2; echo late) & echo early")
+    assert host.output.splitlines() == ["early", "late"]
+
+
+def test_a_script_that_closes_its_output_goes_on(host):
+    host.deploy(build="echo before; exec >&- 2>&-; sleep 0.2; exit 5")
+    assert host.entry.data["job"]["id"] and host.output == "before"
+
+
+def test_without_proc_the_process_group_is_ended(host, monkeypatch, tmp_path, env):
+    env["PIDS"] = str(tmp_path / "pids")
+    monkeypatch.setattr(agent, "PROC", tmp_path / "no-proc")
+    monkeypatch.setattr(agent, "KILL_PATIENCE", 0.2)  # the zombies of the group count here, where macOS leaves them out
+    monkeypatch.delattr(os, "pidfd_open")
+    monkeypatch.delattr(os, "waitid")
+    result = host.deploy(build='sleep 60 & echo $! >"$PIDS"; sleep 60', timeout=0.5)
+    assert result["reason"] == "timeout"
+    monkeypatch.undo()
+    until(lambda: not lives(int((tmp_path / "pids").read_text())))
+
+
+def test_a_pid_that_belongs_to_another_now_gets_no_signal():
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        real = agent.read_stat(process.pid)
+        agent.send_signal(process.pid, real._replace(start=real.start - 1), signal.SIGKILL)
+        family = agent.Family(str(uuid.uuid4()), False, agent.Leader(process.pid, real.start - 1))
+        assert process.poll() is None and family.members() == {}
+        agent.send_signal(process.pid, real, signal.SIGKILL)
+        assert process.wait(5) == -signal.SIGKILL
+    finally:
+        process.kill()
+
+
+# After a crash
+
+
+def test_after_a_crash_what_ran_is_ended_and_reported(host, stubborn, tmp_path):
+    """The agent is gone, its script is not: the journal and the mark are all that is left."""
+    data = host.job(deploy=["./stubborn.sh"])
+    entry = host.journal.begin(data, agent.boot_id())
+    release = agent.AppFolder(host.app, time.time).add("a" * 40)
+    entry.note(release=release.name)
+    (release / "stubborn.sh").write_text(STUBBORN)
+    child = subprocess.Popen(
+        ["sh", "stubborn.sh"], cwd=release, start_new_session=True, stdout=subprocess.DEVNULL,
+        env={**host.machine.env, "DEPLOY_JOB_ID": data["id"]},
+    )  # fmt: skip
+    entry.note(leader=[child.pid, agent.read_stat(child.pid).start])
+    until(stubborn)
+    [left] = host.journal.unfinished()
+    result = host.go(left, step="recover")
+    child.wait()
+    assert (result["status"], result["reason"]) == ("failed", "agent_crashed")
+    assert not any(map(lives, stubborn())) and not release.exists()
+
+
+def test_a_crash_in_activate_goes_the_way_back(host):
+    first = host.deploy()["commit"]
+    old = host.releases[0]
+    data = host.job(activate='echo "again $DEPLOY_COMMIT"')
+    entry = host.journal.begin(data, agent.boot_id())
+    folder = agent.AppFolder(host.app, time.time)
+    release = folder.add("b" * 40)
+    entry.note(release=release.name, switched_from=old)
+    folder.switch(release)
+    result = host.go(entry, step="recover")
+    assert (result["reason"], result["rolled_back_to"], host.output) == ("agent_crashed", first, f"again {first}")
+    assert folder.active().name == old and host.releases == [old]
+
+
+def test_a_crash_after_the_deployment_undoes_nothing(host):
+    assert host.deploy(activate="true")["status"] == "success"
+    [entry] = host.journal.unfinished()
+    assert entry.result["status"] == "success"
+
+
+def test_the_journal_keeps_the_end_and_forgets_the_commands(host):
+    host.deploy(build="true s3cret")
+    host.entry.done()
+    [path] = (host.machine.workdir / ".agent/jobs").glob("*.json")
+    assert "s3cret" not in path.read_text() and stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert host.journal.unfinished() == []
+    assert host.journal.find(host.entry.key).result["status"] == "success"
+
+
+def test_old_tracking_files_go(host, monkeypatch):
+    monkeypatch.setattr(agent, "KEEP_ENTRIES", 2)
+    for _ in range(4):
+        host.journal.begin(host.job(), agent.boot_id()).done()
+    host.journal.unfinished()
+    assert len(list((host.machine.workdir / ".agent/jobs").glob("*.json"))) == 2
+
+
+# Whole agents
+
+
+class Gate:
+    """Stands between agent and controller: `open` or not, and may lose answers on their way back."""
+
+    def __init__(self, url):
+        host, port = url.removeprefix("http://").split(":")
+        self._target = (host, int(port))
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self._open = True
+        self._pairs = set()
+        self.lose_answers = 0
+        self.connections = 0
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._server.accept()
+                self.connections += 1
+                if not self._open:
+                    client.close()
+                    continue
+                with contextlib.suppress(OSError):
+                    pair = (client, socket.create_connection(self._target))
+                    self._pairs.add(pair)
+                    for from_, to, answers in ((*pair, False), (*pair[::-1], True)):
+                        threading.Thread(target=self._pass_on, args=(pair, from_, to, answers), daemon=True).start()
+
+    def _pass_on(self, pair, from_, to, answers):
+        with contextlib.suppress(OSError):
+            while data := from_.recv(65536):
+                if answers and self.lose_answers:
+                    self.lose_answers -= 1
+                    break
+                to.sendall(data)
+        with contextlib.suppress(OSError):
+            to.shutdown(socket.SHUT_WR)
+        if answers:
+            self._cut(pair)
+
+    def _cut(self, pair):
+        for sock in pair:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        self._pairs.discard(pair)
+
+    def shut(self):
+        self._open = False
+        for pair in list(self._pairs):
+            self._cut(pair)
+
+    def reopen(self):
+        self._open = True
+
+    def close(self):
+        self.shut()
+        self._server.close()
+
+
+RUNNER = f"""
+import functools, sys
+sys.path.insert(0, {str(ROOT)!r})
+import agent
+agent.Machine = functools.partial(agent.Machine, grace={GRACE})
+agent.BACKOFF_LIMIT = 0.5
+sys.exit(agent.main())
+"""
+
+
+class Site:
+    """A controller, a repository, and agents as real processes."""
+
+    def __init__(self, controller, source, env, tmp_path):
+        self.controller, self.source, self.env, self.tmp_path = controller, source, env, tmp_path
+        self.gate = Gate(controller.url)
+        self.processes = []
+
+    def call(self, method, path, body=None):
+        status, answer = self.controller.call(method, path, body)
+        assert status < 300, (status, answer)
+        return answer
+
+    def start(self, *flags, hostname="h", work="work", **variables):
+        settings = {
+            "DEPLOYBOT_URL": self.gate.url, "DEPLOYBOT_HOSTNAME": hostname, "DEPLOYBOT_WORKDIR": str(self.tmp_path / work),
+            "DEPLOYBOT_GIT_PROTOCOLS": "file", **variables,
+        }  # fmt: skip
+        process = subprocess.Popen(
+            [sys.executable, "-c", RUNNER, *flags], env=self.env | settings, stderr=subprocess.PIPE, start_new_session=True
+        )
+        process.errors = []
+        process.reader = threading.Thread(target=lambda: process.errors.extend(process.stderr), daemon=True)
+        process.reader.start()
+        self.processes.append(process)
+        return process
+
+    def submit(self, ref="main", app="web", host="h", **more):
+        return self.call("POST", "/v1/jobs", {"repo": "o/n", "ref": ref, "host": host, "app": app, **more})["job"]["id"]
+
+    def job(self, job_id):
+        return self.call("GET", f"/v1/jobs/{job_id}")["job"]
+
+    def ended(self, job_id):
+        return until(lambda: self.job(job_id)["completed_at"] and self.job(job_id), what=f"the end of {job_id}")
+
+    def running(self, job_id):
+        return until(lambda: self.job(job_id)["status"] == "running", what=f"the start of {job_id}")
+
+    def messages(self, job_id):
+        found, after = [], ""
+        while after is not None:
+            answer = self.call("GET", f"/v1/jobs/{job_id}/logs?limit=10000{after and f'&after={after}'}")
+            found += [line["message"] for line in answer["lines"]]
+            after = answer["next"]
+        return found
+
+    def output(self, job_id):
+        """The output of the scripts, less its newlines."""
+        return "".join(line for line in self.messages(job_id) if not line.startswith("[deploybot]"))
+
+    def close(self):
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            process.reader.join(5)
+            process.stderr.close()
+        self.gate.close()
+
+
+@pytest.fixture
+def site(controller, source, env, tmp_path):
+    made = Site(controller, source, env, tmp_path)
+    yield made
+    made.close()
+
+
+def script_app(site, files, **spec):
+    site.source.commit(files)
+    site.controller.set_app("web", site.source.url, ["h"], **(spec or {"deploy": ["./run"]}))
+
+
+def test_an_agent_deploys_what_is_asked_for_and_tells_the_commit(site):
+    script_app(site, {"run": "#!/bin/sh\necho hello from $DEPLOY_HOST\n"})
+    process = site.start()
+    job_id = site.submit()
+    job = site.ended(job_id)
+    assert (job["status"], job["exit_code"], job["commit"]) == ("success", 0, site.source.git("rev-parse", "main"))
+    assert site.output(job_id) == "hello from h"
+    second = site.submit()  # the same agent takes one after another
+    assert site.ended(second)["status"] == "success"
+    assert process.poll() is None
+
+
+def test_output_is_seen_while_the_script_runs_prompts_as_well(site):
+    script_app(site, {"run": '#!/bin/sh\necho line\nprintf "Continue? "\nuntil [ -e "$DEPLOY_RELEASE/go" ]; do sleep 0.02; done\n'})
+    site.start()
+    job_id = site.submit()
+    until(lambda: site.output(job_id) == "lineContinue? ")
+    assert site.job(job_id)["commit"] == site.source.git("rev-parse", "main") and site.job(job_id)["status"] == "running"
+    (next((site.tmp_path / "work/web/releases").iterdir()) / "go").touch()
+    assert site.ended(job_id)["status"] == "success"
+
+
+# Its grandchild leaves group, session and environment behind, ignores TERM, and counts without newlines.
+COUNTING = """#!/bin/sh
+echo $$ >>"$PIDS"
+exec python3 - "$PIDS" 3>&1 <<'END'
+import os, signal, sys, time
+if os.fork() == 0:
+    os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if os.fork():
+        os._exit(0)
+    code = '''
+import os, sys, time
+open(sys.argv[1], "a").write(f"{os.getpid()}\\\\n")
+number = 0
+while True:
+    os.write(1, f"<{number}>".encode())
+    number += 1
+    time.sleep(0.002)
+'''
+    os.execvpe(sys.executable, ["python3", "-c", code, sys.argv[1]], EMPTY)
+time.sleep(600)
+END
+"""
+CUTS = {"cancel": "{}", "timeout": "{}", "kill -9": "os.environ"}
+
+
+@pytest.mark.parametrize("how", ["cancel", "timeout", "kill -9"])
+def test_nothing_runs_on_and_every_byte_is_stored_once(site, how):
+    """After kill -9 nothing but the mark in the environment is left to find a daemon by; else an empty one hides nobody."""
+    pids = site.tmp_path / "pids"
+    site.env["PIDS"] = str(pids)
+    script_app(site, {"run": COUNTING.replace("EMPTY", CUTS[how])})
+    process = site.start()
+    job_id = site.submit(timeout=2 if how == "timeout" else 60)
+    until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
+    until(lambda: "<50>" in site.output(job_id))
+    if how == "cancel":
+        site.call("POST", f"/v1/jobs/{job_id}/cancel")
+    elif how == "kill -9":
+        process.kill()
+        process.wait()
+        assert all(lives(int(pid)) for pid in pids.read_text().split())
+        site.start()
+    job = site.ended(job_id)
+    expected = {"cancel": ("cancelled", "cancelled"), "timeout": ("failed", "timeout"), "kill -9": ("failed", "agent_crashed")}
+    assert (job["status"], job["reason"]) == expected[how]
+    assert not any(lives(int(pid)) for pid in pids.read_text().split())
+    numbers = re.fullmatch(r"((?:<\d+>)*)(?:<\d*)?(Terminated|Killed)?", site.output(job_id))[1]
+    assert re.findall(r"\d+", numbers) == [str(number) for number in range(numbers.count("<"))]
+
+
+def test_the_script_goes_on_while_the_controller_is_away(site):
+    """More than 1 MiB waits on disk; answers that get lost on the way make no line come twice."""
+    script_app(site, {"run": f'#!/bin/sh\necho begun\nuntil [ -e "$GO" ]; do sleep 0.02; done\nseq -f %030.0f 1 40000\ntouch "$GO.done"\n'})
+    site.env["GO"] = str(site.tmp_path / "go")
+    site.start()
+    job_id = site.submit()
+    until(lambda: "begun" in site.output(job_id))
+    site.gate.shut()
+    (site.tmp_path / "go").touch()
+    until((site.tmp_path / "go.done").exists)
+    state = site.tmp_path / "work/.agent/jobs"
+    until(lambda: [path for path in state.glob("*.json") if json.loads(path.read_text())["state"] == "ended"])
+    assert sum(path.stat().st_size for path in state.glob("*.log")) > 1 << 20
+    assert site.job(job_id)["status"] == "running"
+    site.gate.lose_answers = 6
+    site.gate.reopen()
+    assert site.ended(job_id)["status"] == "success"
+    lines = [line for line in site.messages(job_id) if line.isdigit()]
+    assert lines == [f"{number:030}" for number in range(1, 40_001)]
+    assert site.gate.lose_answers == 0
+
+
+def test_a_result_outlives_its_agent(site):
+    script_app(site, {"run": '#!/bin/sh\nuntil [ -e "$GO" ]; do sleep 0.02; done\necho the last words\nexit 6\n'})
+    site.env["GO"] = str(site.tmp_path / "go")
+    first = site.start()
+    job_id = site.submit()
+    site.running(job_id)
+    until(lambda: "running" in "".join(site.messages(job_id)))
+    site.gate.shut()
+    (site.tmp_path / "go").touch()
+    [path] = (site.tmp_path / "work/.agent/jobs").glob("*.json")
+    until(lambda: json.loads(path.read_text())["state"] == "ended")
+    first.kill()
+    first.wait()
+    site.gate.reopen()
+    site.start()
+    job = site.ended(job_id)
+    assert (job["status"], job["reason"], job["exit_code"]) == ("failed", "exit_code", 6)
+    assert site.output(job_id) == "the last words"
+    until(lambda: json.loads(path.read_text())["state"] == "done")
+    assert not path.with_suffix(".log").exists()
+
+
+WAITING = '#!/bin/sh\necho begun\nuntil [ -e "$GO" ]; do sleep 0.02; done\necho finished\n'
+
+
+def test_term_lets_the_running_job_finish_and_takes_no_other(site):
+    site.env["GO"] = str(site.tmp_path / "go")
+    script_app(site, {"run": WAITING})
+    process = site.start("--slots=2")
+    job_id = site.submit()
+    until(lambda: "begun" in site.output(job_id))
+    process.terminate()
+    until(lambda: any(b"still to finish" in line for line in process.errors))
+    other = site.submit(ref="refs/heads/main")
+    until(lambda: site.call("GET", "/v1/hosts")["hosts"][0]["agent_status"] == "offline")
+    (site.tmp_path / "go").touch()
+    assert process.wait(15) == agent.EXIT_DONE
+    assert site.job(job_id)["status"] == "success" and site.output(job_id) == "begunfinished"
+    assert site.job(other)["status"] == "pending"
+
+
+def test_a_second_term_stops_the_job(site):
+    site.env["GO"] = str(site.tmp_path / "go")
+    script_app(site, {"run": WAITING})
+    process = site.start()
+    job_id = site.submit()
+    until(lambda: "begun" in site.output(job_id))
+    process.terminate()
+    until(lambda: any(b"still to finish" in line for line in process.errors))
+    process.terminate()
+    assert process.wait(15) == agent.EXIT_DONE
+    job = site.job(job_id)
+    assert (job["status"], job["reason"], job["error"]) == ("cancelled", "cancelled", "the agent was stopped")
+
+
+def test_an_idle_agent_ends_at_once_and_says_so(site):
+    process = site.start()
+    until(lambda: any(b"registered" in line for line in process.errors))
+    until(lambda: site.call("GET", "/v1/hosts")["hosts"][0]["agent_status"] == "online")
+    begun = time.monotonic()
+    process.terminate()
+    assert process.wait(15) == agent.EXIT_DONE and time.monotonic() - begun < 5
+    assert site.call("GET", "/v1/hosts")["hosts"][0]["agent_status"] == "offline"
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, agent.EXIT_DONE), (5, agent.EXIT_FAILED)])
+def test_once_takes_one_job_and_ends(site, code, expected):
+    script_app(site, {"run": f"#!/bin/sh\nexit {code}\n"})
+    first, second = site.submit(), site.submit(ref="refs/heads/main")
+    assert site.start("--once").wait(15) == expected
+    assert site.job(first)["exit_code"] == code and site.job(second)["status"] == "pending"
+
+
+def test_the_older_of_two_agents_with_one_hostname_ends(site):
+    script_app(site, {"run": "#!/bin/sh\necho ran >>$LEDGER\n"})
+    site.env["LEDGER"] = str(site.tmp_path / "ledger")
+    older = site.start(work="one")
+    until(lambda: any(b"registered" in line for line in older.errors))
+    newer = site.start(work="two", DEPLOYBOT_AGENT_TOKEN="")
+    assert older.wait(15) == agent.EXIT_NEWER
+    site.ended(site.submit())
+    assert newer.poll() is None and (site.tmp_path / "ledger").read_text() == "ran\n"
+    assert (site.tmp_path / "two/web/current").exists() and not (site.tmp_path / "one/web").exists()
+
+
+def test_two_agents_do_not_share_a_folder(site):
+    first = site.start()
+    until(lambda: any(b"registered" in line for line in first.errors))
+    second = site.start()
+    assert second.wait(15) == agent.EXIT_BUSY
+    assert first.poll() is None
+
+
+def test_slots_run_jobs_of_different_apps_at_once(site):
+    script_app(site, {"run": '#!/bin/sh\ntouch "$MEET.$DEPLOY_APP"\nuntil [ -e "$MEET.web" -a -e "$MEET.api" ]; do sleep 0.02; done\n'})
+    site.controller.set_app("api", site.source.url, ["h"], deploy=["./run"])
+    site.env["MEET"] = str(site.tmp_path / "meet")
+    site.start("--slots=2")
+    jobs = [site.submit(app=app, timeout=15) for app in ("web", "api")]
+    assert [site.ended(job_id)["status"] for job_id in jobs] == ["success", "success"]
+
+
+def test_the_shell_agent_does_it_with_four_calls(site):
+    words = 'a "quoted" \\\\ back\\\\slash\ttab € end'
+    site.controller.set_app("web", site.source.url, ["sh-host"], deploy=["x"])
+    command = f"printf '%s\\n' '{words}' \"$DEPLOY_REF\"; printf unterminated; env | grep -c TOKEN; exit 3"
+    process = subprocess.Popen(
+        ["sh", ROOT / "examples/agent.sh", "sh-host", command], env=site.env | {"DEPLOYBOT_URL": site.gate.url},
+        start_new_session=True, cwd=site.tmp_path,
+    )  # fmt: skip
+    try:
+        job_id = site.submit(host="sh-host", ref="it;touch${IFS}canary")
+        job = site.ended(job_id)
+        assert (job["status"], job["exit_code"], job["reason"]) == ("failed", 3, "exit_code")
+        assert site.messages(job_id) == [words.replace("\t", " "), "it;touch${IFS}canary", "unterminated0"]
+        assert not (site.tmp_path / "canary").exists()
+        second = site.submit(host="sh-host")
+        assert site.ended(second)["status"] == "failed"
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
