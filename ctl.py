@@ -475,20 +475,23 @@ class Backoff:
 
 
 class Stream:
-    """The events that match `query`, over as many connections as it takes; that of one job ends with the job."""
+    """The events that match `query`, over as many connections as it takes; that of one job ends with the job.
 
-    def __init__(self, client, query, backoff=None):
-        self.client, self.query, self.backoff = client, query, backoff or Backoff()
-        self.last_id, self.ever, self.lost = None, False, None
+    `answered`: this controller answered a moment ago, so the first connection too is tried again.
+    """
+
+    def __init__(self, client, query, answered=False):
+        self.client, self.query, self.answered, self.backoff = client, query, answered, Backoff()
+        self.last_id, self.lost = None, None
 
     def __iter__(self):
-        """Yields Event; raises the Failure of the first connection, of a refusal, or of giving up."""
+        """Yields Event; raises the Failure of an unanswered first connection, of a refusal, or of giving up."""
         while True:
             try:
                 yield from self._connection()
                 return
             except Failure as failure:
-                if not self.ever or not failure.again:
+                if not self.answered or not failure.again:
                     raise
                 if self.lost is None:
                     yield Event("note", f"connection lost, trying again: {failure.text}")
@@ -501,7 +504,7 @@ class Stream:
             self.backoff.connected()
             if self.lost:
                 yield Event("note", f"connected again to {self.client.url}")
-            self.ever, self.lost = True, None
+            self.answered, self.lost = True, None
             if response.status != 204:
                 yield from self._read(response)
 
@@ -723,14 +726,15 @@ def watch(client, screen, jobs, show):
     view = LogView(screen, ("host",) if len(jobs) > 1 else (), events=False)
     tail = STREAM_TAIL_MOST if show else 0
     try:
-        for event in merged([Stream(client, {"job_id": job["id"], "tail": tail}) for job in jobs]):
+        streams = [Stream(client, {"job_id": job["id"], "tail": tail}, answered=True) for job in jobs]
+        for event in merged(streams):
             if show or event.kind == "note":
                 view.event(event)
-    except KeyboardInterrupt:
+        return [get_job(client, job["id"]) for job in jobs]
+    except (KeyboardInterrupt, Failure):
         commands = ", ".join(client.command(f"cancel {job['id']}") for job in jobs)
         screen.note(f"no longer watched, the deployment goes on; to end it: {commands}")
         raise
-    return [get_job(client, job["id"]) for job in jobs]
 
 
 def conclude(client, screen, options, results):
@@ -885,7 +889,7 @@ def newest_lines(client, options):
 def follow_logs(client, screen, options, job, view):
     """The stream; of one job it ends with the job, and the outcome decides the exit code."""
     query = {"job_id": job and job["id"], "host": options.host, "app": options.app, "tail": options.tail}
-    for event in Stream(client, query):
+    for event in Stream(client, query, answered=job is not None):
         view.event(event)
     if job is None:
         return DONE

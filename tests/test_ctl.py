@@ -727,15 +727,11 @@ def test_a_controller_that_is_not_there_is_3_and_named(here, argv, monkeypatch):
     )
 
 
-def hang_up(handler):
-    reset(handler)
-
-
 @pytest.mark.parametrize(
     "answer",
     [
         as_json(500, {"detail": "no"}), as_json(502, {}), (200, {}, "<html>"), (200, {}, "[]"), (200, {}, '{"unexpected": 1}'), (200, {}, ""),
-        (200, {}, "[" * 100_000), (200, {"Content-Length": "100"}, "{"), hang_up, (302, {"Location": "/login"}, ""), (503, {}, "busy"),
+        (200, {}, "[" * 100_000), (200, {"Content-Length": "100"}, "{"), reset, (302, {"Location": "/login"}, ""), (503, {}, "busy"),
     ],
 )  # fmt: skip
 def test_an_answer_that_is_no_controllers_is_3(here, scripted, answer):
@@ -993,6 +989,19 @@ def test_a_stream_of_no_events_is_3(here, scripted):
     server = scripted(as_json(200, {"job": JOB}), events(b"event: log\ndata: not json\n\n"))
     result = follow(here, server)
     assert result.code == ctl.NOT_REACHED and result.err.count("\n") == 1
+
+
+def test_a_deployment_that_was_made_is_followed_though_the_controller_stumbles(here, scripted, at_once):
+    made = as_json(201, {"job": JOB, "created": True})
+    server = scripted(made, (503, {}, ""), reset, events(log_frame(1), END), as_json(200, {"job": JOB}))
+    result = here(*DEPLOY, "--follow", "--url", server.url)
+    assert result.code == 0 and result.out.startswith("line 1\nsuccess: ")
+
+
+def test_a_deployment_that_cannot_be_followed_goes_on(here, scripted):
+    server = scripted(as_json(201, {"job": JOB, "created": True}), problem(403, "not yours"))
+    result = here(*DEPLOY, "--wait", "--url", server.url)
+    assert result.code == ctl.REFUSED and f"the deployment goes on; to end it: ctl.py cancel {JOB['id']}" in result.err
 
 
 def test_one_stream_that_fails_among_several_ends_with_its_error(here, scripted):
