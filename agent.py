@@ -50,10 +50,11 @@ import sys
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, NamedTuple
 
 VERSION = "0.1.0"
 
@@ -138,7 +139,7 @@ class StepFailed(Exception):
 
 
 def timestamp(now: float) -> str:
-    return datetime.fromtimestamp(now, timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def one_line(text: object) -> str:
@@ -158,16 +159,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_synced(path: Path, text: str) -> None:
-    """Replaces a file whole, readable for its owner alone; it is on the disk when this returns."""
+def write_whole(path: Path, text: str, sync: bool = True) -> None:
+    """Replaces a file whole, readable for its owner alone; with `sync` it is on the disk when this returns."""
     scratch = path.with_name(path.name + ".new")
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
     os.replace(scratch, path)
-    sync_folder(path.parent)
+    if sync:
+        sync_folder(path.parent)
 
 
 def remove_tree(path: Path) -> None:
@@ -264,7 +267,7 @@ class Config:
 OPTIONS = (
     ("--url", "DEPLOYBOT_URL", "the controller (http://localhost:8080)"),
     ("--hostname", "DEPLOYBOT_HOSTNAME", "the host whose jobs to take (this machine's name)"),
-    ("--workdir", "DEPLOYBOT_WORKDIR", "mirrors, releases and the agent's own state (/var/lib/deploybot-agent as root)"),
+    ("--workdir", "DEPLOYBOT_WORKDIR", "mirrors, releases, the agent's own state (/var/lib/deploybot-agent as root)"),
     ("--git-protocols", "DEPLOYBOT_GIT_PROTOCOLS", "what git may fetch over (https:ssh); add file for trials"),
     ("--slots", "DEPLOYBOT_SLOTS", "how many jobs run at once, each of another app, 1 to 64 (1)"),
     ("--log-level", "DEPLOYBOT_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR (INFO)"),
@@ -298,10 +301,10 @@ def default_workdir(env: dict[str, str]) -> str:
 def url_problem(url: str) -> str | None:
     try:
         parts = urllib.parse.urlsplit(url)
-        parts.port  # raises where it is no number
-    except ValueError as error:
-        return f"--url: {error}"
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+        port = parts.port  # raises where it is no number
+    except ValueError:
+        port, parts = 0, urllib.parse.urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         return "--url: must be http://HOST[:PORT] or https://HOST[:PORT]"
     if parts.username or parts.query or parts.fragment:
         return f"--url: takes no user, query or fragment (the token belongs into {TOKEN_VARIABLE})"
@@ -331,7 +334,7 @@ def load_config(argv: list[str], env: dict[str, str]) -> Config:
         return given if given is not None else env.get(variable) or default
 
     defaults = ("http://localhost:8080", socket.gethostname(), default_workdir(env), "https:ssh", "1", "INFO")
-    values = [value(flag, variable, default) for (flag, variable, _), default in zip(OPTIONS, defaults)]
+    values = [value(flag, variable, default) for (flag, variable, _), default in zip(OPTIONS, defaults, strict=True)]
     url, hostname, workdir, protocols, slots, level = values
     problems = [problem] if (problem := url_problem(url)) else []
     if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", hostname):
@@ -483,8 +486,8 @@ class Spool:
         self._taken = 0  # bytes of output so far
         self._closed = False
         self._since: float | None = None  # when the oldest line came that no batch has seen
-        self._writer = open(path, "ab", buffering=0)
-        self._reader = open(path, "rb")
+        self._writer = open(path, "ab", buffering=0)  # noqa: SIM115 - both live as long as the spool
+        self._reader = open(path, "rb")  # noqa: SIM115
         self._end = self._cut_torn_end()
         self._position = 0  # of the first line that is not acknowledged
         self.offset = 0
@@ -543,10 +546,11 @@ class Spool:
         lines = [{"message": message, "level": level, "timestamp": time_text} for message in messages]
         data = b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
         try:
-            self._writer.write(data)
-        except OSError as error:  # a full disk costs the log, not the deployment
+            if self._writer.write(data) != len(data):
+                raise OSError("the disk is full")
+        except OSError as error:  # costs the log, not the deployment
             log.error("output is lost: %s", one_line(error))
-            self._end = self._cut_torn_end()
+            self._cut_torn_end()
             return
         with self._ready:
             self._end += len(data)
@@ -629,9 +633,9 @@ class Entry:
     def result(self) -> dict | None:
         return self.data.get("result")
 
-    def note(self, **values: Any) -> None:
+    def note(self, sync: bool = True, **values: Any) -> None:
         self.data.update(values)
-        self._save()
+        write_whole(self._path, json.dumps(self.data), sync)
 
     def end(self, result: dict) -> None:
         self.note(state="ended", result=result)
@@ -640,9 +644,6 @@ class Entry:
         """Acknowledged. The commands go, as they may hold secrets; the key and the result stay."""
         self.data["job"] = {"id": self.key.job_id, "attempt": self.key.attempt}
         self.note(state="done")
-
-    def _save(self) -> None:
-        write_synced(self._path, json.dumps(self.data))
 
 
 class Journal:
@@ -931,6 +932,9 @@ class Runner:
         try:
             self._on_start()
             cause = self._follow(process, Output(process.stdout, sink), limits)
+        except BaseException:
+            self.end(lambda: time.sleep(TICK))
+            raise
         finally:
             process.stdout.close()
             code = CHILDREN.wait(process)
@@ -988,21 +992,15 @@ class Runner:
 # Environment
 # Owns: what a command gets to see of the agent's environment. Ignores: how it is started.
 
-# Of the agent's own service, or of a git hook that it was started from.
-PRIVATE_PREFIXES = ("DEPLOYBOT_", "DEPLOY_")
-PRIVATE_NAMES = frozenset(
-    "GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_OBJECT_DIRECTORY GIT_ALTERNATE_OBJECT_DIRECTORIES GIT_COMMON_DIR "
-    "GIT_NAMESPACE GIT_PREFIX NOTIFY_SOCKET WATCHDOG_PID WATCHDOG_USEC LISTEN_FDS LISTEN_PID LISTEN_FDNAMES "
-    "CREDENTIALS_DIRECTORY INVOCATION_ID JOURNAL_STREAM".split()
+# Settings and secrets of the agent, what systemd tells its service, what git tells a hook that an agent was started from.
+PRIVATE = re.compile(
+    r"DEPLOYBOT_.*|GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|NAMESPACE|PREFIX)"
+    r"|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_(FDS|PID|FDNAMES)|CREDENTIALS_DIRECTORY|INVOCATION_ID|JOURNAL_STREAM"
 )
 
 
 def clean_environment(env: dict[str, str]) -> dict[str, str]:
-    return {
-        name: value
-        for name, value in env.items()
-        if not name.startswith(PRIVATE_PREFIXES) and name not in PRIVATE_NAMES
-    }
+    return {name: value for name, value in env.items() if not PRIVATE.fullmatch(name)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1049,7 +1047,7 @@ class Resolved(NamedTuple):
 class Mirror:
     """repo.git of one app. Its owner holds the app's lock, so a lock file of git's in it is one that a dead git left."""
 
-    def __init__(self, path: Path, url: str, run: Callable[[list[str], Path, dict[str, str], Any], int], env: dict) -> None:
+    def __init__(self, path: Path, url: str, run: Callable[..., int], env: dict[str, str]) -> None:
         self._path, self._url, self._run, self._env = path, url, run, env
         self._settings = GIT_SETTINGS + (LFS_SETTINGS if shutil.which("git-lfs", path=env.get("PATH")) else ())
         self._marker = path / "deploybot.json"  # how the mirror was fetched; there once a first fetch was complete
@@ -1074,8 +1072,7 @@ class Mirror:
         commit = self._verify(ref) if re.fullmatch(r"[0-9a-fA-F]{4,64}", ref) else None
         if commit is None:
             raise GitError(f"{without_passwords(self._url)} has no branch, tag or commit {ref}")
-        found = self._git("for-each-ref", "--count=1", "--format=%(refname)", f"--contains={commit}", "refs/heads", "refs/tags")
-        if not found:
+        if not self._git("for-each-ref", "--count=1", f"--contains={commit}", "refs/heads", "refs/tags"):
             raise GitError(f"no branch or tag of {without_passwords(self._url)} reaches {ref}")
         return Resolved(commit, "")
 
@@ -1095,7 +1092,7 @@ class Mirror:
         self._git("update-ref", f"refs/deploybot/{release}", commit)
 
     def recall(self, release: str) -> str | None:
-        return self._verify(f"refs/deploybot/{release}")
+        return self._verify(f"refs/deploybot/{release}") or self._verify(release.rpartition("-")[2])
 
     def forget(self, release: str) -> None:
         self._git("update-ref", "-d", f"refs/deploybot/{release}")
@@ -1158,7 +1155,7 @@ class Mirror:
         except GitError:  # a clone that was interrupted stays broken until it is made anew
             remove_tree(self._path / "modules")
             update()
-        for path, folders, files in os.walk(folder):
+        for path, _, files in os.walk(folder):
             if ".git" in files:
                 os.unlink(os.path.join(path, ".git"))
 
@@ -1199,7 +1196,7 @@ class AppFolder:
     def add(self, commit: str) -> Path:
         now = self._now()
         while True:
-            moment = datetime.fromtimestamp(now, timezone.utc).strftime("%Y%m%dT%H%M%S%f")[:-3]
+            moment = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
             release = self._releases / f"{moment}Z-{commit[:12]}"
             try:
                 release.mkdir()
@@ -1438,7 +1435,7 @@ class Deployment:
         return self._runner.run(argv, cwd, env, sink, self._limits)
 
     def _note_leader(self) -> None:
-        self._entry.note(leader=self._family.leader)
+        self._entry.note(sync=False, leader=self._family.leader)  # after a power cut nobody looks for it
 
     def _discard(self, release: Path) -> None:
         """A failed release goes at once: it must not push out a good one."""
@@ -1491,7 +1488,7 @@ class Controller:
         connection.sock.settimeout(timeout)
         if self._interrupted.is_set():
             raise ConnectionAbortedError("interrupted")
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": f"deploybot-agent/{VERSION}"}
+        headers = {"Content-Type": "application/json", "User-Agent": f"deploybot-agent/{VERSION}"}
         if token := self._token():
             headers["Authorization"] = f"Bearer {token}"
         connection.request(method, self._prefix + path, data, headers)
@@ -1510,21 +1507,23 @@ class Controller:
     @staticmethod
     def _judge(response: http.client.HTTPResponse, answer: bytes) -> dict:
         """Only a problem document is the controller's own no; what a proxy says in its place is tried again."""
+        status, kind = response.status, response.headers.get_content_type()
         try:
             data = json.loads(answer)
         except ValueError:
             data = None
-        if response.status < 300 and isinstance(data, dict):
+        if not isinstance(data, dict):
+            data, kind = {}, ""
+        if status < 300 and kind == "application/json":
             return data
-        detail = one_line((data.get("detail") or data.get("title") if isinstance(data, dict) else "") or response.reason)
-        kind = response.headers.get_content_type()
-        if 400 <= response.status < 500 and response.status != 429 and kind == "application/problem+json":
-            offset = data.get("next_offset") if isinstance(data, dict) else None
-            raise Refused(response.status, detail, offset if type(offset) is int else None)
-        if 300 <= response.status < 400:
+        detail = one_line(data.get("detail") or data.get("title") or response.reason)
+        if 400 <= status < 500 and status != 429 and kind == "application/problem+json":
+            offset = data.get("next_offset")
+            raise Refused(status, detail, offset if type(offset) is int else None)
+        if 300 <= status < 400:
             detail = "redirects are not followed: set --url to where the controller is"
-        retry_after = response.headers.get("Retry-After", "")
-        raise Unreachable(f"{response.status}: {detail}", float(retry_after) if re.fullmatch("[0-9]{1,4}", retry_after) else 0.0)
+        wait = response.headers.get("Retry-After", "")
+        raise Unreachable(f"{status}: {detail}", float(wait) if re.fullmatch("[0-9]{1,4}", wait) else 0.0)
 
     def resume(self) -> None:
         self._interrupted.clear()
@@ -1659,7 +1658,7 @@ def own_secret(folder: Path) -> str:
     try:
         return path.read_text(encoding="ascii").strip()
     except FileNotFoundError:
-        write_synced(path, f"dbt_{secrets.token_urlsafe(32)}\n")
+        write_whole(path, f"dbt_{secrets.token_urlsafe(32)}\n")
         return path.read_text(encoding="ascii").strip()
 
 
@@ -1672,7 +1671,7 @@ class Agent:
         self._sign_in: str | None = self._secret  # what the heart sends; the enrolment token while it registers
         self._heart = Controller(config.url, lambda: self._sign_in)
         self._identity: tuple[str, str | None] | None = None  # id and session, None until registered; the heart's own
-        self._lock = threading.Lock()  # guards _runs: heart, uploaders and main thread change and read it. Nobody waits for it.
+        self._lock = threading.Lock()  # guards _runs, which all threads read and change; nobody waits for it
         self._runs: dict[JobKey, Run] = {}
         # For the main thread: "signal", "ended" or "newer". A SimpleQueue, as its put() is safe in a signal handler.
         self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -1790,6 +1789,9 @@ class Agent:
                     self.events.put("newer")
                     return
                 pause = backoff.next()
+            except OSError as error:
+                pause = backoff.next()
+                self._complain(f"no job is taken: {one_line(error)}")
             except Exception:  # the heart outlives a mistake of its own: a silent host looks dead
                 log.exception("a heartbeat failed in the agent")
                 pause = backoff.next()
@@ -1883,8 +1885,8 @@ class Agent:
         run = Run(entry, self._machine)
         with self._lock:
             self._runs[run.key] = run
-        for target, args in ((self._worker, (run, work)), (self._uploader, (run,))):
-            threading.Thread(target=target, args=args, name=f"{target.__name__}-{run.key.job_id[-6:]}", daemon=True).start()
+        threading.Thread(target=self._worker, args=(run, work), name="worker", daemon=True).start()
+        threading.Thread(target=self._uploader, args=(run,), name="uploader", daemon=True).start()
         return run
 
     def _worker(self, run: Run, work: Callable[[Deployment], dict]) -> None:
@@ -1911,7 +1913,8 @@ class Agent:
             return {"status": "failed", "error": f"{type(failure).__name__}: {failure}"[:ERROR_LIMIT]}
 
     def _deployment(self, run: Run) -> Deployment:
-        return Deployment(parse_job(run.entry.data["job"]), run.entry, run.spool, run.stop, self._machine, run.know_commit)
+        job = parse_job(run.entry.data["job"])
+        return Deployment(job, run.entry, run.spool, run.stop, self._machine, run.know_commit)
 
     def _uploader(self, run: Run) -> None:
         controller = Controller(self._config.url, lambda: self._secret)

@@ -74,7 +74,9 @@ def env(tmp_path, monkeypatch):
     """The environment of a host: its own git configuration, no prompts, none of the developer's settings."""
     home = tmp_path / "home"
     home.mkdir()
-    (home / ".gitconfig").write_text("[user]\n\tname = T\n\temail = t@example.com\n[protocol \"file\"]\n\tallow = always\n")
+    (home / ".gitconfig").write_text(
+        '[user]\n\tname = T\n\temail = t@example.com\n[protocol "file"]\n\tallow = always\n'
+    )
     return {"PATH": os.environ["PATH"], "HOME": str(home), "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C"}
 
 
@@ -142,7 +144,9 @@ def test_flags_win_over_variables_and_variables_over_defaults(tmp_path):
         ["--url", "https://deploy.example.com/x", "--slots=3"],
         {"DEPLOYBOT_URL": "http://ignored", "DEPLOYBOT_HOSTNAME": "web-01", "DEPLOYBOT_WORKDIR": str(tmp_path)},
     )
-    assert config == agent.Config("https://deploy.example.com/x", "web-01", tmp_path, "https:ssh", 3, False, "INFO", None)
+    assert config == agent.Config(
+        "https://deploy.example.com/x", "web-01", tmp_path, "https:ssh", 3, False, "INFO", None
+    )
 
 
 def test_every_problem_is_named_at_once(tmp_path):
@@ -195,10 +199,13 @@ def test_refs_that_git_would_not_take_are_rejected(host, ref):
 
 
 def test_every_field_at_fault_is_named(host):
-    data = host.job(app="../up", clone_url="-x", build=[], activate="", deploy=["a\0b"], timeout=-1) | {"repo": "a", "host": "a/b"}
+    data = host.job(app="../up", clone_url="-x", build=[], activate="", deploy=["a\0b"], timeout=-1) | {
+        "repo": "a",
+        "host": "a/b",
+    }
     with pytest.raises(agent.StepFailed) as caught:
         agent.parse_job(data)
-    names = "app repo host timeout spec.build spec.activate spec.deploy spec.clone_url".split()
+    names = ["app", "repo", "host", "timeout", "spec.build", "spec.activate", "spec.deploy", "spec.clone_url"]
     assert [name for name in names if name in str(caught.value)] == names
 
 
@@ -421,8 +428,7 @@ def test_only_the_allowed_protocols_are_spoken(host, tmp_path, url):
 def test_blobs_come_when_they_are_needed_where_the_remote_can_do_that(host):
     host.source.commit({"page.txt": "two\n"})
     assert host.deploy()["status"] == "success"
-    count = "cat-file --batch-check --batch-all-objects --unordered".split()
-    kinds = host.source.git(*count, cwd=host.app / "repo.git").split()
+    kinds = host.source.git("cat-file", "--batch-check", "--batch-all-objects", cwd=host.app / "repo.git").split()
     assert kinds.count("blob") == 1  # "one" was never fetched
     assert kinds.count("commit") == 2
 
@@ -437,7 +443,9 @@ def test_a_remote_without_filters_is_fetched_whole(host):
 
 def fake_git(tmp_path, env, body):
     """Puts a git first on PATH that fails where `body` says so."""
-    real = subprocess.run(["sh", "-c", "command -v git"], env=env, capture_output=True, text=True, check=True).stdout.strip()
+    real = subprocess.run(
+        ["sh", "-c", "command -v git"], env=env, capture_output=True, text=True, check=True
+    ).stdout.strip()
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "git").write_text(f'#!/bin/sh\n{body}\nexec {real} "$@"\n')
@@ -513,7 +521,9 @@ def test_hooks_of_the_host_do_not_run_in_a_checkout(host, tmp_path, env):
 
 def test_the_credentials_of_the_host_are_used(host, tmp_path, env):
     """insteadOf stands for all that a host's own git configuration brings."""
-    Path(env["HOME"], ".gitconfig").write_text(f'[url "{host.source.url}"]\n\tinsteadOf = https://git.example.com/o/n.git\n')
+    Path(env["HOME"], ".gitconfig").write_text(
+        f'[url "{host.source.url}"]\n\tinsteadOf = https://git.example.com/o/n.git\n'
+    )
     assert host.deploy(clone_url="https://git.example.com/o/n.git")["status"] == "success"
 
 
@@ -598,7 +608,12 @@ def test_a_failing_activate_goes_the_way_back(host):
     before = os.readlink(host.app / "current")
     second = host.source.commit({"page.txt": "bad\n"})
     result = host.deploy(activate='echo "$DEPLOY_COMMIT in $(cat page.txt)"; grep -q one page.txt')
-    assert (result["status"], result["exit_code"], result["commit"], result["rolled_back_to"]) == ("failed", 1, second, first)
+    assert (result["status"], result["exit_code"], result["commit"], result["rolled_back_to"]) == (
+        "failed",
+        1,
+        second,
+        first,
+    )
     assert host.output.splitlines() == [f"{second} in bad", f"{first} in one"]
     assert os.readlink(host.app / "current") == before and len(host.releases) == 1
 
@@ -620,7 +635,9 @@ def test_a_first_activate_that_fails_leaves_nothing_behind(host):
 def test_the_deploy_form_runs_before_the_switch_and_instead_of_both(host):
     host.deploy()
     before = os.readlink(host.app / "current")
-    result = host.deploy(deploy='readlink "$DEPLOY_CURRENT"; echo "$DEPLOY_PREVIOUS"', build="exit 1", activate="exit 1")
+    result = host.deploy(
+        deploy='readlink "$DEPLOY_CURRENT"; echo "$DEPLOY_PREVIOUS"', build="exit 1", activate="exit 1"
+    )
     assert result["status"] == "success"
     assert host.output.splitlines() == [before, str(host.app / before)]
     assert os.readlink(host.app / "current") != before
@@ -644,7 +661,7 @@ def test_exit_codes_are_those_of_a_shell(host, command, code):
 
 
 def test_scripts_see_their_variables_and_no_secret_of_the_agent(host, env):
-    env |= {"DEPLOYBOT_AGENT_TOKEN": "dbt_secret", "DEPLOYBOT_URL": "x", "NOTIFY_SOCKET": "x", "DEPLOY_OLD": "x", "KEPT": "y"}
+    env |= {"DEPLOYBOT_AGENT_TOKEN": "dbt_secret", "DEPLOYBOT_URL": "x", "NOTIFY_SOCKET": "x", "KEPT": "y"}
     commit = host.source.git("rev-parse", "main")
     data = host.job(build="env | sort", metadata={"branch": "feature/x"})
     host.perform(data)
@@ -663,12 +680,16 @@ def test_commands_stay_out_of_the_log(host):
     assert "s3cret" not in host.said + host.output
 
 
-@pytest.mark.parametrize("name", ["a;touch${IFS}canary", "$(touch${IFS}canary)", "`touch${IFS}canary`", "x'|touch'canary", "a&&b"])
+@pytest.mark.parametrize(
+    "name", ["a;touch${IFS}canary", "$(touch${IFS}canary)", "`touch${IFS}canary`", "x'|touch'canary", "a&&b"]
+)
 def test_what_is_pushed_never_runs(host, tmp_path, name):
     host.source.git("checkout", "--quiet", "-b", name)
     host.source.commit({"page.txt": "pushed\n"}, "$(touch canary); `touch canary` '; touch canary; '")
     metadata = {"branch": name, "commit_message": "$(touch canary)"}
-    result = host.deploy(name, build='echo "$DEPLOY_REF"', activate=["sh", "-c", "echo $DEPLOY_BRANCH"], metadata=metadata)
+    result = host.deploy(
+        name, build='echo "$DEPLOY_REF"', activate=["sh", "-c", "echo $DEPLOY_BRANCH"], metadata=metadata
+    )
     assert result["status"] == "success"
     assert host.output.splitlines() == [name, name]
     assert not list(tmp_path.rglob("*canary*")) or all("refs" in str(path) for path in tmp_path.rglob("*canary*"))
@@ -956,7 +977,10 @@ class Site:
             "DEPLOYBOT_GIT_PROTOCOLS": "file", **variables,
         }  # fmt: skip
         process = subprocess.Popen(
-            [sys.executable, "-c", RUNNER, *flags], env=self.env | settings, stderr=subprocess.PIPE, start_new_session=True
+            [sys.executable, "-c", RUNNER, *flags],
+            env=self.env | settings,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
         )
         process.errors = []
         process.reader = threading.Thread(target=lambda: process.errors.extend(process.stderr), daemon=True)
@@ -1023,11 +1047,16 @@ def test_an_agent_deploys_what_is_asked_for_and_tells_the_commit(site):
 
 
 def test_output_is_seen_while_the_script_runs_prompts_as_well(site):
-    script_app(site, {"run": '#!/bin/sh\necho line\nprintf "Continue? "\nuntil [ -e "$DEPLOY_RELEASE/go" ]; do sleep 0.02; done\n'})
+    script_app(
+        site,
+        {"run": '#!/bin/sh\necho line\nprintf "Continue? "\nuntil [ -e "$DEPLOY_RELEASE/go" ]; do sleep 0.02; done\n'},
+    )
     site.start()
     job_id = site.submit()
     until(lambda: site.output(job_id) == "lineContinue? ")
-    assert site.job(job_id)["commit"] == site.source.git("rev-parse", "main") and site.job(job_id)["status"] == "running"
+    assert (
+        site.job(job_id)["commit"] == site.source.git("rev-parse", "main") and site.job(job_id)["status"] == "running"
+    )
     (next((site.tmp_path / "work/web/releases").iterdir()) / "go").touch()
     assert site.ended(job_id)["status"] == "success"
 
@@ -1076,7 +1105,11 @@ def test_nothing_runs_on_and_every_byte_is_stored_once(site, how):
         assert all(lives(int(pid)) for pid in pids.read_text().split())
         site.start()
     job = site.ended(job_id)
-    expected = {"cancel": ("cancelled", "cancelled"), "timeout": ("failed", "timeout"), "kill -9": ("failed", "agent_crashed")}
+    expected = {
+        "cancel": ("cancelled", "cancelled"),
+        "timeout": ("failed", "timeout"),
+        "kill -9": ("failed", "agent_crashed"),
+    }
     assert (job["status"], job["reason"]) == expected[how]
     assert not any(lives(int(pid)) for pid in pids.read_text().split())
     numbers = re.fullmatch(r"((?:<\d+>)*)(?:<\d*)?(Terminated|Killed)?", site.output(job_id))[1]
@@ -1085,7 +1118,8 @@ def test_nothing_runs_on_and_every_byte_is_stored_once(site, how):
 
 def test_the_script_goes_on_while_the_controller_is_away(site):
     """More than 1 MiB waits on disk; answers that get lost on the way make no line come twice."""
-    script_app(site, {"run": f'#!/bin/sh\necho begun\nuntil [ -e "$GO" ]; do sleep 0.02; done\nseq -f %030.0f 1 40000\ntouch "$GO.done"\n'})
+    wait = 'echo begun\nuntil [ -e "$GO" ]; do sleep 0.02; done'
+    script_app(site, {"run": f'#!/bin/sh\n{wait}\nseq -f %030.0f 1 40000\ntouch "$GO.done"\n'})
     site.env["GO"] = str(site.tmp_path / "go")
     site.start()
     job_id = site.submit()
@@ -1199,7 +1233,12 @@ def test_two_agents_do_not_share_a_folder(site):
 
 
 def test_slots_run_jobs_of_different_apps_at_once(site):
-    script_app(site, {"run": '#!/bin/sh\ntouch "$MEET.$DEPLOY_APP"\nuntil [ -e "$MEET.web" -a -e "$MEET.api" ]; do sleep 0.02; done\n'})
+    script_app(
+        site,
+        {
+            "run": '#!/bin/sh\ntouch "$MEET.$DEPLOY_APP"\nuntil [ -e "$MEET.web" -a -e "$MEET.api" ]; do sleep 0.02; done\n'
+        },
+    )
     site.controller.set_app("api", site.source.url, ["h"], deploy=["./run"])
     site.env["MEET"] = str(site.tmp_path / "meet")
     site.start("--slots=2")
