@@ -269,8 +269,14 @@ def reset(handler):
 
 @pytest.fixture
 def at_once(monkeypatch):
-    """Pauses between connections take no time."""
-    monkeypatch.setattr(ctl.Backoff.__init__, "__defaults__", (time.monotonic, lambda seconds: None, lambda: 1))
+    """Pauses between connections take no time, and there are not many."""
+    pauses = []
+
+    def sleep(length):
+        pauses.append(length)
+        assert len(pauses) < 20
+
+    monkeypatch.setattr(ctl.Backoff.__init__, "__defaults__", (time.monotonic, sleep, lambda: 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
