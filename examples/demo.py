@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REPO, APP, HOST = "demo/hello", "hello", "demo-host"
+COMMITTED = "2026-01-01T12:00:00Z"  # the commits have the same names at each run
 START_LIMIT_S = 20  # for a controller that answers and an agent that is online; a loaded machine needs some
 DEPLOY_LIMIT_S = 60
 STOP_LIMIT_S = 15  # then SIGKILL
@@ -138,7 +139,7 @@ class Demo:
         done = subprocess.run(
             ["git", "-c", "user.name=Ada", "-c", "user.email=ada@example.com", *arguments],
             cwd=self.folder / "hello",
-            env=self.environment(),
+            env=self.environment(GIT_AUTHOR_DATE=COMMITTED, GIT_COMMITTER_DATE=COMMITTED),
             check=True,
             capture_output=True,
             text=True,
