@@ -174,7 +174,9 @@ def write_whole(path: Path, text: str, sync: bool = True) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes what can be removed. Some builds leave folders without the right to write (Go's module cache)."""
+    """Removes what can be removed, a file as well. Some builds leave folders without the right to write (Go's module cache)."""
+    if not path.is_dir():
+        return path.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
     if not path.exists():
         return
@@ -677,14 +679,27 @@ class Journal:
             return Entry(path, json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:  # it was started; more is not known
             log.error("the tracking file %s is not readable: %s", path, one_line(error))
-            return None
+            job_id, attempt = path.stem.rsplit(".", 1)
+            result = {"status": "failed", "reason": "agent_crashed", "error": "the tracking file was not readable"}
+            return Entry(path, {"job": {"id": job_id, "attempt": int(attempt)}, "state": "ended", "result": result})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
-# Owns: starting a command, following it, ending all that it started. Ignores: what the command is for.
+# Owns: what a command sees of the environment; starting it, following it, ending all that it started. Ignores: what the command is for.
+
+
+# Settings and secrets of the agent, what systemd tells its service, what git tells a hook that an agent was started from.
+PRIVATE = re.compile(
+    r"DEPLOYBOT_.*|GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|NAMESPACE|PREFIX)"
+    r"|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_(FDS|PID|FDNAMES)|CREDENTIALS_DIRECTORY|INVOCATION_ID|JOURNAL_STREAM"
+)
+
+
+def clean_environment(env: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in env.items() if not PRIVATE.fullmatch(name)}
 
 
 class Stat(NamedTuple):
@@ -735,22 +750,9 @@ def send_signal(pid: int, stat: Stat | None, signum: int) -> None:
     """To the process that `stat` is of, and never to another that got its pid since. Without stat: to the group."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         if stat is None:
-            return os.killpg(pid, signum)
-        try:
-            descriptor = os.pidfd_open(pid)
-        except (AttributeError, OSError):  # before Linux 5.3; or gone, then kill says so
-            descriptor = None
-        try:
-            now = read_stat(pid)
-            if now is None or now.start != stat.start:
-                return
-            if descriptor is None:
-                os.kill(pid, signum)
-            else:
-                signal.pidfd_send_signal(descriptor, signum)
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
+            os.killpg(pid, signum)
+        elif (now := read_stat(pid)) is not None and now.start == stat.start:
+            os.kill(pid, signum)
 
 
 class Children:
@@ -901,6 +903,12 @@ class Output:
             self._read()
         self._sink.idle()
 
+    def pump_on(self, patience: float) -> None:
+        """Until the end of the output, but not for ever: children of a command may hold its pipe."""
+        deadline = time.monotonic() + patience
+        while self.open and (left := deadline - time.monotonic()) > 0:
+            self.pump(min(left, TICK))
+
     def _read(self) -> None:
         try:
             data = os.read(self._fd, 64 * 1024)
@@ -911,11 +919,13 @@ class Output:
             self._sink.write(data)
 
 
-def has_exited(process: subprocess.Popen) -> bool:
-    """Leaves it a zombie where that can be had, so that its pid keeps naming its session until all of that is ended."""
-    if hasattr(os, "waitid"):
-        return os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-    return process.poll() is not None
+def peek_exit(process: subprocess.Popen) -> int | None:
+    """None while it runs, 0 when it succeeded. It stays a zombie where that can be had, so that its pid keeps naming its
+    session until all of that is ended."""
+    if not hasattr(os, "waitid"):
+        return process.poll()
+    info = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return info and (info.si_status if info.si_code == os.CLD_EXITED else 128 + info.si_status)
 
 
 class Runner:
@@ -945,11 +955,11 @@ class Runner:
     def _follow(self, process: subprocess.Popen, output: Output, limits: Limits) -> str | None:
         cause = self._wait(process, output, limits)
         if cause is None:
-            self._drain(output, DRAIN)
-            if self._succeeded(process):
+            output.pump_on(DRAIN)
+            if peek_exit(process) == 0:
                 return None
-        self.end(lambda: output.pump(TICK))
-        self._drain(output, 0.0)
+        self.end(lambda: output.pump_on(TICK) or time.sleep(0 if output.open else TICK))
+        output.pump(0.0)
         return cause
 
     def _wait(self, process: subprocess.Popen, output: Output, limits: Limits) -> str | None:
@@ -958,7 +968,7 @@ class Runner:
         except (AttributeError, OSError):  # the exit is then seen at the next tick
             exit_fd = None
         try:
-            while not has_exited(process):
+            while peek_exit(process) is None:
                 if cause := limits.cause():
                     return cause
                 output.pump(TICK, exit_fd)
@@ -967,40 +977,11 @@ class Runner:
             if exit_fd is not None:
                 os.close(exit_fd)
 
-    def _drain(self, output: Output, patience: float) -> None:
-        """The last output. Children that hold the pipe may add to it for a while, but not for ever."""
-        deadline = self._clock() + patience
-        output.pump(0.0)
-        while output.open and (left := deadline - self._clock()) > 0:
-            output.pump(min(left, TICK))
-
-    @staticmethod
-    def _succeeded(process: subprocess.Popen) -> bool:
-        if hasattr(os, "waitid"):
-            info = os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-            return info.si_code == os.CLD_EXITED and info.si_status == 0
-        return process.wait() == 0
-
     def end(self, between: Callable[[], None]) -> None:
         """Ends all processes of the job; `between` is called between two looks, and takes a moment."""
         ending = Ending(self._family, self._grace, self._clock)
         while not ending.step():
             between()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Environment
-# Owns: what a command gets to see of the agent's environment. Ignores: how it is started.
-
-# Settings and secrets of the agent, what systemd tells its service, what git tells a hook that an agent was started from.
-PRIVATE = re.compile(
-    r"DEPLOYBOT_.*|GIT_(DIR|WORK_TREE|INDEX_FILE|OBJECT_DIRECTORY|ALTERNATE_OBJECT_DIRECTORIES|COMMON_DIR|NAMESPACE|PREFIX)"
-    r"|NOTIFY_SOCKET|WATCHDOG_.*|LISTEN_(FDS|PID|FDNAMES)|CREDENTIALS_DIRECTORY|INVOCATION_ID|JOURNAL_STREAM"
-)
-
-
-def clean_environment(env: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in env.items() if not PRIVATE.fullmatch(name)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1057,8 +1038,10 @@ class Mirror:
         state = self._state()
         if state.get("url") == self._url:
             self._clear_locks()
-            self._fetch(state["partial"])
-            return
+            try:
+                return self._fetch(state["partial"])
+            except GitError:  # where the remote answers it is the mirror that is broken, as after a power cut
+                self._git("ls-remote", "--quiet", "origin", "HEAD")
         try:
             self._build(partial=True)
         except GitError:
@@ -1078,14 +1061,24 @@ class Mirror:
 
     def check_out(self, commit: str, folder: Path) -> None:
         """Plain files, no .git. Raises GitError."""
+        place = {"GIT_WORK_TREE": str(folder), "GIT_INDEX_FILE": str(self._path / "deploybot.index")}
         try:
-            self._check_out(commit, folder)
+            self._read_tree(commit, folder, place)
         except GitError:
             if not self._state().get("partial"):
                 raise
-            # A remote that takes the filter and then does not hand out single blobs.
-            self._build(partial=False)
-            self._check_out(commit, folder)
+            self._build(partial=False)  # a remote that takes the filter and then does not hand out single blobs
+            self._read_tree(commit, folder, place)
+        if not (folder / ".gitmodules").exists():
+            return
+        try:
+            self._update_submodules(folder, place)
+        except (
+            GitError
+        ):  # a clone that was interrupted, or that is of another place, stays broken until it is made anew
+            remove_tree(self._path / "modules")
+            self._read_tree(commit, folder, place)
+            self._update_submodules(folder, place)
 
     def remember(self, release: str, commit: str) -> None:
         """A ref for each release: the way back knows its commit, and git keeps the objects."""
@@ -1136,25 +1129,15 @@ class Mirror:
         how = ["--filter=blob:none"] if partial else []
         self._git("fetch", "--quiet", "--prune", "--no-tags", "--no-recurse-submodules", *how, "origin", *REFSPECS)
 
-    def _check_out(self, commit: str, folder: Path) -> None:
-        index = self._path / "deploybot.index"
-        index.unlink(missing_ok=True)
-        place = {"GIT_WORK_TREE": str(folder), "GIT_INDEX_FILE": str(index)}
+    def _read_tree(self, commit: str, folder: Path, place: dict[str, str]) -> None:
+        for path in (folder, Path(place["GIT_INDEX_FILE"])):
+            remove_tree(path)
+        folder.mkdir()
         self._git("read-tree", "-u", "--reset", commit, cwd=folder, env=place)
-        if (folder / ".gitmodules").exists():
-            self._check_out_submodules(folder, place)
-        index.unlink(missing_ok=True)
 
-    def _check_out_submodules(self, folder: Path, place: dict[str, str]) -> None:
-        def update() -> None:
-            self._git("submodule", "--quiet", "sync", "--recursive", cwd=folder, env=place)
-            self._git("submodule", "--quiet", "update", "--init", "--recursive", "--force", cwd=folder, env=place)
-
-        try:
-            update()
-        except GitError:  # a clone that was interrupted stays broken until it is made anew
-            remove_tree(self._path / "modules")
-            update()
+    def _update_submodules(self, folder: Path, place: dict[str, str]) -> None:
+        self._git("submodule", "--quiet", "sync", cwd=folder, env=place)
+        self._git("submodule", "--quiet", "update", "--init", "--recursive", "--force", cwd=folder, env=place)
         for path, _, files in os.walk(folder):
             if ".git" in files:
                 os.unlink(os.path.join(path, ".git"))
@@ -1349,21 +1332,23 @@ class Deployment:
         if not (job.deploy or job.build or job.activate) and os.access(release / CONVENTION, os.X_OK):
             name, command = CONVENTION, [f"./{CONVENTION}"]
         if command:
-            self._script(name, command, release, self._variables(release, self._resolved.commit, before), self._limits)
+            self._script(name, command, release, self._variables(release, self._resolved.commit, before))
 
     def _switch(self, release: Path, before: Path | None) -> None:
         self._limits.check()
         self._entry.note(switched_from=before.name if before else "")
         self._app.switch(release)
-        if self._job.activate and not self._job.deploy:
-            variables = self._variables(release, self._resolved.commit, before)
-            try:
-                self._script("activate", self._job.activate, release, variables, self._limits)
-            except BaseException:
-                self._way_back(release, before)
-                raise
+        try:
+            self._activate(release, self._resolved.commit, before)
+        except BaseException:
+            self._way_back(release, before)
+            raise
         with contextlib.suppress(OSError):  # an agent that dies from here on has nothing to undo
             self._entry.end({"status": "success", "exit_code": 0, "commit": self._resolved.commit})
+
+    def _activate(self, release: Path, commit: str, previous: Path | None) -> None:
+        if self._job.activate and not self._job.deploy:
+            self._script("activate", self._job.activate, release, self._variables(release, commit, previous))
 
     def _way_back(self, release: Path, before: Path | None) -> None:
         """Neither cancel nor timeout stops it: it is what puts the host right again."""
@@ -1372,22 +1357,13 @@ class Deployment:
             self._spool.say("there is no release to go back to", "warning")
             return
         self._spool.say(f"going back to releases/{before.name}", "warning")
-        limits = Limits(None, self._machine.clock() + WAY_BACK_LIMIT, self._machine.clock)
-        commit = self._recall(before, limits)
+        self._limits = Limits(None, self._machine.clock() + WAY_BACK_LIMIT, self._machine.clock)
+        commit = self._mirror.recall(before.name)
         try:
-            if self._job.activate:
-                variables = self._variables(before, commit or "", release)
-                self._script("activate", self._job.activate, before, variables, limits)
+            self._activate(before, commit or "", release)
             self._rolled_back_to = commit
         except (StepFailed, Stopped) as failure:
             self._spool.say(f"activate of the old release failed too: {failure}", "error")
-
-    def _recall(self, release: Path, limits: Limits) -> str | None:
-        self._limits, waiting = limits, self._limits  # git as well, for this one answer
-        try:
-            return self._mirror.recall(release.name)
-        finally:
-            self._limits = waiting
 
     def _undo(self) -> None:
         self._runner.end(lambda: time.sleep(TICK))
@@ -1396,7 +1372,7 @@ class Deployment:
             release = self._app.release(self._entry.data.get("release"))
             if release is None:
                 return
-            if "switched_from" in self._entry.data and self._app.active() == release:
+            if "switched_from" in self._entry.data:
                 self._way_back(release, self._app.release(self._entry.data["switched_from"]))
             self._discard(release)
 
@@ -1417,12 +1393,12 @@ class Deployment:
             "DEPLOY_PREVIOUS": str(previous) if previous else "",
         }
 
-    def _script(self, name: str, command: Command, cwd: Path, env: dict[str, str], limits: Limits) -> None:
+    def _script(self, name: str, command: Command, cwd: Path, env: dict[str, str]) -> None:
         """Raises StepFailed or Stopped. What was pushed comes in the environment, never in the command."""
         argv = command if isinstance(command, list) else ["/bin/sh", "-c", command]
         self._spool.say(f"running {name}")  # not the command itself: it may hold a secret, and more people read logs
         try:
-            code = self._runner.run(argv, cwd, env, self._spool, limits)
+            code = self._runner.run(argv, cwd, env, self._spool, self._limits)
         except OSError as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126  # as a shell says it
             self._spool.say(f"{name} does not start: {error.strerror}: {argv[0]}", "error")
@@ -1778,7 +1754,7 @@ class Agent:
                     self._register()
                 pause = self._obey(self._send_heartbeat())
                 backoff.reset()
-                self._trouble = ""
+                self._complain("")
             except Unreachable as trouble:
                 if self._nudge.is_set():
                     continue
@@ -1799,9 +1775,12 @@ class Agent:
             self._nudge.wait(max(pause, IDLE_PAUSE - (self._machine.clock() - begun)))
 
     def _complain(self, text: str) -> None:
-        if text != self._trouble:
+        """Says it once; "" says that the trouble is over."""
+        if text and text != self._trouble:
             log.warning("%s", text)
-            self._trouble = text
+        elif self._trouble and not text:
+            log.info("the controller is reached again")
+        self._trouble = text
 
     def _is_newer(self, refusal: Refused) -> bool:
         """Everything else that is refused is put right by a new registration."""

@@ -1,6 +1,7 @@
 """agent.py: first its parts on their own, then whole agents against a real controller and real git repositories."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,13 @@ def test_a_character_that_comes_in_two_reads_stays_whole():
     assert cut(euro[:1], euro[1:] + b"\n" + euro[:2]) == ["€", "\ufffd"]
 
 
+def test_output_that_ends_inside_a_character_is_stored_all_the_same(tmp_path):
+    spool = agent.Spool(tmp_path / "log")
+    spool.write("€".encode()[:2])
+    spool.close()
+    assert messages(spool.batch(0)) == ["\ufffd"]
+
+
 @pytest.mark.parametrize("text", ["x" * 200_000, "€" * 70_000, "x" + "😀" * 40_000 + "\nend"])
 def test_long_lines_come_in_pieces_that_fit_and_put_together_are_the_output(text):
     raw = text.encode()
@@ -386,10 +395,10 @@ def test_a_branch_that_moved_back_or_went_is_followed(host):
     assert host.deploy()["commit"] == second
     source.git("reset", "--quiet", "--hard", first)
     source.git("branch", "-D", "--quiet", "other")
-    source.git("branch", "other/below")
     assert host.deploy()["commit"] == first
-    assert host.deploy("other/below")["commit"] == first
     assert host.deploy("other")["reason"] == "fetch_failed"
+    source.git("branch", "other/below")
+    assert host.deploy("other/below")["commit"] == first
 
 
 def test_a_commit_that_no_branch_or_tag_reaches_is_not_deployed(host):
@@ -469,6 +478,21 @@ def test_locks_that_a_killed_git_left_do_not_stop_the_next_fetch(host):
     for name in ("packed-refs.lock", "refs/heads/main.lock", "config.lock", "deploybot.index.lock"):
         (mirror / name).write_text("")
     host.source.commit({"page.txt": "two\n"})
+    before = (mirror / "deploybot.json").stat()
+    assert host.deploy()["status"] == "success"
+    assert host.read() == "two\n"
+    assert (mirror / "deploybot.json").stat().st_mtime_ns == before.st_mtime_ns  # it is still the same mirror
+
+
+def test_a_broken_mirror_is_made_anew_but_not_for_a_remote_that_is_away(host):
+    host.deploy()
+    mirror = host.app / "repo.git"
+    host.source.path.rename(host.source.path.with_name("away"))
+    assert host.deploy()["reason"] == "fetch_failed" and (mirror / "deploybot.json").exists()
+    host.source.path.with_name("away").rename(host.source.path)
+    for path in (mirror / "objects/pack").iterdir():
+        path.unlink()
+    host.source.commit({"page.txt": "two\n"})
     assert host.deploy()["status"] == "success"
     assert host.read() == "two\n"
 
@@ -498,13 +522,18 @@ def test_submodules_are_there_as_plain_files(host, tmp_path, env):
     host.source.git("submodule", "--quiet", "add", "../library", "vendor/library")
     host.source.commit({}, "with a submodule")
     for version in ("v1\n", "v2\n"):
-        assert host.deploy()["status"] == "success"
+        assert host.deploy()["error"] is None
         assert host.read("vendor/library/lib.txt") == version
         assert host.read("vendor/library/inner/deep.txt") == "deep\n"
         assert not list((host.app / "current").resolve().rglob(".git"))
         library.commit({"lib.txt": "v2\n"})
-        host.source.git("submodule", "--quiet", "update", "--remote")
-        host.source.commit({}, "a newer library")
+        if version == "v1\n":  # the library also moves to another place
+            library.path.rename(library.path.with_name("moved"))
+            library.path = library.path.with_name("moved")
+            host.source.git("config", "-f", ".gitmodules", "submodule.vendor/library.url", "../moved")
+            host.source.git("submodule", "--quiet", "sync")
+            host.source.git("submodule", "--quiet", "update", "--remote")
+            host.source.commit({}, "a newer library")
 
 
 def test_hooks_of_the_host_do_not_run_in_a_checkout(host, tmp_path, env):
@@ -813,16 +842,18 @@ def test_without_proc_the_process_group_is_ended(host, monkeypatch, tmp_path, en
 
 
 def test_a_pid_that_belongs_to_another_now_gets_no_signal():
-    process = subprocess.Popen(["sleep", "60"])
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
     try:
         real = agent.read_stat(process.pid)
-        agent.send_signal(process.pid, real._replace(start=real.start - 1), signal.SIGKILL)
-        family = agent.Family(str(uuid.uuid4()), False, agent.Leader(process.pid, real.start - 1))
-        assert process.poll() is None and family.members() == {}
-        agent.send_signal(process.pid, real, signal.SIGKILL)
-        assert process.wait(5) == -signal.SIGKILL
+        earlier = real.start - 1
+        assert agent.Family(str(uuid.uuid4()), False, agent.Leader(process.pid, earlier)).members() == {}
+        assert process.pid in agent.Family(str(uuid.uuid4()), False, agent.Leader(process.pid, real.start)).members()
+        agent.send_signal(process.pid, real._replace(start=earlier), signal.SIGKILL)
+        agent.send_signal(process.pid, real, signal.SIGTERM)
+        assert process.wait(5) == -signal.SIGTERM
     finally:
         process.kill()
+        process.wait()
 
 
 # After a crash
@@ -877,12 +908,317 @@ def test_the_journal_keeps_the_end_and_forgets_the_commands(host):
     assert host.journal.find(host.entry.key).result["status"] == "success"
 
 
+def test_a_tracking_file_that_cannot_be_read_still_says_that_the_job_was_started(host):
+    key = host.journal.begin(host.job(), agent.boot_id()).key
+    [path] = (host.machine.workdir / ".agent/jobs").glob("*.json")
+    path.write_text("")
+    assert host.journal.find(key).result["reason"] == "agent_crashed"
+    assert [entry.key for entry in host.journal.unfinished()] == [key]
+
+
 def test_old_tracking_files_go(host, monkeypatch):
     monkeypatch.setattr(agent, "KEEP_ENTRIES", 2)
     for _ in range(4):
         host.journal.begin(host.job(), agent.boot_id()).done()
     host.journal.unfinished()
     assert len(list((host.machine.workdir / ".agent/jobs").glob("*.json"))) == 2
+
+
+# Talking to a controller that misbehaves
+
+
+class Scripted:
+    """Answers requests by a function of (path, body, token); keeps what was asked."""
+
+    def __init__(self, answer):
+        asked = self.asked = []
+        self.connections = 0
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def setup(self):
+                outer.connections += 1
+                super().setup()
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
+                asked.append((self.path, body, token))
+                status, answered, headers = answer(self.path, body, token)
+                data = answered if isinstance(answered, bytes) else json.dumps(answered).encode()
+                kind = "application/json" if status < 300 else "application/problem+json"
+                self.send_response(status)
+                for name, value in ({"Content-Type": kind, "Content-Length": len(data)} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *args):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def scripted():
+    servers = []
+
+    def make(answer):
+        servers.append(Scripted(answer))
+        return servers[-1]
+
+    yield make
+    for server in servers:
+        server.close()
+
+
+def ask(server, **kwargs):
+    return agent.Controller(server.url + "/prefix/", lambda: "dbt_x", **kwargs).call("POST", "/v1/x", {"a": 1})
+
+
+def test_an_answer_is_the_object_of_a_request_that_carries_the_token(scripted):
+    server = scripted(lambda *asked: (200, {"b": 2}, {}))
+    assert ask(server) == {"b": 2}
+    assert server.asked == [("/prefix/v1/x", {"a": 1}, "dbt_x")]
+
+
+def test_one_connection_serves_many_calls_and_a_closed_one_is_no_failure(scripted):
+    server = scripted(lambda path, body, token: (200, {}, {"Connection": "close"} if body.get("last") else {}))
+    controller = agent.Controller(server.url, lambda: None)
+    for _ in range(3):
+        controller.call("POST", "/", {})
+    assert server.connections == 1
+    controller._connection.sock.shutdown(socket.SHUT_RDWR)
+    controller.call("POST", "/", {"last": True})
+    controller.call("POST", "/", {})
+    assert server.connections == 3
+    controller.close()
+
+
+def test_redirects_are_not_followed(scripted):
+    thief = scripted(lambda *asked: (200, {}, {}))
+    server = scripted(lambda *asked: (307, {}, {"Location": thief.url}))
+    with pytest.raises(agent.Unreachable, match="not followed"):
+        ask(server)
+    assert thief.asked == []
+
+
+def test_a_problem_is_a_refusal(scripted):
+    server = scripted(lambda *asked: (409, {"detail": "a\ngap", "next_offset": 7}, {}))
+    with pytest.raises(agent.Refused, match="409: a gap") as caught:
+        ask(server)
+    assert (caught.value.status, caught.value.next_offset) == (409, 7)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "headers"),
+    [
+        (404, b"<html>not here</html>", {"Content-Type": "text/html"}),  # a proxy, while the controller restarts
+        (200, b"<html>welcome</html>", {"Content-Type": "text/html"}),
+        (409, [], {}),
+        (503, {"detail": "full"}, {}),
+        (429, {"detail": "slow"}, {}),
+    ],
+)
+def test_what_may_pass_is_tried_again(scripted, status, body, headers):
+    server = scripted(lambda *asked: (status, body, headers | {"Retry-After": "7"}))
+    with pytest.raises(agent.Unreachable) as caught:
+        ask(server)
+    assert caught.value.retry_after == 7
+
+
+def test_a_controller_that_is_not_there_and_one_that_says_nothing(scripted):
+    over = threading.Event()
+    server = scripted(lambda *asked: over.wait(10) and (200, {}, {}))
+    with pytest.raises(agent.Unreachable, match="timed out"):
+        ask(server, timeout=0.1)
+    over.set()
+    with pytest.raises(agent.Unreachable, match="refused"):
+        agent.Controller("http://127.0.0.1:1", lambda: None).call("POST", "/", {})
+
+
+class Lone:
+    """An Agent in this process, whose heart is driven by hand."""
+
+    def __init__(self, host, url="http://127.0.0.1:1", **config):
+        self.config = agent.Config(url, "h", host.machine.workdir, "file", **config)
+        self.agent = agent.Agent(self.config, host.machine, lambda: agent.Backoff(chance=lambda: 0.0))
+
+    def take(self, data):
+        self.agent._take(data)
+        for run in self.agent._holding():
+            assert run.ended.wait(20)
+
+    def close(self):
+        self.agent._over.set()
+        until(lambda: all(run.ended.is_set() for run in self.agent._holding()))
+
+
+@pytest.fixture
+def lone(host):
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(Lone(host, *args, **kwargs))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def test_no_attempt_is_started_twice(host, lone, tmp_path, env):
+    env["LEDGER"] = str(tmp_path / "ledger")
+    data = host.job(deploy='echo "$DEPLOY_JOB_ID" >>"$LEDGER"')
+    first = lone()
+    first.take(data)
+    first.take(data)  # delivered again while it is held
+    first.close()
+    second = lone()
+    second.take(data)  # and again to the next agent, before it looked at what the first one left
+    second.take(data | {"attempt": 2})
+    assert (tmp_path / "ledger").read_text().split() == [data["id"]] * 2
+    assert [run.entry.result["status"] for run in second.agent._holding()] == ["success", "success"]
+
+
+def test_a_job_that_the_agent_does_not_take_is_answered(host, lone):
+    one = lone()
+    one.take(host.job(app="../up"))
+    [run] = one.agent._holding()
+    assert (run.entry.result["status"], run.entry.result["reason"]) == ("failed", "rejected")
+    assert "app" in run.entry.result["error"]
+
+
+def test_a_job_does_not_start_when_it_cannot_be_tracked(host, lone, monkeypatch, tmp_path, env):
+    env["LEDGER"] = str(tmp_path / "ledger")
+    one = lone()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(agent, "write_whole", full)
+    with pytest.raises(OSError, match="No space"):
+        one.agent._take(host.job(deploy="touch $LEDGER"))
+    assert one.agent._holding() == [] and not (tmp_path / "ledger").exists()
+
+
+def test_a_full_disk_in_the_middle_of_a_job_leaves_no_process(host, monkeypatch, tmp_path, env):
+    env["PIDS"] = str(tmp_path / "pids")
+    real = agent.write_whole
+
+    def full_when_it_runs(path, text, sync=True):
+        if not sync and '"release"' in text:
+            until(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().strip())
+            raise OSError(28, "No space left on device")
+        real(path, text, sync)
+
+    monkeypatch.setattr(agent, "write_whole", full_when_it_runs)
+    host.machine.env["PATH"] = fake_git(
+        tmp_path, env, 'case "$*" in *update-ref*) echo $$ >"$PIDS"; exec sleep 60;; esac'
+    )
+    assert host.deploy()["status"] == "failed"
+    assert not lives(int((tmp_path / "pids").read_text()))
+
+
+def test_the_host_signs_in_with_its_own_secret_and_registers_its_digest(host, lone, scripted):
+    server = scripted(lambda path, body, token: (200, {"id": "a1", "session": "s1", "job": None, "interval": 0}, {}))
+    one = lone(server.url, token="dbt_enrol").agent
+    one._register()
+    one._send_heartbeat()
+    (path, body, token), (beat_path, beat, secret) = server.asked
+    assert (path, token) == ("/v1/agents/register", "dbt_enrol")
+    assert secret.startswith("dbt_") and body["token_sha256"] == hashlib.sha256(secret.encode()).hexdigest()
+    assert (beat_path, beat) == (
+        "/v1/agents/a1/heartbeat",
+        {"status": "online", "running": [], "session": "s1", "wait": 25},
+    )
+    file = host.machine.workdir / ".agent/secret"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600 and file.read_text().strip() == secret
+    assert lone(server.url).agent._secret == secret  # the next agent is the same host
+
+
+def test_a_host_that_is_known_registers_without_the_enrolment_token(lone, scripted):
+    def answer(path, body, token):
+        known = body["token_sha256"] == hashlib.sha256(token.encode()).hexdigest()
+        return (200, {"id": "a1"}, {}) if known else (401, {"detail": "no"}, {})
+
+    server = scripted(answer)
+    lone(server.url, token="dbt_revoked").agent._register()
+    lone(server.url).agent._register()
+    assert [token[:11] for *_, token in server.asked[::2]] == ["dbt_revoked", ""]
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_host_that_was_removed_registers_anew(lone, scripted, status):
+    ids = iter(("a1", "a2"))
+
+    def answer(path, body, token):
+        if path.endswith("register"):
+            return 200, {"id": next(ids), "session": "s"}, {}
+        return (status, {"detail": "unknown"}, {}) if "a1" in path else (200, {"job": None, "interval": 300}, {})
+
+    server = scripted(answer)
+    one = lone(server.url, token="dbt_enrol").agent
+    heart = threading.Thread(target=one._beat)
+    heart.start()
+    until(lambda: len(server.asked) == 4)
+    one._silent.set()
+    one._hurry()
+    heart.join(5)
+    paths = [path.removeprefix("/v1/agents/") for path, *_ in server.asked]
+    assert paths == ["register", "a1/heartbeat", "register", "a2/heartbeat"] and not heart.is_alive()
+
+
+def test_the_interval_of_the_answer_is_kept_and_has_a_limit(lone):
+    one = lone().agent
+    assert [one._obey({"interval": value}) for value in (5, 0, 1e9, -1, "x", None)] == [5.0, 0.0, 300.0, 0.0, 0.0, 0.0]
+
+
+def test_a_script_ends_when_its_attempt_is_fenced_off(host, lone, scripted, tmp_path, env):
+    """409 without next_offset: someone else has the job, or its end stands already."""
+    env["PIDS"] = str(tmp_path / "pids")
+    server = scripted(lambda path, body, token: (409, {"detail": "attempt 2 is running"}, {}))
+    one = lone(server.url)
+    one.agent._take(host.job(deploy='echo $$ >"$PIDS"; echo noise; sleep 60'))
+    until(lambda: not one.agent._holding())
+    assert not (tmp_path / "pids").exists() or not lives(int((tmp_path / "pids").read_text()))
+    assert not [path for path, *_ in server.asked if path.endswith("result")]
+
+
+def test_log_lines_that_are_never_taken_do_not_keep_the_result_back(host, lone, scripted):
+    server = scripted(lambda path, *_: (422, {"detail": "no"}, {}) if path.endswith("logs") else (200, {"job": {}}, {}))
+    one = lone(server.url)
+    one.agent._take(host.job(build="echo hello"))
+    until(lambda: not one.agent._holding())
+    assert server.asked[-1][1]["status"] == "success"
+
+
+def test_a_gap_is_closed_from_the_spool(host, lone, scripted):
+    """The controller was restored from a backup and knows fewer lines than it had acknowledged."""
+    stored, lost = [], []
+
+    def answer(path, body, token):
+        if path.endswith("result"):
+            return 200, {"job": {}}, {}
+        if not lost and len(stored) > 2:
+            lost.append(stored.pop())
+            return 409, {"detail": "gap", "next_offset": len(stored)}, {}
+        stored.extend(line["message"] for line in body["lines"][len(stored) - body["offset"] :])
+        return 200, {"next_offset": len(stored), "cancel": False}, {}
+
+    one = lone(scripted(answer).url)
+    one.agent._take(host.job(build="for i in 1 2 3 4; do echo $i; sleep 0.25; done"))
+    until(lambda: not one.agent._holding())
+    assert lost and [line for line in stored if line.isdigit()] == ["1", "2", "3", "4"]
 
 
 # Whole agents
