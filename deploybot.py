@@ -1,0 +1,3646 @@
+#!/usr/bin/env python3
+"""DeployBot, the controller: "this commit, on these hosts" comes in, waits in a durable queue and goes to each host's agent.
+
+One file, the standard library, one SQLite database. A signed GitHub push, the API or ctl.py asks for jobs; the agent of a host
+takes its job by a heartbeat, uploads its output while it runs and reports how it ended; people watch over SSE.
+
+Life of a job    pending -> running -> success | failed | cancelled. Each change is one UPDATE that names the status and the attempt
+                 it starts from, so that an ended job never changes and an old attempt changes nothing.
+What is true     The database. Memory (queue, leases, hub) is an index that Jobs.recover() rebuilds at start.
+Commit, then     Whatever memory learns or a reader is told is an effect of a transaction: Store.write() runs effects after COMMIT, in
+announce         the order of commit. If the COMMIT fails, none of them happens.
+Threads          main: signals, sweep once a second. accept: one. A connection: one each; parked heartbeats and streams sleep on a
+                 Condition. There is no writer thread: of the threads that want to write, one commits for all that wait.
+Lock order       Store._writer -> (Jobs._lock | JobQueue._lock | EventHub._cond | Metrics._lock), and of those never two at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import bisect
+import collections
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import email.utils
+import enum
+import fcntl
+import fnmatch
+import functools
+import hashlib
+import hmac
+import http
+import http.server
+import ipaddress
+import itertools
+import json
+import json.scanner
+import logging
+import math
+import os
+import pathlib
+import queue
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import sqlite3
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+VERSION = "0.1.0"
+
+KIB = 1024
+MIB = 1024 * KIB
+MAX_HEAD = 16 * KIB  # bytes of a request's head; each unfinished one costs us that much memory
+MAX_LINE = 8 * KIB  # bytes of one line of a head
+MAX_BODY = 1 * MIB  # bytes of a request's body
+MAX_PUSH = 25 * MIB  # bytes: what GitHub sends at most
+MAX_DEPTH = 64  # levels of nested JSON
+MAX_WAIT = 25  # seconds that a heartbeat parks: under the 30 s at which many proxies give up
+MAX_LINES = 1000  # log lines an upload
+MAX_MESSAGE = 64 * KIB  # bytes of one log line; longer ones are cut and say so
+MAX_METADATA = 16 * KIB  # bytes of a job's metadata as JSON
+MAX_ERROR = 4 * KIB  # characters of a job's error
+MAX_RUNNING = 256  # jobs that one heartbeat names
+HEAD_DEADLINE = 10.0  # seconds from the first byte of a head to its last
+BODY_DEADLINE = 20.0  # seconds for a body
+IDLE_DEADLINE = 75  # seconds that a kept-alive connection may say nothing
+SEND_DEADLINE = 20  # seconds without progress after which a reader counts as gone
+STOP_DEADLINE = 4.0  # seconds that connections get to end at stop
+PULSE = 15.0  # seconds between the comments on a silent stream: what finds dead readers
+GRACE = 60  # seconds that an agent gets to report a timeout before the controller ends the job itself
+POLL_INTERVAL = 5  # seconds between heartbeats of an agent that does not park
+FLUSH_INTERVAL = 10.0  # seconds between two writings of the agents' last contact
+HUB_EVENTS = 1024  # recent events kept in memory; a reader that is behind them reads the database
+HUB_BYTES = 8 * MIB
+READ_BYTES = 1 * MIB  # of events that one step of a reader takes from the database
+READERS = 4  # reading connections: more would only wait for the same two cores
+STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
+
+ASSETS: dict[str, str] = {}
+
+log = logging.getLogger("deploybot")
+T = TypeVar("T")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+# Owns what can go wrong, as data. Ignores statuses and words of HTTP: a table near the server has them.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class DeployBotError(Exception):
+    """What a caller can be told. `str(error)` says what is wrong and, where it can, what to do next."""
+
+
+class Malformed(DeployBotError):
+    """The input cannot be parsed at all."""
+
+
+class ValidationError(DeployBotError):
+    """Fields are wrong. `errors` is [(field, message)], every wrong field at once."""
+
+    def __init__(self, errors: list[tuple[str, str]]):
+        super().__init__("; ".join(f"{field}: {message}" for field, message in errors))
+        self.errors = errors
+
+
+class NotFound(DeployBotError):
+    """No such thing."""
+
+
+class Conflict(DeployBotError):
+    """The state does not allow it. `data` goes into the answer (a log gap's `next_offset`)."""
+
+    def __init__(self, detail: str, **data: Any):
+        super().__init__(detail)
+        self.data = data
+
+
+class Unauthorized(DeployBotError):
+    """No token, or none that counts."""
+
+
+class Forbidden(DeployBotError):
+    """The token counts, but not for this."""
+
+
+class TooLarge(DeployBotError):
+    """More bytes than the limit."""
+
+
+class Unavailable(DeployBotError):
+    """Cannot be done now. `retry_after`: seconds."""
+
+    def __init__(self, detail: str, retry_after: int = 5):
+        super().__init__(detail)
+        self.retry_after = retry_after
+
+
+class StartError(DeployBotError):
+    """The controller cannot start. `problems`: all of them, a line each."""
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class AppsError(DeployBotError):
+    """apps.yaml is wrong. `problems` is [(line, message)], every mistake at once."""
+
+    def __init__(self, problems: list[tuple[int, str]]):
+        super().__init__("; ".join(f"line {line}: {message}" for line, message in problems))
+        self.problems = problems
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`; did you mean ...?` for the word that looks most like this one, or nothing."""
+    found = difflib.get_close_matches(word, list(words), 1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config
+# Owns every setting: flags over environment over defaults, all problems at once. Ignores what the settings do.
+# ----------------------------------------------------------------------------------------------------------------------
+
+DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)?", re.ASCII)
+UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def duration(text: str) -> float:
+    """Seconds of `200ms`, `30s`, `5m`, `2h`, `3d` or a plain number of seconds. Raises ValueError."""
+    match = DURATION.fullmatch(text)
+    if not match or not float(match[1]):
+        raise ValueError("must be a duration such as 200ms, 30s, 5m, 2h or 3d")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def port(text: str) -> int:
+    """A TCP port; 0 lets the system choose. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or int(text) > 65535:
+        raise ValueError("must be a port from 0 to 65535")
+    return int(text)
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    """A check that takes these words, in any case, and returns them as they stand here."""
+
+    def check(text: str) -> str:
+        for word in words:
+            if word.lower() == text.lower():
+                return word
+        raise ValueError("must be one of " + ", ".join(words))
+
+    return check
+
+
+def flag(text: str) -> bool:
+    """A switch from the environment. Raises ValueError."""
+    return one_of("true", "false", "1", "0", "yes", "no", "")(text) in ("true", "1", "yes")
+
+
+class Option(NamedTuple):
+    name: str  # the flag --a-b, the variable DEPLOYBOT_A_B and the field a_b of Config
+    parse: Callable[[str], Any]
+    default: str
+    help: str
+
+    @property
+    def field(self) -> str:
+        return self.name.replace("-", "_")
+
+    @property
+    def variable(self) -> str:
+        return "DEPLOYBOT_" + self.field.upper()
+
+
+OPTIONS = (
+    Option("host", str, "0.0.0.0", "address to listen on"),
+    Option("port", port, "8080", "port to listen on"),
+    Option("db", pathlib.Path, "./data/deploybot.db", "the database; it and its folder are made when missing"),
+    Option("apps", pathlib.Path, "./apps.yaml", "which repository goes to which hosts"),
+    Option("log-level", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR"),
+    Option("log-format", one_of("plain", "json"), "plain", "plain or json"),
+    Option("agent-timeout", duration, "60s", "without contact for so long, a host is shown offline"),
+    Option("lost-after", duration, "10m", "without contact for so long, a running job is ended as agent_lost"),
+    Option("pending-expiry", duration, "24h", "a job that waits for longer is ended as expired"),
+    Option("open", flag, "false", "requests from this machine need no token; never behind a proxy"),
+)
+SECRETS = {
+    "webhook_secret": "what GitHub signs its pushes with; two, comma separated, while you change it",
+    "token": "for everything; without it the first start makes one and writes admin.token beside the database",
+    "agent_token": "for agents alone: register, heartbeat, logs, result",
+    "read_token": "for reading alone",
+}
+
+
+def read_secret(variable: str, env: Mapping[str, str]) -> str | None:
+    """The secret in VARIABLE or in the file that VARIABLE_FILE names. Raises ValueError or OSError."""
+    value, path = env.get(variable), env.get(variable + "_FILE")
+    if value and path:
+        raise ValueError(f"is set, and {variable}_FILE too; keep one")
+    if path:
+        value = pathlib.Path(path).read_text(encoding="utf-8").strip()
+        if not value:
+            raise ValueError(f"{variable}_FILE names an empty file")
+    return value or None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every setting, checked. Durations in seconds; secrets are None where not set."""
+
+    host: str
+    port: int
+    db: pathlib.Path
+    apps: pathlib.Path
+    log_level: str
+    log_format: str
+    agent_timeout: float
+    lost_after: float
+    pending_expiry: float
+    open: bool
+    webhook_secret: str | None = dataclasses.field(default=None, repr=False)
+    token: str | None = dataclasses.field(default=None, repr=False)
+    agent_token: str | None = dataclasses.field(default=None, repr=False)
+    read_token: str | None = dataclasses.field(default=None, repr=False)
+
+    @classmethod
+    def load(cls, flags: Mapping[str, str | None], env: Mapping[str, str]) -> Config:
+        """From flags and environment. Raises StartError with every problem."""
+        values: dict[str, Any] = {}
+        problems: list[str] = []
+        for option in OPTIONS:
+            given = flags.get(option.field)
+            source = f"--{option.name}" if given is not None else option.variable
+            text = given if given is not None else env.get(option.variable, option.default)
+            try:
+                values[option.field] = option.parse(text)
+            except ValueError as error:
+                problems.append(f"{source}: {text!r} {error}")
+        for name in SECRETS:
+            try:
+                values[name] = read_secret("DEPLOYBOT_" + name.upper(), env)
+            except (ValueError, OSError) as error:
+                problems.append(f"DEPLOYBOT_{name.upper()}: {error}")
+        if problems:
+            raise StartError(*problems)
+        return cls(**values)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Models
+# Owns the shapes: what comes from outside becomes a model here, or one ValidationError. Ignores where it came from.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Status(enum.StrEnum):
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCESS = "success"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ENDED = frozenset((Status.SUCCESS, Status.FAILED, Status.CANCELLED))
+
+
+class Reason(enum.StrEnum):
+    EXIT_CODE = "exit_code"
+    FETCH_FAILED = "fetch_failed"
+    TIMEOUT = "timeout"
+    HEALTH_CHECK = "health_check"
+    REJECTED = "rejected"
+    AGENT_LOST = "agent_lost"
+    AGENT_CRASHED = "agent_crashed"
+    CANCELLED = "cancelled"
+    SUPERSEDED = "superseded"
+    STOPPED = "stopped"
+    EXPIRED = "expired"
+
+
+class Scope(enum.StrEnum):
+    """What a route asks for, and what a principal has."""
+
+    PUBLIC = "public"
+    VIEWER = "viewer"
+    AGENT = "agent"
+    ADMIN = "admin"
+
+
+class Level(enum.StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+ENDED_WORDS = ("success", "failed", "cancelled")
+DEFAULT_REASON = {"failed": "exit_code", "cancelled": "cancelled"}
+AGENT_REASONS = ("exit_code", "fetch_failed", "timeout", "health_check", "rejected", "agent_crashed", "cancelled")
+
+REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?!\.{1,2}\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,99}", re.ASCII)
+HOST = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)(?:\.[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)*")
+APP = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
+ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
+ID_START = re.compile(r"[0-9a-f-]{1,36}", re.ASCII)
+SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+SESSION = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
+STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII)
+# What git-check-ref-format(1) refuses, and a leading `-`, which a program could take for an option.
+BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.lock(?:/|$)|^@$")
+
+
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+
+
+def dump(value: Any) -> str:
+    """JSON without blanks."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in one object")
+    return found
+
+
+def small_integer(text: str) -> int:
+    if len(text) > 20 or not -(1 << 63) <= int(text) < 1 << 63:
+        raise ValueError("an integer has more than 64 bits")
+    return int(text)
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is not a number of JSON")
+    return float(text)
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=without_repeats, parse_int=small_integer, parse_float=finite, parse_constant=finite
+)
+
+
+def depth(text: str) -> int:
+    """Levels of nesting, at most; exact only where there are enough brackets for it to matter."""
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return 0
+    brackets = re.findall(r"[\[\]{}]", JSON_STRING.sub("", text))
+    return max(itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
+
+
+def load_json(body: bytes) -> Any:
+    """RFC 8259, and what RFC 7493 asks for: no repeated keys, no lone surrogates. Raises Malformed."""
+    try:
+        text = body.decode("utf-8")
+        if depth(text) > MAX_DEPTH:
+            raise ValueError(f"more than {MAX_DEPTH} levels")
+        value = DECODER.decode(text)
+        if "\\u" in text:
+            dump(value).encode("utf-8")
+    except ValueError as error:  # of JSON, of Unicode, or ours
+        raise Malformed(f"the body is not good JSON: {error}") from None
+    return value
+
+
+def is_repo(text: str) -> str | None:
+    return None if REPO.fullmatch(text) else "must be owner/name"
+
+
+def is_ref(text: str) -> str | None:
+    """git-check-ref-format(1), at most 255 characters, only printable ones."""
+    if 0 < len(text) <= 255 and text.isprintable() and not BAD_REF.search(text):
+        return None
+    return "must be a branch, a tag or a commit as git names them, of at most 255 characters, and not start with -"
+
+
+def is_host(text: str) -> str | None:
+    return None if HOST.fullmatch(text) else "must be a host name as in RFC 1123"
+
+
+def is_app(text: str) -> str | None:
+    return (
+        None
+        if APP.fullmatch(text)
+        else "must be 1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit"
+    )
+
+
+def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]:
+    """A check for Fields.text."""
+    return lambda text: None if pattern.fullmatch(text) else "must be " + words
+
+
+class Fields:
+    """Reads the fields of an untrusted dict one by one, gathers every error, and raises them together in done()."""
+
+    def __init__(self, data: Any, known: Iterable[str] | None = None, prefix: str = ""):
+        self.errors: list[tuple[str, str]] = []
+        self.prefix = prefix
+        if not isinstance(data, dict):
+            raise ValidationError([(prefix.rstrip(".") or "body", "must be an object")])
+        self.data = data
+        if known is not None:
+            for name in data.keys() - set(known):
+                self.wrong(name[:100], "is not known" + nearest(name[:100], known))
+
+    def wrong(self, name: str, message: str) -> None:
+        self.errors.append((self.prefix + name, message))
+
+    def take(self, name: str, kind: type, words: str, required: bool) -> Any:
+        """The value if it is there and of that type; else None, and an error where that is wrong."""
+        value = self.data.get(name)
+        if value is None:
+            if required:
+                self.wrong(name, "is required")
+        elif type(value) is not kind:
+            self.wrong(name, f"must be {words}")
+        else:
+            return value
+        return None
+
+    def text(self, name: str, check: Callable[[str], str | None], required: bool = False, lower: bool = False) -> Any:
+        value = self.take(name, str, "a string", required)
+        if value is None:
+            return None
+        value = value.lower() if lower else value
+        problem = check(value)
+        if problem:
+            self.wrong(name, problem)
+        return value
+
+    def choice(self, name: str, words: Iterable[str], required: bool = False) -> Any:
+        words = tuple(words)
+        return self.text(name, lambda text: None if text in words else "must be one of " + ", ".join(words), required)
+
+    def integer(self, name: str, low: int, high: int, required: bool = False) -> Any:
+        value = self.take(name, int, "an integer", required)
+        if value is not None and not low <= value <= high:
+            self.wrong(name, f"must be from {low} to {high}")
+        return value
+
+    def boolean(self, name: str) -> bool:
+        return bool(self.take(name, bool, "true or false", False))
+
+    def mapping(self, name: str, limit: int) -> dict[str, Any]:
+        value = self.take(name, dict, "an object", False) or {}
+        if value and len(dump(value)) > limit:
+            self.wrong(name, f"must be at most {limit} bytes of JSON")
+        return value
+
+    def items(self, name: str, limit: int, read: Callable[[Fields], T], required: bool = False) -> list[T] | None:
+        """A list of objects, each read by `read`."""
+        values = self.take(name, list, "a list", required)
+        if values is None:
+            return None
+        if len(values) > limit:
+            self.wrong(name, f"must have at most {limit} entries")
+            return None
+        return [item for item in (self._item(name, i, value, read) for i, value in enumerate(values)) if item]
+
+    def _item(self, name: str, index: int, value: Any, read: Callable[[Fields], T]) -> T | None:
+        if len(self.errors) >= 20:  # enough to see what is wrong, with a thousand lines
+            return None
+        try:
+            fields = Fields(value, prefix=f"{self.prefix}{name}[{index}].")
+            return fields.done(read(fields))
+        except ValidationError as error:
+            self.errors.extend(error.errors)
+            return None
+
+    def done(self, model: T) -> T:
+        """The model, or ValidationError with all that was wrong."""
+        if self.errors:
+            raise ValidationError(self.errors)
+        return model
+
+
+class Job(NamedTuple):
+    """One deployment of one ref on one host: a row of `jobs`, in the order of its columns. Times are RFC 3339, UTC."""
+
+    id: str
+    repo: str
+    ref: str
+    host: str
+    app: str
+    status: str
+    reason: str | None
+    hold: str | None
+    metadata: str  # JSON
+    attempt: int
+    retries: int
+    timeout: int  # seconds
+    created_at: str
+    created_by: str
+    started_at: str | None
+    completed_at: str | None
+    cancel_requested_at: str | None
+    assigned_agent: str | None
+    exit_code: int | None
+    error: str | None
+    commit: str | None
+    rolled_back_to: str | None
+    superseded_by: str | None
+    retry_of: str | None
+    deployment_id: str | None
+    spec: str  # JSON; its agent alone gets it
+    session: str | None  # of the agent that claimed it; nobody gets it
+
+    def public(self) -> dict[str, Any]:
+        """What every reader may see."""
+        shown = self._asdict()
+        del shown["spec"], shown["session"]
+        shown["metadata"] = json.loads(self.metadata)
+        return shown
+
+    def for_agent(self) -> dict[str, Any]:
+        return {**self.public(), "spec": json.loads(self.spec)}
+
+
+class JobRequest(NamedTuple):
+    """What somebody asked for: POST /v1/jobs, or a push for one host."""
+
+    repo: str
+    ref: str
+    host: str
+    app: str | None = None
+    metadata: dict[str, Any] = {}
+    force: bool = False
+    timeout: int | None = None
+    retries: int = 0
+
+    @classmethod
+    def parse(cls, data: Any) -> JobRequest:
+        f = Fields(data, cls._fields)
+        return f.done(
+            cls(
+                repo=f.text("repo", is_repo, required=True),
+                ref=f.text("ref", is_ref, required=True),
+                host=f.text("host", is_host, required=True, lower=True),
+                app=f.text("app", is_app),
+                metadata=f.mapping("metadata", MAX_METADATA),
+                force=f.boolean("force"),
+                timeout=f.integer("timeout", 1, 7 * 86400),
+                retries=f.integer("retries", 0, 100) or 0,
+            )
+        )
+
+
+class Registration(NamedTuple):
+    hostname: str
+    capabilities: dict[str, Any]
+    slots: int
+    token_sha256: str | None
+
+    @classmethod
+    def parse(cls, data: Any) -> Registration:
+        f = Fields(data)
+        return f.done(
+            cls(
+                f.text("hostname", is_host, required=True, lower=True),
+                f.mapping("capabilities", MAX_METADATA),
+                f.integer("slots", 1, 64) or 1,
+                f.text("token_sha256", matches(SHA256, "64 hex digits in lower case")),
+            )
+        )
+
+
+class Heartbeat(NamedTuple):
+    status: str
+    session: str | None
+    running: frozenset[tuple[str, int]] | None  # (job id, attempt); None where the agent does not say
+    wait: int  # seconds
+
+    @classmethod
+    def parse(cls, data: Any) -> Heartbeat:
+        f = Fields(data)
+        running = f.items(
+            "running",
+            MAX_RUNNING,
+            lambda item: (
+                item.text("job_id", matches(ID, "a job's id"), required=True),
+                item.integer("attempt", 1, 1 << 31, required=True),
+            ),
+        )
+        return f.done(
+            cls(
+                f.choice("status", ("online", "offline"), required=True),
+                f.text("session", matches(SESSION, "a session that a registration answered")),
+                None if running is None else frozenset(running),
+                f.integer("wait", 0, MAX_WAIT) or 0,
+            )
+        )
+
+
+def fit_line(message: str) -> str:
+    """A log line as it is stored: one line, at most MAX_MESSAGE bytes; a longer one is cut and says so."""
+    if len(message) * 4 > MAX_MESSAGE:
+        raw = message.encode()
+        if len(raw) > MAX_MESSAGE:
+            note = f" [cut: the line had {len(raw)} bytes]"
+            return raw[: MAX_MESSAGE - len(note)].decode(errors="ignore") + note
+    return message
+
+
+class LogUpload(NamedTuple):
+    attempt: int
+    offset: int
+    lines: list[list[str]]  # [message, level, time]
+    commit: str | None
+
+    @classmethod
+    def parse(cls, data: Any, received: str) -> LogUpload:
+        """`received`: the time of lines that bring none."""
+        f = Fields(data)
+        return f.done(
+            cls(
+                f.integer("attempt", 1, 1 << 31, required=True),
+                f.integer("offset", 0, 1 << 53, required=True),
+                f.items("lines", MAX_LINES, lambda line: cls._line(line, received), required=True) or [],
+                f.text("commit", matches(COMMIT, "40 or 64 hex digits in lower case")),
+            )
+        )
+
+    @staticmethod
+    def _line(f: Fields, received: str) -> list[str]:
+        message = f.take("message", str, "a string", True)
+        stamp = f.text("timestamp", matches(STAMP, "a time as in RFC 3339"))
+        return [fit_line(message or ""), f.choice("level", Level) or "info", stamp or received]
+
+
+class Result(NamedTuple):
+    attempt: int
+    status: str
+    exit_code: int | None
+    error: str | None
+    reason: str | None
+    commit: str | None
+    rolled_back_to: str | None
+
+    @classmethod
+    def parse(cls, data: Any) -> Result:
+        f = Fields(data)
+        error = f.take("error", str, "a string", False)
+        commit = matches(COMMIT, "40 or 64 hex digits in lower case")
+        status = f.choice("status", ENDED_WORDS, required=True)
+        return f.done(
+            cls(
+                f.integer("attempt", 1, 1 << 31, required=True),
+                status,
+                f.integer("exit_code", -(1 << 31), (1 << 31) - 1),
+                error[:MAX_ERROR] if error else None,
+                f.choice("reason", AGENT_REASONS) or DEFAULT_REASON.get(status) if status != "success" else None,
+                f.text("commit", commit),
+                f.text("rolled_back_to", commit),
+            )
+        )
+
+
+class Event(NamedTuple):
+    """A row of `events`: log lines of one upload, or one change of one job. A chunk of n lines takes n positions."""
+
+    position: int  # of its last line
+    lines: int
+    kind: str  # log | job
+    job_id: str
+    host: str
+    app: str
+    attempt: int
+    offset: int  # of its first line
+    data: str  # JSON: [[message, level, time], ...] of a log, the job of a job
+
+    def after(self, position: int) -> Event:
+        """Without the lines up to that position."""
+        skip = position - (self.position - self.lines)
+        if skip <= 0:
+            return self
+        lines = json.loads(self.data)[skip:]
+        return self._replace(lines=len(lines), offset=self.offset + skip, data=dump(lines))
+
+    def log_lines(self) -> Iterator[dict[str, Any]]:
+        first = self.position - self.lines + 1
+        for i, (message, level, stamp) in enumerate(json.loads(self.data)):
+            yield {
+                "position": first + i,
+                "attempt": self.attempt,
+                "offset": self.offset + i,
+                "message": message,
+                "level": level,
+                "timestamp": stamp,
+            }
+
+
+class EventFilter(NamedTuple):
+    """Which events a reader wants; None: any."""
+
+    host: str | None = None
+    app: str | None = None
+    job_id: str | None = None
+
+    def wants(self, event: Event) -> bool:
+        return (
+            (self.job_id is None or event.job_id == self.job_id)
+            and (self.host is None or event.host == self.host)
+            and (self.app is None or event.app == self.app)
+        )
+
+
+class Principal(NamedTuple):
+    """Who asks. `host`: the only host that it may speak for, None for any."""
+
+    name: str
+    scope: Scope
+    host: str | None = None
+
+    def may(self, scope: Scope) -> bool:
+        return self.scope is Scope.ADMIN or scope in (Scope.PUBLIC, self.scope)
+
+    def speaks_for(self, host: str) -> None:
+        """Raises Forbidden."""
+        if self.host is not None and self.host != host:
+            raise Forbidden(f"this token belongs to {self.host}, not to {host}")
+
+
+def rfc3339(seconds: float) -> str:
+    """`2026-11-23T13:13:37.123Z` of a Unix time."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def unix_time(stamp: str) -> float:
+    return datetime.datetime.fromisoformat(stamp).timestamp()
+
+
+class Clock:
+    """Time, so that a test can hold it. Durations are measured on `monotonic`; what is stored and shown is `stamp`."""
+
+    def now(self) -> float:
+        return time.time()
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def stamp(self, ago: float = 0.0) -> str:
+        return rfc3339(self.now() - ago)
+
+
+class TimeOrderedIds:
+    """UUIDs of version 7 (RFC 9562, method 1: 12 bits count within a millisecond), each greater than the one before.
+
+    Called by the thread that holds Store._writer alone, so the order of ids is the order of commit.
+    """
+
+    def __init__(self, clock: Clock, last: str | None):
+        self._clock = clock
+        self._last = int(last.replace("-", "")[:12], 16) if last else 0  # milliseconds
+        self._count = 0xFFF
+
+    def __call__(self) -> str:
+        now = int(self._clock.now() * 1000)
+        if now > self._last:
+            self._last, self._count = now, 0
+        elif self._count < 0xFFF:
+            self._count += 1
+        else:
+            self._last, self._count = self._last + 1, 0
+        low = (2 << 62) | secrets.randbits(62)
+        return self.layout(self._last, self._count, low)
+
+    @staticmethod
+    def layout(milliseconds: int, count: int, low: int) -> str:
+        text = f"{milliseconds:012x}7{count:03x}{low:016x}"
+        return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+    @classmethod
+    def floor(cls, seconds: float) -> str:
+        """Not greater than any id made at that time or later."""
+        return cls.layout(int(seconds * 1000), 0, 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Apps
+# Owns apps.yaml: from text to models, each mistake with its line. Ignores who reads them.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def default_clone_url(repo: str) -> str:
+    return f"https://github.com/{repo}.git"
+
+
+class App(NamedTuple):
+    name: str
+    repo: str
+    hosts: tuple[str, ...]
+    clone_url: str
+    deploy_on_push: bool = False
+    branches: tuple[str, ...] | None = None  # shell patterns; None: the repository's default branch
+    build: list[str] | str | None = None
+    activate: list[str] | str | None = None
+    deploy: list[str] | str | None = None
+
+    def spec(self) -> str:
+        """What the agent needs, as JSON: frozen into each job when it is made."""
+        return dump({name: getattr(self, name) for name in ("clone_url", "build", "activate", "deploy")})
+
+
+def app_without_entry(repo: str, name: str | None) -> App:
+    """Of a repository that apps.yaml does not name: commands by the convention of the agent, nothing shared."""
+    if name is None:
+        name = repo.lower().replace("/", "--").lstrip("._-")
+        if len(name) > 64:
+            name = f"{name[:51]}-{hashlib.sha256(repo.lower().encode()).hexdigest()[:12]}"
+    return App(name, repo, (), default_clone_url(repo))
+
+
+class Located(dict[str, Any]):
+    """A mapping of apps.yaml that knows where it stands."""
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]], line: int, lines: Mapping[str, int]):
+        super().__init__(pairs)
+        self.line = line
+        self.lines = lines
+
+    def line_of(self, key: str) -> int:
+        return self.lines.get(key, self.line)
+
+
+def refuse_repeated(keys: list[str], line: int) -> None:
+    for key, count in collections.Counter(keys).items():
+        if count > 1:
+            raise AppsError([(line, f"{key!r} stands here {count} times")])
+
+
+class LocatedDecoder(json.JSONDecoder):
+    """JSON whose objects know their line: the decoder of the standard library, in Python, with an object parser around its own."""
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=list)
+        parse = self.parse_object
+
+        def located(text_and_start: tuple[str, int], *rest: Any) -> tuple[Located, int]:
+            pairs, end = parse(text_and_start, *rest)
+            text, start = text_and_start
+            line = text.count("\n", 0, start) + 1
+            refuse_repeated([key for key, _ in pairs], line)
+            return Located(pairs, line, self._lines(text, start, end, pairs)), end
+
+        self.parse_object = located
+        self.scan_once = json.scanner.py_make_scanner(self)
+
+    @staticmethod
+    def _lines(text: str, start: int, end: int, pairs: list[tuple[str, Any]]) -> dict[str, int]:
+        found = ((key, text.find(json.dumps(key), start, end)) for key, _ in pairs)
+        return {key: text.count("\n", 0, at) + 1 for key, at in found if at >= 0}
+
+
+class YamlReader:
+    """YAML's nodes to plain values and Located mappings; an alias is built once, so none can grow."""
+
+    def __init__(self, yaml: Any, text: str):
+        self._yaml = yaml
+        self._scalars = yaml.SafeLoader("")
+        self._built: dict[int, Any] = {}
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        self.document = None if node is None else self._value(node)
+
+    def _value(self, node: Any) -> Any:
+        if id(node) not in self._built:
+            if isinstance(node, self._yaml.MappingNode):
+                self._built[id(node)] = self._mapping(node)
+            elif isinstance(node, self._yaml.SequenceNode):
+                self._built[id(node)] = [self._value(item) for item in node.value]
+            else:
+                self._built[id(node)] = self._scalars.construct_object(node)
+        return self._built[id(node)]
+
+    def _mapping(self, node: Any) -> Located:
+        keys = [str(key.value) for key, _ in node.value]
+        refuse_repeated(keys, node.start_mark.line + 1)
+        values = [self._value(value) for _, value in node.value]
+        lines = {key: at.start_mark.line + 1 for key, (at, _) in zip(keys, node.value, strict=True)}
+        return Located(zip(keys, values, strict=True), node.start_mark.line + 1, lines)
+
+
+def parse_apps_text(text: str) -> Any:
+    """The document of a JSON or YAML text, its mappings Located. Raises AppsError."""
+    if text.lstrip()[:1] in "{[":
+        with contextlib.suppress(json.JSONDecodeError):  # YAML's own flow style starts like JSON
+            return LocatedDecoder().decode(text)
+    try:
+        import yaml
+    except ImportError:
+        raise AppsError(
+            [
+                (
+                    1,
+                    "reading YAML needs the package PyYAML (apt install python3-yaml, or pip install PyYAML); JSON works without",
+                )
+            ]
+        ) from None
+    try:
+        return YamlReader(yaml, text).document
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise AppsError([(mark.line + 1 if mark else 1, getattr(error, "problem", None) or str(error))]) from None
+    except RecursionError:
+        raise AppsError([(1, "is nested too deeply")]) from None
+
+
+def is_clone_url(text: str) -> str | None:
+    """https, http, ssh, git and file URLs, paths, and git's own host:path; no password, no option."""
+    if not text or len(text) > 2048 or text.startswith("-") or not text.isprintable() or " " in text:
+        return "must be a URL that git can clone"
+    if "::" in text.partition("/")[0]:
+        return "must not name a transport helper"
+    with contextlib.suppress(ValueError):
+        if urllib.parse.urlsplit(text).password is None:
+            return None
+        return "must not hold a password: give the agent's user credentials of its own (git help credentials)"
+    return "must be a URL that git can clone"
+
+
+def string(check: Callable[[str], str | None]) -> Callable[[Any], str]:
+    def read(value: Any) -> str:
+        problem = check(value) if isinstance(value, str) else "must be a string"
+        if problem:
+            raise ValueError(f"{value!r:.80} {problem}")
+        return str(value)
+
+    return read
+
+
+def strings(check: Callable[[str], str | None]) -> Callable[[Any], tuple[str, ...]]:
+    """A list of at least one; repeated entries are dropped."""
+
+    def read(value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not value:
+            raise ValueError("must be a list with at least one entry")
+        return tuple(dict.fromkeys(map(string(check), value)))
+
+    return read
+
+
+def switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")
+    return value
+
+
+def command(value: Any) -> list[str] | str:
+    """A list is argv, a string is for `sh -c`."""
+    words = value if isinstance(value, list) else [value]
+    if not words or not all(isinstance(word, str) and "\0" not in word for word in words) or not words[0].strip():
+        raise ValueError("must be a command: a list of strings, or one string for sh -c")
+    return value
+
+
+def hostname(value: str) -> str | None:
+    return is_host(value.lower())
+
+
+def is_pattern(text: str) -> str | None:
+    return None if 0 < len(text) <= 255 and text.isprintable() else "must be a shell pattern such as release/*"
+
+
+APP_KEYS: dict[str, Callable[[Any], Any]] = {
+    "name": string(is_app),
+    "repo": string(is_repo),
+    "clone_url": string(is_clone_url),
+    "hosts": lambda value: tuple(host.lower() for host in strings(hostname)(value)),
+    "deploy_on_push": switch,
+    "branches": strings(is_pattern),
+    "build": command,
+    "activate": command,
+    "deploy": command,
+}
+
+
+class AppReader:
+    """Reads the document of apps.yaml; gathers every mistake with its line."""
+
+    def __init__(self) -> None:
+        self.problems: list[tuple[int, str]] = []
+
+    def read(self, document: Any) -> tuple[App, ...]:
+        if document is None:
+            return ()
+        if not isinstance(document, Located):
+            raise AppsError([(1, "must be a mapping with the key 'apps'")])
+        self._known(document, ("apps",))
+        entries = document.get("apps") or []
+        if not isinstance(entries, list):
+            raise AppsError([(document.line_of("apps"), "apps: must be a list")])
+        apps = [self._app(entry, document) for entry in entries]
+        self._unique(entries, apps)
+        if self.problems:
+            raise AppsError(sorted(self.problems))
+        return tuple(app for app in apps if app)
+
+    def _known(self, entry: Located, words: Iterable[str]) -> None:
+        for key in entry:
+            if key not in words:
+                self.problems.append((entry.line_of(key), f"{key}: is not known{nearest(key, words)}"))
+
+    def _unique(self, entries: list[Any], apps: list[App | None]) -> None:
+        seen: set[str] = set()
+        for entry, app in zip(entries, apps, strict=True):
+            if app and app.name in seen:
+                self.problems.append((entry.line_of("name"), f"name: {app.name} stands here twice"))
+            if app:
+                seen.add(app.name)
+
+    def _app(self, entry: Any, document: Located) -> App | None:
+        if not isinstance(entry, Located):
+            self.problems.append((document.line_of("apps"), "apps: each must be a mapping with name, repo and hosts"))
+            return None
+        before = len(self.problems)
+        self._known(entry, APP_KEYS)
+        for key in ("name", "repo", "hosts"):
+            if entry.get(key) is None:
+                self.problems.append((entry.line, f"{key}: is required"))
+        values = {key: self._checked(entry, key) for key in APP_KEYS if entry.get(key) is not None}
+        if entry.get("deploy") and (entry.get("build") or entry.get("activate")):
+            self.problems.append(
+                (entry.line_of("deploy"), "deploy: stands instead of build and activate; keep one form")
+            )
+        if len(self.problems) > before:
+            return None
+        return App(**{"clone_url": default_clone_url(values["repo"]), **values})
+
+    def _checked(self, entry: Located, key: str) -> Any:
+        try:
+            return APP_KEYS[key](entry[key])
+        except ValueError as error:
+            self.problems.append((entry.line_of(key), f"{key}: {error}"))
+            return None
+
+
+def read_apps(path: pathlib.Path) -> tuple[App, ...]:
+    """The apps of that file. Raises AppsError, with every mistake, and OSError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise AppsError([(error.object[: error.start].count(b"\n") + 1, "is not UTF-8")]) from None
+    return AppReader().read(parse_apps_text(text))
+
+
+class Apps:
+    """The mapping in force. It is replaced whole, in one assignment, so readers need no lock."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self.all: tuple[App, ...] = ()
+
+    def load(self) -> None:
+        """Raises AppsError or OSError; then the mapping in force stays."""
+        self.all = read_apps(self.path)
+
+    def named(self, name: str) -> App | None:
+        return next((app for app in self.all if app.name == name), None)
+
+    def of_repo(self, repo: str) -> list[App]:
+        """GitHub compares names of repositories without case, so do we."""
+        return [app for app in self.all if app.repo.lower() == repo.lower()]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Store
+# Owns SQLite: schema, SQL, transactions. Ignores what the rows mean; the only place that knows `sqlite3`.
+# ----------------------------------------------------------------------------------------------------------------------
+
+# To change the schema: append a tuple of statements, never edit one that was released; put a database of the schema before
+# into tests/test_migrations.py. A migration runs in one transaction with its `user_version`, so it happened or it did not.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT, WITHOUT ROWID",
+        "INSERT INTO meta VALUES ('epoch', lower(hex(randomblob(4)))), ('removed_through', '0')",
+        """CREATE TABLE agents (
+            id TEXT PRIMARY KEY, hostname TEXT NOT NULL UNIQUE, capabilities TEXT NOT NULL, slots INTEGER NOT NULL,
+            session TEXT NOT NULL, drained INTEGER NOT NULL DEFAULT 0, token_sha256 TEXT,
+            registered_at TEXT NOT NULL, last_heartbeat TEXT NOT NULL
+        ) STRICT""",
+        """CREATE TABLE jobs (
+            id TEXT PRIMARY KEY, repo TEXT NOT NULL, ref TEXT NOT NULL, host TEXT NOT NULL, app TEXT NOT NULL,
+            status TEXT NOT NULL CHECK (status IN ('pending', 'running', 'success', 'failed', 'cancelled')),
+            reason TEXT, hold TEXT CHECK (hold IN ('batch', 'lock', 'pause')), metadata TEXT NOT NULL,
+            attempt INTEGER NOT NULL, retries INTEGER NOT NULL, timeout INTEGER NOT NULL,
+            created_at TEXT NOT NULL, created_by TEXT NOT NULL, started_at TEXT, completed_at TEXT, cancel_requested_at TEXT,
+            assigned_agent TEXT, exit_code INTEGER, error TEXT, "commit" TEXT, rolled_back_to TEXT, superseded_by TEXT,
+            retry_of TEXT, deployment_id TEXT, spec TEXT NOT NULL, session TEXT
+        ) STRICT""",
+        # Open jobs are few: what the duplicate check, the counts by host and recover() read.
+        "CREATE INDEX jobs_open ON jobs (host, status, app) WHERE status IN ('pending', 'running')",
+        "CREATE UNIQUE INDEX jobs_running ON jobs (host, app) WHERE status = 'running'",
+        "CREATE INDEX jobs_host ON jobs (host, id)",
+        "CREATE INDEX jobs_app ON jobs (app, id)",
+        "CREATE INDEX jobs_repo ON jobs (repo COLLATE NOCASE, id)",
+        "CREATE INDEX jobs_status ON jobs (status, id)",
+        """CREATE TABLE events (
+            position INTEGER PRIMARY KEY, lines INTEGER NOT NULL, kind TEXT NOT NULL CHECK (kind IN ('log', 'job')),
+            job_id TEXT NOT NULL, host TEXT NOT NULL, app TEXT NOT NULL, attempt INTEGER NOT NULL,
+            "offset" INTEGER NOT NULL, data TEXT NOT NULL
+        ) STRICT""",
+        "CREATE INDEX events_job ON events (job_id, position, kind)",
+        # What each host runs now: the last success of each app.
+        """CREATE TABLE releases (
+            app TEXT NOT NULL, host TEXT NOT NULL, job_id TEXT NOT NULL, "commit" TEXT, deployed_at TEXT NOT NULL,
+            PRIMARY KEY (app, host)
+        ) STRICT, WITHOUT ROWID""",
+        """CREATE TABLE deliveries (
+            id TEXT PRIMARY KEY, body_sha256 TEXT NOT NULL, received_at TEXT NOT NULL, jobs TEXT NOT NULL, message TEXT NOT NULL
+        ) STRICT""",
+    ),
+)
+
+JOB_COLUMNS = ", ".join(f'"{name}"' for name in Job._fields)
+EVENT_COLUMNS = ", ".join(f'"{name}"' for name in Event._fields)
+INSERT_JOB = f"INSERT INTO jobs ({JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
+INSERT_EVENT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES ({', '.join('?' * len(Event._fields))})"
+
+
+class Queries:
+    """What can be asked of the database, on one connection."""
+
+    def __init__(self, db: sqlite3.Connection):
+        self._db = db
+
+    def one(self, sql: str, *values: Any) -> Any:
+        """The first row, or None."""
+        return self._db.execute(sql, values).fetchone()
+
+    def rows(self, sql: str, *values: Any) -> list[Any]:
+        return self._db.execute(sql, values).fetchall()
+
+    def meta(self, name: str) -> str:
+        return str(self.one("SELECT value FROM meta WHERE name = ?", name)[0])
+
+    def last_position(self) -> int:
+        return int(self.one("SELECT coalesce(max(position), 0) FROM events")[0])
+
+    def last_job_id(self) -> str | None:
+        return self.one("SELECT max(id) FROM jobs")[0]
+
+    def agents(self, where: str = "1", *values: Any) -> list[tuple[Any, ...]]:
+        return self.rows(
+            "SELECT id, hostname, capabilities, slots, session, drained, token_sha256, registered_at, last_heartbeat"
+            f" FROM agents WHERE {where}",
+            *values,
+        )
+
+    def agent_of(self, hostname: str) -> tuple[Any, ...] | None:
+        return next((row for row in self.agents("hostname = ?", hostname)), None)
+
+    def job(self, job_id: str) -> Job:
+        """Raises NotFound."""
+        row = self.one(f"SELECT {JOB_COLUMNS} FROM jobs WHERE id = ?", job_id)
+        if row is None:
+            raise NotFound(f"no job {job_id}")
+        return Job._make(row)
+
+    def running_jobs(self) -> list[Job]:
+        return [Job._make(row) for row in self.rows(f"SELECT {JOB_COLUMNS} FROM jobs WHERE status = 'running'")]
+
+    def waiting(self) -> list[tuple[str, str, str]]:
+        """(host, job id, app) of each pending job without a hold, oldest first."""
+        return self.rows("SELECT host, id, app FROM jobs WHERE status = 'pending' AND hold IS NULL ORDER BY id")
+
+    def expired(self, before: str) -> list[str]:
+        """Ids of pending jobs older than that id."""
+        return [row[0] for row in self.rows("SELECT id FROM jobs WHERE status = 'pending' AND id < ?", before)]
+
+    def open_job(self, repo: str, ref: str, host: str, app: str) -> Job | None:
+        """The pending or running job of exactly this, if there is one."""
+        row = self.one(
+            f"SELECT {JOB_COLUMNS} FROM jobs WHERE host = ? AND app = ? AND ref = ? AND repo = ? COLLATE NOCASE"
+            " AND status IN ('pending', 'running') ORDER BY id LIMIT 1",
+            *(host, app, ref, repo),
+        )
+        return Job._make(row) if row else None
+
+    def running_apps(self, host: str) -> list[str]:
+        return [row[0] for row in self.rows("SELECT app FROM jobs WHERE host = ? AND status = 'running'", host)]
+
+    def open_counts(self) -> list[tuple[str, str, int]]:
+        """(host, status, how many) of pending and running jobs."""
+        return self.rows(
+            "SELECT host, status, count(*) FROM jobs WHERE status IN ('pending', 'running') GROUP BY host, status"
+        )
+
+    def jobs(self, equal: Mapping[str, str], starts: str | None, before: str | None, limit: int) -> list[Job]:
+        """Newest first. `equal`: column to value, columns of ours alone."""
+        where, values = ["1"], []
+        for column, value in equal.items():
+            where.append(f"{column} = ?" + (" COLLATE NOCASE" if column == "repo" else ""))
+            values.append(value)
+        if starts:
+            where.append("id >= ? AND id < ?")
+            values += [starts, starts + "~"]
+        if before:
+            where.append("id < ?")
+            values.append(before)
+        sql = f"SELECT {JOB_COLUMNS} FROM jobs WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?"
+        return [Job._make(row) for row in self.rows(sql, *values, limit)]
+
+    def events(self, wanted: EventFilter, after: int, until: int) -> Iterator[Event]:
+        """In order, as one reads them. Host and app have no index: the reader drops what it does not want."""
+        sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE position > ? AND position <= ?"
+        values: list[Any] = [after, until]
+        if wanted.job_id is not None:
+            sql += " AND job_id = ?"
+            values.append(wanted.job_id)
+        return map(Event._make, self._db.execute(sql + " ORDER BY position", values))
+
+    def log_events(self, job_id: str, after: int) -> Iterator[Event]:
+        return map(
+            Event._make,
+            self._db.execute(
+                f"SELECT {EVENT_COLUMNS} FROM events WHERE job_id = ? AND kind = 'log' AND position > ? ORDER BY position",
+                (job_id, after),
+            ),
+        )
+
+    def log_end(self, job_id: str, attempt: int) -> int:
+        """The offset after the last stored line of that attempt."""
+        row = self.one(
+            "SELECT attempt, \"offset\" + lines FROM events WHERE job_id = ? AND kind = 'log' ORDER BY position DESC LIMIT 1",
+            job_id,
+        )
+        return row[1] if row and row[0] == attempt else 0
+
+    def last_position_of(self, job_id: str, kind: str) -> int:
+        row = self.one("SELECT max(position) FROM events WHERE job_id = ? AND kind = ?", job_id, kind)
+        return row[0] or 0
+
+    def recent_chunks(self, wanted: EventFilter, limit: int) -> list[tuple[int, int]]:
+        """(position, lines) of the newest log chunks, newest first. For a host or an app: those of its 20 newest jobs."""
+        newest = "SELECT position, lines FROM events WHERE kind = 'log' AND {} ORDER BY position DESC LIMIT ?"
+        if wanted.job_id is not None:
+            return self.rows(newest.format("job_id = ?"), wanted.job_id, limit)
+        equal = {name: value for name, value in (("host", wanted.host), ("app", wanted.app)) if value is not None}
+        if not equal:
+            return self.rows(newest.format("1"), limit)
+        jobs = " AND ".join(f"{name} = ?" for name in equal)
+        return self.rows(
+            newest.format(f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"),
+            *equal.values(),
+            limit,
+        )
+
+    def releases(self) -> dict[tuple[str, str], tuple[str, str | None, str]]:
+        """(app, host) to (job id, commit, time)."""
+        found = self.rows('SELECT app, host, job_id, "commit", deployed_at FROM releases')
+        return {(app, host): (job, commit, at) for app, host, job, commit, at in found}
+
+    def delivery(self, delivery_id: str) -> tuple[list[str], str] | None:
+        row = self.one("SELECT jobs, message FROM deliveries WHERE id = ?", delivery_id)
+        return (json.loads(row[0]), row[1]) if row else None
+
+
+class Tx(Queries):
+    """A transaction: queries, changes, and effects that happen after COMMIT in the order of commit."""
+
+    def __init__(self, db: sqlite3.Connection, position: int):
+        super().__init__(db)
+        self.position = position
+        self.effects: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+
+    def after(self, effect: Callable[..., Any], *values: Any) -> None:
+        """`effect` touches memory alone: no SQL, no I/O, and it does not raise."""
+        self.effects.append((effect, values))
+
+    def _do(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        return self._db.execute(sql, values)
+
+    def add_job(self, job: Job) -> None:
+        self._do(INSERT_JOB, *job)
+
+    def change_job(self, job: Job, **columns: Any) -> Job | None:
+        """The job with these columns, if it still has the status and the attempt that `job` says; else None."""
+        names = ", ".join(f'"{name}" = ?' for name in columns)
+        row = self._do(
+            f"UPDATE jobs SET {names} WHERE id = ? AND status = ? AND attempt = ? RETURNING {JOB_COLUMNS}",
+            *columns.values(),
+            *(job.id, job.status, job.attempt),
+        ).fetchone()
+        return Job._make(row) if row else None
+
+    def add_event(self, job: Job, kind: str, lines: int, offset: int, data: str) -> Event:
+        self.position += lines
+        event = Event(self.position, lines, kind, job.id, job.host, job.app, job.attempt, offset, data)
+        self._do(INSERT_EVENT, *event)
+        return event
+
+    def put_agent(self, *columns: Any) -> None:
+        """Columns in the order of agents()."""
+        self._do("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *columns)
+
+    def remove_agent(self, agent_id: str) -> None:
+        self._do("DELETE FROM agents WHERE id = ?", agent_id)
+
+    def set_drained(self, agent_id: str, drained: bool) -> None:
+        self._do("UPDATE agents SET drained = ? WHERE id = ?", int(drained), agent_id)
+
+    def session_of(self, agent_id: str) -> str | None:
+        row = self.one("SELECT session FROM agents WHERE id = ?", agent_id)
+        return row[0] if row else None
+
+    def saw_agents(self, seen: Iterable[tuple[str, str]]) -> None:
+        """(last contact, agent id) of each."""
+        self._db.executemany("UPDATE agents SET last_heartbeat = ? WHERE id = ?", seen)
+
+    def put_release(self, job: Job) -> None:
+        self._do(
+            "INSERT OR REPLACE INTO releases VALUES (?, ?, ?, ?, ?)",
+            job.app,
+            job.host,
+            job.id,
+            job.commit,
+            job.completed_at,
+        )
+
+    def add_delivery(self, delivery_id: str, body_sha256: str, received_at: str, jobs: list[str], message: str) -> None:
+        self._do(
+            "INSERT INTO deliveries VALUES (?, ?, ?, ?, ?)", delivery_id, body_sha256, received_at, dump(jobs), message
+        )
+
+
+class Work:
+    """What one caller of Store.write() wants done, and how it went."""
+
+    def __init__(self, do: Callable[[Tx], Any]):
+        self.do = do
+        self.done = False
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+    def finish(self, value: Any, error: BaseException | None) -> None:
+        self.value, self.error, self.done = value, error, True
+
+
+class Store:
+    """The database. Raises StartError where it cannot be used, Unavailable where it cannot be used now."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock_file = self._lock_out_others(path)
+            self._db = self._connect(path)
+            self._prepare()
+            self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+            for _ in range(READERS):
+                reader = self._connect(path)
+                reader.execute("PRAGMA query_only = ON")
+                self._readers.put(reader)
+            self.position = Queries(self._db).last_position()
+        except (OSError, sqlite3.Error) as error:
+            raise StartError(f"database {path}: {error}") from None
+        # Work that waits for a commit; appended by any thread, taken by the one that holds _writer.
+        self._waiting: collections.deque[Work] = collections.deque()
+        # Guards _db and position. Whoever holds it commits for all that wait; the others find their work done.
+        self._writer = threading.Lock()
+
+    @staticmethod
+    def _lock_out_others(path: pathlib.Path) -> Any:
+        """Two daemons on one database would hand out a job twice."""
+        file = open(f"{path}.lock", "w")  # noqa: SIM115 (held for as long as the store is)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise StartError(f"database {path}: another deploybot.py uses it") from None
+        return file
+
+    @staticmethod
+    def _connect(path: pathlib.Path) -> sqlite3.Connection:
+        return sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False, cached_statements=256)
+
+    def _prepare(self) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise StartError(
+                f"database {self.path}: made by a newer DeployBot (schema {version}, this one knows {len(MIGRATIONS)})"
+            )
+        if version == 0:
+            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")  # what a client was told is done survives a power cut
+        for number in range(version, len(MIGRATIONS)):
+            self._migrate(number)
+
+    def _migrate(self, number: int) -> None:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in MIGRATIONS[number]:
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {number + 1}")
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+
+    def write(self, do: Callable[[Tx], T]) -> T:
+        """Runs do(tx) in a transaction that others may share; returns its value once it is durable and its effects have happened.
+
+        What `do` raises undoes its own changes alone and is raised here. Raises Unavailable where SQLite cannot write now.
+        """
+        work = Work(do)
+        self._waiting.append(work)
+        with self._writer:
+            if not work.done:
+                self._commit_all()
+        if work.error is not None:
+            raise work.error
+        return work.value
+
+    def _commit_all(self) -> None:
+        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+        tx = Tx(self._db, self.position)
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            results = [(work, *self._run(tx, work)) for work in batch]
+            self._db.execute("COMMIT")
+        except BaseException as error:
+            self._give_up(batch, error)
+            return
+        self.position = tx.position
+        for effect, values in tx.effects:
+            effect(*values)
+        for work, value, failure in results:
+            work.finish(value, failure)
+
+    def _run(self, tx: Tx, work: Work) -> tuple[Any, BaseException | None]:
+        """One caller's work under a savepoint. An error of SQLite's own ends the whole batch."""
+        position, effects = tx.position, len(tx.effects)
+        self._db.execute("SAVEPOINT work")
+        try:
+            value, failure = work.do(tx), None
+        except sqlite3.OperationalError:
+            raise
+        except Exception as error:
+            self._db.execute("ROLLBACK TO work")
+            tx.position = position
+            del tx.effects[effects:]
+            value, failure = None, error
+        self._db.execute("RELEASE work")
+        return value, failure
+
+    def _give_up(self, batch: list[Work], error: BaseException) -> None:
+        """Nothing of the batch happened; each caller is told."""
+        if self._db.in_transaction:
+            with contextlib.suppress(sqlite3.Error):
+                self._db.execute("ROLLBACK")
+        if isinstance(error, sqlite3.Error):
+            log.error("the database cannot be written: %s", error)
+            error = Unavailable(f"the database cannot be written now: {error}")
+        for work in batch:
+            work.finish(None, error)
+
+    @contextlib.contextmanager
+    def read(self) -> Iterator[Queries]:
+        """Queries on a connection of the pool; one thread at a time has it. Raises Unavailable."""
+        try:
+            reader = self._readers.get(timeout=10.0)
+        except queue.Empty:
+            raise Unavailable("too many readers of the database") from None
+        try:
+            yield Queries(reader)
+        except sqlite3.Error as error:
+            raise Unavailable(f"the database cannot be read now: {error}") from None
+        finally:
+            self._readers.put(reader)
+
+    def close(self) -> None:
+        """After the last write. Readers that still work are waited for."""
+        for _ in range(READERS):
+            with contextlib.suppress(queue.Empty):
+                self._readers.get(timeout=1.0).close()
+        with self._writer:
+            self._db.close()
+        self._lock_file.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# JobQueue
+# Owns which job ids wait for which host. Ignores SQL, models, and what is done with a job.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Lane:
+    """What waits for one host, in order of id, which is the order of creation."""
+
+    __slots__ = ("ticket", "waiting", "woken")
+
+    def __init__(self, lock: threading.Lock):
+        self.waiting: collections.deque[tuple[str, str]] = collections.deque()  # (job id, app)
+        # Parked heartbeats of this host wait here; put() and wake() wake them all: they are one or two.
+        self.woken = threading.Condition(lock)
+        self.ticket = 0  # counts what a parked heartbeat should look at
+
+
+class JobQueue:
+    """First come, first served for each host."""
+
+    def __init__(self) -> None:
+        # Guards every lane. One Condition a host on this one lock: a job wakes the heartbeats of its host and no other.
+        self._lock = threading.Lock()
+        self._lanes: dict[str, Lane] = {}
+        self.closed = False
+
+    def _lane(self, host: str) -> Lane:
+        lane = self._lanes.get(host)
+        if lane is None:
+            lane = self._lanes[host] = Lane(self._lock)
+        return lane
+
+    def _signal(self, lane: Lane) -> None:
+        lane.ticket += 1
+        lane.woken.notify_all()
+
+    def put(self, host: str, job_id: str, app: str) -> None:
+        """A job that comes back (another attempt, a client that went away) takes its old place."""
+        with self._lock:
+            lane = self._lane(host)
+            if lane.waiting and lane.waiting[-1][0] > job_id:
+                bisect.insort(lane.waiting, (job_id, app))
+            else:
+                lane.waiting.append((job_id, app))
+            self._signal(lane)
+
+    def remove(self, host: str, job_id: str) -> None:
+        with self._lock:
+            lane = self._lane(host)
+            kept = [entry for entry in lane.waiting if entry[0] != job_id]
+            lane.waiting = collections.deque(kept)
+
+    def wake(self, host: str) -> None:
+        """Something about this host has changed: parked heartbeats look again."""
+        with self._lock:
+            self._signal(self._lane(host))
+
+    def ticket(self, host: str) -> int:
+        """Taken before one looks at what take() then waits for, so that no wake() in between is missed."""
+        with self._lock:
+            return self._lane(host).ticket
+
+    def take(self, host: str, busy: frozenset[str] | None, ticket: int, deadline: float) -> tuple[str, str] | None:
+        """The oldest (job id, app) whose app is not busy; None at the deadline (monotonic), after a wake() or at the end.
+
+        `busy` None: wants no job, waits for a wake() alone.
+        """
+        with self._lock:
+            lane = self._lane(host)
+            while True:
+                entry = None if self.closed else self._pick(lane, busy)
+                if entry or self.closed or lane.ticket != ticket:
+                    return entry
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return None
+                lane.woken.wait(remaining)
+
+    @staticmethod
+    def _pick(lane: Lane, busy: frozenset[str] | None) -> tuple[str, str] | None:
+        if busy is None:
+            return None
+        for index, entry in enumerate(lane.waiting):
+            if entry[1] not in busy:
+                del lane.waiting[index]
+                return entry
+        return None
+
+    def depth(self) -> int:
+        with self._lock:
+            return sum(len(lane.waiting) for lane in self._lanes.values())
+
+    def close(self) -> None:
+        """Parked heartbeats return, and no more park."""
+        with self._lock:
+            self.closed = True
+            for lane in self._lanes.values():
+                self._signal(lane)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# EventHub
+# Owns the most recent events, in order of commit. Ignores who reads them and how they are framed.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class EventHub:
+    """A window on the end of `events`: positions after `floor` up to `head`."""
+
+    def __init__(self, position: int, max_events: int = HUB_EVENTS, max_bytes: int = HUB_BYTES):
+        # Guards all below. Readers wait on it; publish() and close() wake them all.
+        self._cond = threading.Condition()
+        self._recent: collections.deque[Event] = collections.deque()
+        self._bytes = 0
+        self._max_events, self._max_bytes = max_events, max_bytes
+        self.floor = self.head = position
+        self.closed = False
+
+    def publish(self, event: Event) -> None:
+        with self._cond:
+            self._recent.append(event)
+            self._bytes += len(event.data)
+            self.head = event.position
+            while len(self._recent) > self._max_events or self._bytes > self._max_bytes:
+                old = self._recent.popleft()
+                self._bytes -= len(old.data)
+                self.floor = old.position
+            self._cond.notify_all()
+
+    def since(self, position: int, timeout: float) -> list[Event] | None:
+        """Events after the position, waiting for the first; [] after `timeout` seconds or at the end; None for a reader that is
+        behind the window and has to ask the database."""
+        deadline = time.monotonic() + timeout
+        with self._cond:
+            while self.head <= position and not self.closed:
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    break
+                self._cond.wait(remaining)
+            if position < self.floor:
+                return None
+            newer = itertools.takewhile(lambda event: event.position > position, reversed(self._recent))
+            return list(newer)[::-1]
+
+    def close(self) -> None:
+        with self._cond:
+            self.closed = True
+            self._cond.notify_all()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics
+# Owns counters and their text. Ignores what is counted.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+METRICS = {
+    "deploybot_http_requests_total": "Requests answered, by method, route and status.",
+    "deploybot_jobs_created_total": "Jobs created.",
+    "deploybot_jobs_ended_total": "Jobs ended, by status and reason.",
+    "deploybot_log_lines_total": "Log lines stored.",
+    "deploybot_webhook_deliveries_total": "Deliveries to the webhook, by outcome.",
+    "deploybot_queue_jobs": "Jobs that wait for an agent.",
+    "deploybot_running_jobs": "Jobs that an agent holds.",
+    "deploybot_agents_online": "Agents with contact within --agent-timeout.",
+    "deploybot_agents_registered": "Agents registered.",
+    "deploybot_http_connections": "Open connections.",
+    "deploybot_uptime_seconds": "Seconds since the start.",
+}
+
+
+class Metrics:
+    """Counters by name and labels, in Prometheus's text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()  # guards _counts
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def count(self, name: str, labels: str = "", by: int = 1) -> None:
+        """`labels` as they stand in the text, made of our own words only."""
+        with self._lock:
+            key = (name, labels)
+            self._counts[key] = self._counts.get(key, 0) + by
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        with self._lock:
+            counts = sorted(self._counts.items())
+        lines: list[str] = []
+        for name, group in itertools.groupby(counts, key=lambda item: item[0][0]):
+            lines.append(f"# HELP {name} {METRICS[name]}")
+            lines.append(f"# TYPE {name} counter")
+            lines += [f"{name}{{{labels}}} {value}" if labels else f"{name} {value}" for (_, labels), value in group]
+        for name, value in gauges.items():
+            lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} gauge", f"{name} {value:.15g}"]
+        return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Auth
+# Owns who a token is. Ignores what a principal then does.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+NO_TOKEN = "this call needs a token: Authorization: Bearer TOKEN (ctl.py and agents read it from the environment)"
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Auth:
+    """Bearer tokens (RFC 6750) to principals. Tokens are known by their SHA-256, so a look-up tells nothing by its time."""
+
+    def __init__(self, tokens: Mapping[str, Principal], open_mode: bool, host_of_secret: Callable[[str], str | None]):
+        self._known = {sha256(token): principal for token, principal in tokens.items()}
+        self._open = open_mode
+        self._host_of_secret = host_of_secret
+
+    def principal(self, authorization: str | None, is_local: Callable[[], bool]) -> Principal:
+        """Raises Unauthorized. A token that is sent counts, also where none is needed."""
+        if authorization is None:
+            if self._open and is_local():
+                return Principal("local", Scope.ADMIN)
+            raise Unauthorized(NO_TOKEN)
+        kind, _, token = authorization.partition(" ")
+        if kind.lower() != "bearer":
+            raise Unauthorized(NO_TOKEN)
+        digest = sha256(token.strip())
+        found = self._known.get(digest)
+        if found:
+            return found
+        host = self._host_of_secret(digest)
+        if host is None:
+            raise Unauthorized("this token is not valid (any more)")
+        return Principal(f"agent:{host}", Scope.AGENT, host)
+
+
+def is_loopback(address: str) -> bool:
+    """Of an IP address or a Host header."""
+    name = address.rsplit(":", 1)[0] if address.count(":") == 1 or address.startswith("[") else address
+    name = name.strip("[]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    with contextlib.suppress(ValueError):
+        found = ipaddress.ip_address(name)
+        mapped = getattr(found, "ipv4_mapped", None)
+        return (mapped or found).is_loopback
+    return False
+
+
+def is_from_here(peer: str, headers: Mapping[str, str]) -> bool:
+    """True for a request of this machine itself: no proxy, no name that DNS could point here, no other site's page."""
+    host = headers.get("host", "")
+    return (
+        is_loopback(peer)
+        and is_loopback(host)
+        and not any(name == "forwarded" or name.startswith("x-forwarded-") or name == "via" for name in headers)
+        and headers.get("origin", f"http://{host}") == f"http://{host}"
+        and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
+    )
+
+
+def first_token(path: pathlib.Path) -> tuple[str, bool]:
+    """The admin token in that file, and whether it was made now. The file is 0600 from its first moment."""
+    try:
+        return path.read_text(encoding="ascii").strip(), False
+    except FileNotFoundError:
+        token = "dbt_" + secrets.token_urlsafe(32)
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token + "\n")
+        return token, True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Webhooks
+# Owns GitHub's signature and push event. Ignores jobs: which apps there are is passed in.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def signature_of(secret: str, body: bytes) -> str:
+    """As GitHub puts it into X-Hub-Signature-256:
+    https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries"""
+    return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+
+
+def is_signed(setting: str, body: bytes, signature: str) -> bool:
+    """`setting`: one secret, or two with a comma while one is being replaced."""
+    given = signature.encode("utf-8", "replace")
+    expected = [signature_of(secret.strip(), body).encode() for secret in setting.split(",") if secret.strip()]
+    return any([hmac.compare_digest(one, given) for one in expected])
+
+
+def said(data: Any, name: str, limit: int) -> str:
+    """A text that is nice to have: cut, and empty where it is missing."""
+    value = data.get(name) if isinstance(data, dict) else None
+    return value[:limit] if isinstance(value, str) else ""
+
+
+def glob_match(text: str, pattern: str) -> bool:
+    """Shell pattern, case counts; `*` also matches a slash."""
+    return fnmatch.fnmatchcase(text, pattern)
+
+
+class Push(NamedTuple):
+    """What a push event says: https://docs.github.com/en/webhooks/webhook-events-and-payloads#push"""
+
+    repo: str
+    branch: str | None  # None: not a branch
+    commit: str | None  # None: the branch was deleted
+    message: str
+    pusher: str
+    default_branch: str | None
+
+    @classmethod
+    def parse(cls, data: Any) -> Push:
+        f = Fields(data)
+        ref = f.take("ref", str, "a string", True) or ""
+        repository = Fields(f.take("repository", dict, "an object", True) or {}, prefix="repository.")
+        repo = repository.text("full_name", is_repo, required=True)
+        f.errors += repository.errors
+        branch = ref.removeprefix("refs/heads/") if ref.startswith("refs/heads/") else None
+        deleted = f.boolean("deleted")
+        commit = None if deleted else f.text("after", matches(COMMIT, "a commit"), required=True)
+        if branch is not None and is_ref(branch):
+            f.wrong("ref", "must be a ref as git names them")
+        return f.done(
+            cls(
+                repo,
+                branch,
+                None if commit is None or set(commit) == {"0"} else commit,
+                said(data.get("head_commit"), "message", 1000),
+                said(data.get("pusher"), "name", 100),
+                said(data.get("repository"), "default_branch", 255) or None,
+            )
+        )
+
+    def wanted_by(self, app: App) -> bool:
+        """Whether this app deploys this branch."""
+        if self.branch is None or not app.deploy_on_push:
+            return False
+        if app.branches is None:
+            return self.branch in ((self.default_branch,) if self.default_branch else ("main", "master"))
+        return any(glob_match(self.branch, pattern) for pattern in app.branches)
+
+    def request(self, app: App, host: str) -> JobRequest:
+        metadata = {
+            "app": app.name,
+            "branch": self.branch,
+            "commit_message": self.message,
+            "pusher": self.pusher,
+            "trigger": "github_webhook",
+        }
+        return JobRequest(self.repo, self.commit or "", host, app.name, metadata)
+
+
+def push_payload(body: bytes, content_type: str) -> Any:
+    """JSON, or a form whose field `payload` is JSON. Raises Malformed."""
+    if content_type.partition(";")[0].strip().lower() == "application/x-www-form-urlencoded":
+        try:
+            fields = urllib.parse.parse_qs(body.decode("ascii"), strict_parsing=True, max_num_fields=16)
+            return load_json(fields["payload"][0].encode())
+        except (ValueError, KeyError):
+            raise Malformed("the form has no field `payload`") from None
+    return load_json(body)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Jobs
+# Owns the use cases of jobs and agents; joins Store, JobQueue and EventHub. Ignores HTTP and argv.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(slots=True)
+class Agent:
+    """A registered agent. Persisted: all but `contact`, which is monotonic; `last_heartbeat` is written every FLUSH_INTERVAL."""
+
+    id: str
+    hostname: str
+    capabilities: str  # JSON
+    slots: int
+    session: str
+    drained: int
+    token_sha256: str | None
+    registered_at: str
+    last_heartbeat: str
+    contact: float = 0.0
+    online: bool = True  # what it last said of itself
+    strays: frozenset[tuple[str, int]] = frozenset()  # (job id, attempt) that it was told it holds no more
+
+    def row(self) -> tuple[Any, ...]:
+        return dataclasses.astuple(self)[:9]
+
+
+@dataclasses.dataclass(slots=True)
+class Lease:
+    """A running job, in memory."""
+
+    job_id: str
+    host: str
+    app: str
+    attempt: int
+    session: str | None
+    since: float  # monotonic: when it was claimed, or the controller started
+    deadline: float  # monotonic: when the controller ends it itself
+    cancel: bool = False
+    cancel_told: bool = False  # a parked heartbeat ended for it
+    answered: int | None = None  # tick of Jobs at which the answer that carried it was written
+
+
+class Order(NamedTuple):
+    """The answer to a heartbeat."""
+
+    job: Job | None
+    cancel: list[str]
+    interval: int
+
+
+# The columns that a new job has not filled yet.
+NOTHING_YET: dict[str, Any] = dict.fromkeys(Job._fields[14:23] + ("deployment_id", "session"))
+
+
+def in_words(job: Job) -> str:
+    """`failed (exit_code 1)`, `running (attempt 2)`, `pending`."""
+    if job.status == Status.RUNNING:
+        return f"running (attempt {job.attempt})"
+    code = f" {job.exit_code}" if job.reason == Reason.EXIT_CODE and job.exit_code is not None else ""
+    return f"{job.status} ({job.reason}{code})" if job.reason else job.status
+
+
+def tail_start(chunks: Iterable[tuple[int, int]], tail: int, head: int) -> int:
+    """The position after which the last `tail` lines follow; `chunks`: (position, lines), newest first."""
+    missing, start = tail, head
+    for position, lines in chunks:
+        if missing <= 0:
+            break
+        start = position - min(lines, missing)
+        missing -= lines
+    return start
+
+
+class Jobs:
+    """Every public method is a use case: it raises what Errors has, and returns after what it did is durable."""
+
+    def __init__(
+        self, store: Store, queue: JobQueue, hub: EventHub, apps: Apps, metrics: Metrics, config: Config, clock: Clock
+    ):
+        self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
+        self.config, self.clock = config, clock
+        # Guards the four below; held for look-ups and assignments, never while something is waited for.
+        self._lock = threading.Lock()
+        self._agents: dict[str, Agent] = {}  # by id
+        self._by_host: dict[str, Agent] = {}
+        self._hosts_by_secret: dict[str, str] = {}  # SHA-256 of a secret to its host
+        self._leases: dict[str, dict[str, Lease]] = {}  # host to job id to lease
+        self._flushed = clock.monotonic()
+        self._ticks = itertools.count(1)  # orders the coming of heartbeats and the writing of answers
+        self._seen: set[str] = set()  # ids of agents whose contact is not in the database yet
+        with store.read() as db:
+            self._new_id = TimeOrderedIds(clock, db.last_job_id())
+            self.epoch = db.meta("epoch")
+            self.removed_through = int(db.meta("removed_through"))
+
+    # -- start ---------------------------------------------------------------------------------------------------------
+
+    def recover(self) -> None:
+        """Rebuilds memory from the database: agents, leases, which start anew, and the queue in its old order."""
+        now = self.clock.monotonic()
+        with self.store.read() as db:
+            for row in db.agents():
+                agent = Agent(*row)
+                agent.contact = now - max(0.0, self.clock.now() - unix_time(agent.last_heartbeat))
+                self._remember(agent)
+            for job in db.running_jobs():
+                self._lease(job, answered=0)
+            for host, job_id, app in db.waiting():
+                self.queue.put(host, job_id, app)
+
+    # -- agents --------------------------------------------------------------------------------------------------------
+
+    def register(self, asked: Registration, principal: Principal) -> Agent:
+        """A new session for that host; its id stays. Raises Conflict where another secret is bound to the host."""
+        principal.speaks_for(asked.hostname)
+
+        def do(tx: Tx) -> Agent:
+            row = tx.agent_of(asked.hostname)
+            old = Agent(*row) if row else None
+            bound = old.token_sha256 if old else None
+            if bound and bound != asked.token_sha256 and principal.scope is Scope.AGENT and principal.host is None:
+                raise Conflict(
+                    f"{asked.hostname} is registered with a secret of its own: "
+                    f"start the agent with its old working directory, or run ctl.py hosts remove {asked.hostname}"
+                )
+            now = self.clock.stamp()
+            agent = Agent(
+                id=old.id if old else self._new_id(),
+                hostname=asked.hostname,
+                capabilities=dump(asked.capabilities),
+                slots=asked.slots,
+                session=secrets.token_hex(16),
+                drained=old.drained if old else 0,
+                token_sha256=asked.token_sha256 or bound,
+                registered_at=old.registered_at if old else now,
+                last_heartbeat=now,
+                contact=self.clock.monotonic(),
+            )
+            tx.put_agent(*agent.row())
+            tx.after(self._remember, agent)
+            tx.after(self.queue.wake, agent.hostname)  # a parked heartbeat of the older session learns of the newer
+            return agent
+
+        agent = self.store.write(do)
+        log.info("agent of %s registered", agent.hostname)
+        return agent
+
+    def heartbeat(self, agent_id: str, beat: Heartbeat, principal: Principal, connected: Callable[[], bool]) -> Order:
+        """Renews the leases of the agent and hands out at most one job; parks for `beat.wait` seconds.
+
+        `connected` says whether the client is still there; a call whose client has gone claims nothing.
+        Raises NotFound (register again) and Conflict (a newer session has this host).
+        """
+        arrived = next(self._ticks)
+        deadline = time.monotonic() + beat.wait
+        agent = self._contact(agent_id, principal, beat.status == "online")
+        if beat.running is not None:
+            self._settle(agent, beat)
+        job, again = None, beat.status == "online"
+        while again:
+            ticket = self.queue.ticket(agent.hostname)
+            agent, again = self._current(agent_id, beat), False
+            job = self._undelivered(agent, beat, arrived)
+            if job is None and not self._news(agent, beat):
+                entry = self.queue.take(agent.hostname, self._busy(agent, beat), ticket, deadline)
+                job = self._try(agent, entry, connected) if entry else None
+                again = (
+                    job is None
+                    and connected()
+                    and (entry is not None or time.monotonic() < deadline)
+                    and not self.queue.closed
+                )
+        self._touch(agent)
+        return Order(job, self._cancels(agent, beat), 0 if beat.wait else POLL_INTERVAL)
+
+    def delivered(self, job: Job) -> None:
+        """The answer that carries this job was written, or could not be: from now on a heartbeat without it asks for it again."""
+        with self._lock:
+            lease = self._leases.get(job.host, {}).get(job.id)
+            if lease and lease.attempt == job.attempt:
+                lease.answered = next(self._ticks)
+
+    def _contact(self, agent_id: str, principal: Principal, online: bool) -> Agent:
+        with self._lock:
+            agent = self._agents.get(agent_id)
+        if agent is None:
+            raise NotFound(f"no agent {agent_id}: register again")
+        principal.speaks_for(agent.hostname)
+        agent.online = online
+        self._touch(agent)
+        return agent
+
+    def _touch(self, agent: Agent) -> None:
+        agent.contact = self.clock.monotonic()
+        self._seen.add(agent.id)
+
+    def _current(self, agent_id: str, beat: Heartbeat) -> Agent:
+        """The agent, as registered last; raises NotFound, and Conflict where this call speaks for an older session."""
+        with self._lock:
+            agent = self._agents.get(agent_id)
+        if agent is None:
+            raise NotFound(f"no agent {agent_id}: register again")
+        if beat.session is not None and beat.session != agent.session:
+            raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
+        return agent
+
+    def _leases_of(self, host: str) -> list[Lease]:
+        with self._lock:
+            return list(self._leases.get(host, {}).values())
+
+    def _settle(self, agent: Agent, beat: Heartbeat) -> None:
+        """What an older session ran: goes on where the agent still holds it, else it has crashed with the agent."""
+        session = self._current(agent.id, beat).session
+        for lease in self._leases_of(agent.hostname):
+            if lease.session == session:
+                continue
+            if (lease.job_id, lease.attempt) in (beat.running or ()):
+                lease.session = session
+            else:
+                self._lose(lease, Reason.AGENT_CRASHED, "the agent was restarted and knows nothing of this job")
+
+    def _undelivered(self, agent: Agent, beat: Heartbeat, arrived: float) -> Job | None:
+        """A job whose answer got lost on its way: claimed by this session, answered before this call came, and not held."""
+        if beat.running is None:
+            return None
+        for lease in self._leases_of(agent.hostname):
+            held = (lease.job_id, lease.attempt) in beat.running
+            if held or lease.answered is None or lease.answered > arrived:
+                continue
+            if lease.cancel:  # it never arrived, so nothing has to be stopped
+                self._close(lease, Status.CANCELLED, Reason.CANCELLED, None)
+                continue
+            lease.answered = None
+            with self.store.read() as db:
+                job = db.job(lease.job_id)
+            if job.status == Status.RUNNING and job.attempt == lease.attempt:
+                return job
+        return None
+
+    def _strays(self, agent: Agent, beat: Heartbeat) -> frozenset[tuple[str, int]]:
+        """What the agent holds and should not: ended here, or another attempt by now."""
+        leases = {(lease.job_id, lease.attempt) for lease in self._leases_of(agent.hostname)}
+        return (beat.running or frozenset()) - leases
+
+    def _cancels(self, agent: Agent, beat: Heartbeat) -> list[str]:
+        """Jobs that the agent is to stop; from now on told."""
+        wanted = [lease for lease in self._leases_of(agent.hostname) if lease.cancel]
+        for lease in wanted:
+            lease.cancel_told = True
+        agent.strays = self._strays(agent, beat)
+        return [lease.job_id for lease in wanted] + [job for job, _ in agent.strays]
+
+    def _news(self, agent: Agent, beat: Heartbeat) -> bool:
+        """Whether there is something to stop that the agent was not told: each ends one parking."""
+        untold = any(lease.cancel and not lease.cancel_told for lease in self._leases_of(agent.hostname))
+        return untold or bool(self._strays(agent, beat) - agent.strays)
+
+    def _busy(self, agent: Agent, beat: Heartbeat) -> frozenset[str] | None:
+        """Apps that run on the host now; None where it may take no job."""
+        leases = self._leases_of(agent.hostname)
+        if beat.status != "online" or agent.drained or max(len(leases), len(beat.running or ())) >= agent.slots:
+            return None
+        return frozenset(lease.app for lease in leases)
+
+    def _try(self, agent: Agent, entry: tuple[str, str], connected: Callable[[], bool]) -> Job | None:
+        """Claims what the queue gave out, or puts it back."""
+        try:
+            if connected():
+                return self.store.write(lambda tx: self._claim(tx, agent, *entry))
+        except BaseException:
+            self.queue.put(agent.hostname, *entry)
+            raise
+        self.queue.put(agent.hostname, *entry)
+        return None
+
+    def _claim(self, tx: Tx, agent: Agent, job_id: str, app: str) -> Job | None:
+        """pending -> running for the session of this agent, decided in the database, where claims come one after another."""
+        if tx.session_of(agent.id) != agent.session:
+            raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
+        job = tx.job(job_id)
+        if job.status != Status.PENDING or job.hold is not None:
+            return None
+        running = tx.running_apps(agent.hostname)
+        if app in running or len(running) >= agent.slots:
+            tx.after(self.queue.put, agent.hostname, job_id, app)
+            return None
+        claimed = tx.change_job(
+            job,
+            status=Status.RUNNING,
+            attempt=job.attempt + 1,
+            started_at=self.clock.stamp(),
+            assigned_agent=agent.id,
+            session=agent.session,
+        )
+        assert claimed is not None  # nobody else writes between the two statements
+        self._announce(tx, claimed)
+        tx.after(self._lease, claimed)
+        return claimed
+
+    # -- what an agent says of its job -------------------------------------------------------------------------------
+
+    def append_logs(self, job_id: str, upload: LogUpload, principal: Principal) -> tuple[int, bool]:
+        """Stores what is new of the upload; (next offset, whether the job is to be cancelled).
+
+        Raises Conflict for an attempt that is not running any more, and for a gap, with `next_offset`.
+        """
+
+        def do(tx: Tx) -> tuple[int, bool]:
+            job = self._running(tx, job_id, upload.attempt, principal)
+            if upload.commit and upload.commit != job.commit:
+                job = tx.change_job(job, commit=upload.commit) or job
+                self._announce(tx, job)
+            end = tx.log_end(job.id, job.attempt)
+            if upload.offset > end:
+                raise Conflict(f"lines before offset {upload.offset} are missing: send from {end}", next_offset=end)
+            fresh = upload.lines[end - upload.offset :]
+            if fresh:
+                event = tx.add_event(job, "log", len(fresh), end, dump(fresh))
+                tx.after(self.hub.publish, event)
+            return end + len(fresh), job.cancel_requested_at is not None
+
+        answer = self.store.write(do)
+        self.metrics.count("deploybot_log_lines_total", by=len(upload.lines))
+        return answer
+
+    def finish(self, job_id: str, result: Result, principal: Principal) -> Job:
+        """running -> an end. The same result again answers the same; anything else of an ended job raises Conflict."""
+
+        def do(tx: Tx) -> Job:
+            job = tx.job(job_id)
+            if job.attempt == result.attempt and job.status == result.status and job.exit_code == result.exit_code:
+                principal.speaks_for(job.host)
+                return job
+            job = self._running(tx, job_id, result.attempt, principal)
+            return self._end(
+                tx,
+                job,
+                result.status,
+                result.reason,
+                exit_code=result.exit_code,
+                error=result.error,
+                commit=result.commit or job.commit,
+                rolled_back_to=result.rolled_back_to,
+            )
+
+        job = self.store.write(do)
+        self._logged(job)
+        return job
+
+    def _running(self, tx: Tx, job_id: str, attempt: int, principal: Principal) -> Job:
+        """The job, if this attempt of it runs; else Conflict with its state in words."""
+        job = tx.job(job_id)
+        principal.speaks_for(job.host)
+        if job.status != Status.RUNNING or job.attempt != attempt:
+            raise Conflict(f"attempt {attempt} of job {job.id} does not run: {in_words(job)}")
+        return job
+
+    # -- what a person or a push asks for ----------------------------------------------------------------------------
+
+    def submit(self, asked: JobRequest, principal: Principal) -> tuple[Job, bool, str | None]:
+        """(job, whether it was made now, a warning or None)."""
+        app = self._app_of(asked)
+        job, created = self.store.write(lambda tx: self._submit(tx, asked, app, principal.name))
+        return job, created, self._warning(job, asked)
+
+    def _app_of(self, asked: JobRequest) -> App:
+        """The app that the request names; the only one of the repository; else one by convention. Raises ValidationError."""
+        if asked.app is None:
+            apps = self.apps.of_repo(asked.repo)
+            return apps[0] if len(apps) == 1 else app_without_entry(asked.repo, None)
+        app = self.apps.named(asked.app)
+        if app and app.repo.lower() != asked.repo.lower():
+            raise ValidationError([("app", f"{app.name} belongs to {app.repo}")])
+        return app or app_without_entry(asked.repo, asked.app)
+
+    def _submit(self, tx: Tx, asked: JobRequest, app: App, by: str, retry_of: str | None = None) -> tuple[Job, bool]:
+        existing = None if asked.force else tx.open_job(asked.repo, asked.ref, asked.host, app.name)
+        if existing:
+            return existing, False
+        job = Job(
+            id=self._new_id(),
+            repo=asked.repo,
+            ref=asked.ref,
+            host=asked.host,
+            app=app.name,
+            status=Status.PENDING,
+            reason=None,
+            hold=None,
+            metadata=dump(asked.metadata),
+            attempt=0,
+            retries=asked.retries,
+            timeout=asked.timeout or 3600,
+            created_at=self.clock.stamp(),
+            created_by=by,
+            retry_of=retry_of,
+            spec=app.spec(),
+            **NOTHING_YET,
+        )
+        tx.add_job(job)
+        self._announce(tx, job)
+        tx.after(self.queue.put, job.host, job.id, job.app)
+        tx.after(self.metrics.count, "deploybot_jobs_created_total")
+        return job, True
+
+    def _warning(self, job: Job, asked: JobRequest) -> str | None:
+        """What a person would want to know of a job that was taken all the same."""
+        with self._lock:
+            agent = self._by_host.get(job.host)
+            hosts = sorted(self._by_host)
+        if agent is None:
+            longer = [host for host in hosts if host.startswith(job.host + ".")] or difflib.get_close_matches(
+                job.host, hosts, 1
+            )
+            return f"no agent has registered as {job.host}" + (f"; did you mean {longer[0]}?" if longer else "")
+        if agent.drained:
+            return f"{job.host} is drained: the job waits until ctl.py hosts resume {job.host}"
+        if asked.app and not self.apps.named(asked.app):
+            known = [app.name for app in self.apps.all]
+            return (
+                f"apps.yaml has no app {asked.app}{nearest(asked.app, known)} (it deploys without commands of its own)"
+            )
+        return None
+
+    def push(self, push: Push, delivery: str, body_sha256: str) -> tuple[list[str], str]:
+        """Jobs for a signed push, stored in one transaction with its delivery: (ids, message). The same delivery answers the same."""
+        apps = [app for app in self.apps.of_repo(push.repo) if push.commit and push.wanted_by(app)]
+
+        def do(tx: Tx) -> tuple[list[str], str]:
+            before = tx.delivery(delivery)
+            if before:
+                return before
+            made: list[str] = []
+            for app in apps:
+                for host in app.hosts:
+                    job, created = self._submit(tx, push.request(app, host), app, "github")
+                    made += [job.id] if created else []
+            message = self._push_message(push, apps, len(made))
+            tx.add_delivery(delivery, body_sha256, self.clock.stamp(), made, message)
+            return made, message
+
+        return self.store.write(do)
+
+    def _push_message(self, push: Push, apps: list[App], made: int) -> str:
+        if push.commit is None:
+            return "ignored: the ref was deleted"
+        if push.branch is None:
+            return "ignored: not a branch"
+        if not self.apps.of_repo(push.repo):
+            return f"ignored: no app of apps.yaml has the repository {push.repo}"
+        if not apps:
+            return f"ignored: no app of {push.repo} deploys pushes to {push.branch}"
+        names = ", ".join(app.name for app in apps)
+        return f"{made} job{'' if made == 1 else 's'} for {names}" + (
+            "" if made else ": the same deployment is under way"
+        )
+
+    def cancel(self, job_id: str) -> Job:
+        """A pending job ends at once; a running one is stopped by its agent, which reports. Raises Conflict for an ended one."""
+
+        def do(tx: Tx) -> Job:
+            job = tx.job(job_id)
+            if job.status == Status.CANCELLED or (job.status == Status.RUNNING and job.cancel_requested_at):
+                return job
+            if job.status in ENDED:
+                raise Conflict(f"job {job.id} cannot be cancelled: {in_words(job)}")
+            now = self.clock.stamp()
+            if job.status == Status.PENDING:
+                tx.after(self.queue.remove, job.host, job.id)
+                return self._end(tx, job, Status.CANCELLED, Reason.CANCELLED, cancel_requested_at=now)
+            asked = tx.change_job(job, cancel_requested_at=now) or job
+            self._announce(tx, asked)
+            tx.after(self._tell_cancel, asked)
+            return asked
+
+        job = self.store.write(do)
+        self._logged(job)
+        return job
+
+    def retry(self, job_id: str, principal: Principal) -> tuple[Job, bool]:
+        """The same again as a new job, by the mapping in force. Raises Conflict while the job is open."""
+
+        def do(tx: Tx) -> tuple[Job, bool]:
+            job = tx.job(job_id)
+            if job.status not in ENDED:
+                raise Conflict(f"job {job.id} cannot be retried: {in_words(job)}")
+            asked = JobRequest(
+                job.repo, job.ref, job.host, job.app, json.loads(job.metadata), False, job.timeout, job.retries
+            )
+            return self._submit(tx, asked, self._app_of(asked), principal.name, retry_of=job.id)
+
+        return self.store.write(do)
+
+    # -- hosts -------------------------------------------------------------------------------------------------------
+
+    def hosts(self) -> list[dict[str, Any]]:
+        with self.store.read() as db:
+            counts = {(host, status): count for host, status, count in db.open_counts()}
+        with self._lock:
+            agents = dict(self._by_host)
+        names = sorted(agents.keys() | {host for host, _ in counts})
+        return [self._host(name, agents.get(name), counts) for name in names]
+
+    def host(self, hostname: str) -> dict[str, Any]:
+        return next((host for host in self.hosts() if host["hostname"] == hostname), None) or self._no_host(hostname)
+
+    def _no_host(self, hostname: str) -> Any:
+        with self._lock:
+            known = list(self._by_host)
+        raise NotFound(f"no agent has registered as {hostname}{nearest(hostname, known)}")
+
+    def _host(self, name: str, agent: Agent | None, counts: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+        return {
+            "hostname": name,
+            "agent_id": agent.id if agent else None,
+            "agent_status": ("online" if self.is_online(agent) else "offline") if agent else "unknown",
+            "last_seen": self._last_seen(agent) if agent else None,
+            "capabilities": json.loads(agent.capabilities) if agent else {},
+            "slots": agent.slots if agent else 1,
+            "drained": bool(agent and agent.drained),
+            "running": counts.get((name, Status.RUNNING), 0),
+            "pending": counts.get((name, Status.PENDING), 0),
+        }
+
+    def _last_seen(self, agent: Agent) -> str:
+        return self.clock.stamp(ago=max(0.0, self.clock.monotonic() - agent.contact))
+
+    def is_online(self, agent: Agent) -> bool:
+        return agent.online and self.clock.monotonic() - agent.contact <= self.config.agent_timeout
+
+    def drain(self, hostname: str, drained: bool) -> dict[str, Any]:
+        """A drained host takes no new job; what runs there goes on."""
+        agent = self._by_host.get(hostname) or self._no_host(hostname)
+
+        def set_drained(value: int) -> None:
+            with self._lock:
+                if hostname in self._by_host:
+                    self._by_host[hostname].drained = value
+            self.queue.wake(hostname)
+
+        def do(tx: Tx) -> None:
+            tx.set_drained(agent.id, drained)
+            tx.after(set_drained, int(drained))
+
+        self.store.write(do)
+        return self.host(hostname)
+
+    def remove_host(self, hostname: str) -> None:
+        """Its agent must register anew; jobs that wait for the host wait on. Raises Conflict while one runs there."""
+        agent = self._by_host.get(hostname) or self._no_host(hostname)
+
+        def do(tx: Tx) -> None:
+            if tx.running_apps(hostname):
+                raise Conflict(f"{hostname} runs a job: wait for its end or cancel it first")
+            tx.remove_agent(agent.id)
+            tx.after(self._forget, agent)
+
+        self.store.write(do)
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """What time brings: lost agents, jobs over their time, pending jobs that waited too long. Called about once a second."""
+        now = self.clock.monotonic()
+        with self._lock:
+            leases = [lease for held in self._leases.values() for lease in held.values()]
+            contacts = {host: agent.contact for host, agent in self._by_host.items()}
+        for lease in leases:
+            quiet = now - max(lease.since, contacts.get(lease.host, 0.0))
+            if now > lease.deadline:
+                self._close(
+                    lease,
+                    Status.FAILED,
+                    Reason.TIMEOUT,
+                    "ran for longer than its timeout, and the agent did not say so",
+                )
+            elif quiet > self.config.lost_after:
+                self._lose(lease, Reason.AGENT_LOST, f"no contact with the agent of {lease.host} for {int(quiet)} s")
+        self._expire()
+        if now - self._flushed >= FLUSH_INTERVAL:
+            self.flush_contacts()
+
+    def flush_contacts(self) -> None:
+        self._flushed = self.clock.monotonic()
+        seen, self._seen = self._seen, set()
+        with self._lock:
+            agents = [self._agents[agent_id] for agent_id in list(seen) if agent_id in self._agents]
+        for agent in agents:
+            agent.last_heartbeat = self._last_seen(agent)
+        if agents:
+            self.store.write(lambda tx: tx.saw_agents([(agent.last_heartbeat, agent.id) for agent in agents]))
+
+    def _close(self, lease: Lease, status: Status, reason: Reason, error: str | None) -> None:
+        """Ends that attempt from here, if it still runs."""
+
+        def do(tx: Tx) -> Job | None:
+            job = tx.job(lease.job_id)
+            if job.status != Status.RUNNING or job.attempt != lease.attempt:
+                return None
+            return self._end(tx, job, status, reason, error=error)
+
+        self._logged(self.store.write(do))
+
+    def _logged(self, job: Job | None) -> None:
+        """Called after the transaction: writing a log line is I/O."""
+        if job:
+            log.info("job %s of %s on %s: %s", job.id, job.app, job.host, in_words(job))
+
+    def _lose(self, lease: Lease, reason: Reason, error: str) -> None:
+        """The job ends as failed, or waits for its next attempt where `retries` says so and nobody asked to cancel it."""
+
+        def do(tx: Tx) -> Job | None:
+            job = tx.job(lease.job_id)
+            if job.status != Status.RUNNING or job.attempt != lease.attempt:
+                return None
+            if job.attempt > job.retries or job.cancel_requested_at:
+                return self._end(tx, job, Status.FAILED, reason, error=error)
+            waiting = tx.change_job(
+                job, status=Status.PENDING, started_at=None, assigned_agent=None, session=None, commit=None
+            )
+            assert waiting is not None
+            self._announce(tx, waiting)
+            tx.after(self._release, waiting)
+            tx.after(self.queue.put, waiting.host, waiting.id, waiting.app)
+            return waiting
+
+        self._logged(self.store.write(do))
+
+    def _expire(self) -> None:
+        limit = self.config.pending_expiry
+        with self.store.read() as db:
+            expired = db.expired(TimeOrderedIds.floor(max(0.0, self.clock.now() - limit)))
+        for job_id in expired:
+            self._logged(self.store.write(functools.partial(self._expire_one, job_id=job_id)))
+
+    def _expire_one(self, tx: Tx, job_id: str) -> Job | None:
+        job = tx.job(job_id)
+        if job.status != Status.PENDING:
+            return None
+        tx.after(self.queue.remove, job.host, job.id)
+        error = f"no agent of {job.host} took it within {self.config.pending_expiry:.0f} s"
+        return self._end(tx, job, Status.CANCELLED, Reason.EXPIRED, error=error)
+
+    # -- streams -----------------------------------------------------------------------------------------------------
+
+    def stream_start(self, wanted: EventFilter, last_id: str | None, tail: int) -> tuple[int | None, str | None]:
+        """(position to read after, what a gap says or None). Position None: a stream of one job was read to its end."""
+        head = self.hub.head
+        with self.store.read() as db:
+            ended = wanted.job_id is not None and db.job(wanted.job_id).status in ENDED
+            position, gap = self._resume(last_id, head)
+            if position is not None:
+                over = ended and wanted.job_id is not None and position >= db.last_position_of(wanted.job_id, "job")
+                return (None if over else position), None
+            start = tail_start(db.recent_chunks(wanted, tail), tail, head)
+            if wanted.job_id is not None:  # its state is always told, so that the reader of an ended job learns the end
+                start = min(start, db.last_position_of(wanted.job_id, "job") - 1)
+        return start, gap
+
+    def _resume(self, last_id: str | None, head: int) -> tuple[int | None, str | None]:
+        """The position of a Last-Event-ID, or None and, where events are gone, what to say."""
+        match = re.fullmatch(r"([0-9a-f]{8})-([0-9]{1,18})", last_id or "", re.ASCII)
+        if not match:
+            return None, None
+        position = int(match[2])
+        if match[1] != self.epoch or position > head:
+            return None, "the controller was restored from a backup: this goes on with its newest events"
+        if position < self.removed_through:
+            return None, "some events since then were removed by retention: this goes on with the newest"
+        return position, None
+
+    def follow(self, wanted: EventFilter, position: int, pulse: float) -> Iterator[tuple[int, list[Event]]]:
+        """(position reached, wanted events up to there), for ever; no events after `pulse` seconds of silence.
+
+        Reads the hub, and the database where it is behind the hub. Ends when the controller stops.
+        """
+        while True:
+            events = self.hub.since(position, pulse)
+            if events is None:
+                reached, events = self._read_events(wanted, position, self.hub.head)
+            else:
+                reached = events[-1].position if events else position
+            yield reached, [event.after(position) for event in events if wanted.wants(event)]
+            position = reached
+            if self.hub.closed and position >= self.hub.head:
+                return
+
+    def _read_events(self, wanted: EventFilter, after: int, until: int) -> tuple[int, list[Event]]:
+        """About READ_BYTES of events from the database, and the position up to which that is all."""
+        found: list[Event] = []
+        size = 0
+        with self.store.read() as db:
+            for event in db.events(wanted, after, until):
+                found.append(event)
+                size += len(event.data) + 100
+                if size > READ_BYTES:
+                    return event.position, found
+        return until, found
+
+    def log_lines(self, job_id: str, after: int, limit: int) -> tuple[list[dict[str, Any]], int | None]:
+        """Lines after that position and, where there are more, the position to go on from. A page ends early at READ_BYTES."""
+        lines: list[dict[str, Any]] = []
+        size = 0
+        with self.store.read() as db:
+            db.job(job_id)
+            for event in db.log_events(job_id, after):
+                if len(lines) >= limit or size > READ_BYTES:
+                    return lines[:limit], lines[:limit][-1]["position"]
+                lines += event.after(after).log_lines()
+                size += len(event.data)
+        return lines[:limit], lines[limit - 1]["position"] if len(lines) > limit else None
+
+    # -- small parts that the use cases share ------------------------------------------------------------------------
+
+    def _announce(self, tx: Tx, job: Job) -> None:
+        event = tx.add_event(job, "job", 1, 0, dump(job.public()))
+        tx.after(self.hub.publish, event)
+
+    def _end(self, tx: Tx, job: Job, status: str, reason: str | None, **columns: Any) -> Job:
+        """The one way to an end."""
+        ended = tx.change_job(job, status=status, reason=reason, completed_at=self.clock.stamp(), **columns)
+        assert ended is not None  # `job` was read in this transaction
+        self._announce(tx, ended)
+        if status == Status.SUCCESS:
+            tx.put_release(ended)
+        tx.after(self._release, ended)
+        tx.after(self.queue.wake, ended.host)  # a parked heartbeat may have waited for this app or slot
+        tx.after(self.metrics.count, "deploybot_jobs_ended_total", f'status="{status}",reason="{reason or ""}"')
+        return ended
+
+    def _remember(self, agent: Agent) -> None:
+        with self._lock:
+            self._agents[agent.id] = self._by_host[agent.hostname] = agent
+            if agent.token_sha256:
+                self._hosts_by_secret[agent.token_sha256] = agent.hostname
+
+    def _forget(self, agent: Agent) -> None:
+        with self._lock:
+            self._agents.pop(agent.id, None)
+            self._by_host.pop(agent.hostname, None)
+            self._hosts_by_secret.pop(agent.token_sha256 or "", None)
+        self.queue.wake(agent.hostname)
+
+    def host_of_secret(self, digest: str) -> str | None:
+        return self._hosts_by_secret.get(digest)
+
+    def _lease(self, job: Job, answered: int | None = None) -> None:
+        now = self.clock.monotonic()
+        ran = max(0.0, self.clock.now() - unix_time(job.started_at or job.created_at))
+        lease = Lease(job.id, job.host, job.app, job.attempt, job.session, now, now - ran + job.timeout + GRACE)
+        lease.cancel, lease.answered = job.cancel_requested_at is not None, answered
+        with self._lock:
+            self._leases.setdefault(job.host, {})[job.id] = lease
+
+    def _release(self, job: Job) -> None:
+        with self._lock:
+            held = self._leases.get(job.host, {})
+            held.pop(job.id, None)
+            if not held:
+                self._leases.pop(job.host, None)
+
+    def _tell_cancel(self, job: Job) -> None:
+        with self._lock:
+            lease = self._leases.get(job.host, {}).get(job.id)
+            if lease:
+                lease.cancel = True
+        self.queue.wake(job.host)
+
+    def gauges(self) -> dict[str, float]:
+        with self._lock:
+            agents = list(self._agents.values())
+            running = sum(map(len, self._leases.values()))
+        return {
+            "deploybot_queue_jobs": self.queue.depth(),
+            "deploybot_running_jobs": running,
+            "deploybot_agents_online": sum(map(self.is_online, agents)),
+            "deploybot_agents_registered": len(agents),
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# HTTP
+# Owns requests, answers, connections and the table from error to status. Ignores what the routes do.
+# ----------------------------------------------------------------------------------------------------------------------
+
+REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")  # origin form alone (RFC 9112, 3.2.1)
+HEADER = re.compile(
+    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)"
+)  # a colon right after the name (5.1)
+BARE_LF = re.compile(rb"(?<!\r)\n")
+ONCE = ("host", "content-length", "authorization", "content-type", "expect", "last-event-id", "origin")
+
+
+class Refusal(DeployBotError):
+    """A request that is answered with an error and then never read on: what follows it cannot be told apart from it."""
+
+    def __init__(self, status: int, detail: str):
+        super().__init__(detail)
+        self.status = status
+
+
+NOBODY = Principal("nobody", Scope.PUBLIC)
+
+
+@dataclasses.dataclass(slots=True)
+class Request:
+    method: str
+    path: str
+    query_text: str
+    headers: dict[str, str]  # by name in lower case
+    peer: str
+    connected: Callable[[], bool]
+    body: bytes = b""
+    params: tuple[str, ...] = ()
+    principal: Principal = NOBODY
+
+    def json(self) -> Any:
+        return load_json(self.body)
+
+    def query(self, texts: Iterable[str] = (), integers: Iterable[str] = ()) -> Fields:
+        """The parameters; an unknown or repeated one is an error, an empty one is none."""
+        try:
+            pairs = urllib.parse.parse_qsl(self.query_text, errors="strict", max_num_fields=32)
+        except ValueError:
+            raise Malformed("the query cannot be parsed") from None
+        integers = tuple(integers)
+        values = {
+            name: int(value) if name in integers and value.isdecimal() and len(value) < 19 else value
+            for name, value in pairs
+        }
+        fields = Fields(values, (*texts, *integers))
+        for name, count in collections.Counter(name for name, _ in pairs).items():
+            if count > 1:
+                fields.wrong(name[:100], "is given more than once")
+        return fields
+
+
+def parse_head(head: bytes) -> tuple[str, str, int, dict[str, str]]:
+    """(method, target, minor version, headers) of a head without its blank line. Raises Refusal."""
+    lines = head.split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(lines[0])
+    if not match:
+        raise Refusal(400, "the request line must be METHOD /path HTTP/1.1")
+    headers: dict[str, str] = {}
+    for line in lines[1:]:
+        found = HEADER.fullmatch(line)
+        if not found or len(line) > MAX_LINE:
+            raise Refusal(400, "a header line is malformed")
+        name = found[1].decode("ascii").lower()
+        value = found[2].strip(b" \t").decode("latin-1")
+        if name in headers:
+            if name in ONCE:
+                raise Refusal(400, f"more than one {name} header")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    if "transfer-encoding" in headers:
+        raise Refusal(400, "Transfer-Encoding is not taken: send Content-Length")
+    if match[3] == b"1" and not headers.get("host"):
+        raise Refusal(400, "HTTP/1.1 needs a Host header")
+    return match[1].decode(), match[2].decode(), int(match[3]), headers
+
+
+def content_length(headers: Mapping[str, str]) -> int:
+    text = headers.get("content-length", "0")
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
+        raise Refusal(400, "Content-Length must be 1 to 9 digits")
+    return int(text)
+
+
+@dataclasses.dataclass(slots=True)
+class Response:
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+    sent: Callable[[], None] | None = None  # called when the answer was written, or could not be
+
+
+@dataclasses.dataclass(slots=True)
+class Stream:
+    """An answer whose length is not known: sent in chunks (RFC 9112, 7.1) as they come."""
+
+    chunks: Iterator[bytes]
+    content_type: str
+    headers: tuple[tuple[str, str], ...] = ()
+    status: int = 200
+
+
+def answer(status: int, value: Any, sent: Callable[[], None] | None = None) -> Response:
+    return Response(status, (dump(value) + "\n").encode(), sent=sent)
+
+
+# From error to status and title; the first class that fits.
+STATUSES: tuple[tuple[type[DeployBotError], int, str], ...] = (
+    (Malformed, 400, "Not parseable"),
+    (ValidationError, 422, "Fields are wrong"),
+    (NotFound, 404, "Not found"),
+    (Conflict, 409, "Conflict"),
+    (Unauthorized, 401, "No valid token"),
+    (Forbidden, 403, "Not allowed"),
+    (TooLarge, 413, "Too large"),
+    (Unavailable, 503, "Not available now"),
+    (AppsError, 422, "apps.yaml is wrong"),
+)
+
+
+def problem(status: int, title: str, detail: str, more: Mapping[str, Any] = {}, headers: Any = ()) -> Response:
+    """RFC 9457."""
+    body = {"type": "about:blank", "title": title, "status": status, "detail": detail, **more}
+    return Response(status, (dump(body) + "\n").encode("utf-8", "replace"), "application/problem+json", tuple(headers))
+
+
+def problem_of(error: DeployBotError) -> Response:
+    if isinstance(error, Refusal):
+        return problem(error.status, http.HTTPStatus(error.status).phrase, str(error))
+    status, title = next((status, title) for kind, status, title in STATUSES if isinstance(error, kind))
+    more: dict[str, Any] = {}
+    headers: list[tuple[str, str]] = []
+    if isinstance(error, ValidationError):
+        more["errors"] = [{"field": field, "message": message} for field, message in error.errors]
+    elif isinstance(error, AppsError):
+        more["errors"] = [{"field": f"line {line}", "message": message} for line, message in error.problems]
+    elif isinstance(error, Conflict):
+        more.update(error.data)
+    elif isinstance(error, Unauthorized):
+        headers.append(("WWW-Authenticate", "Bearer"))
+    elif isinstance(error, Unavailable):
+        headers.append(("Retry-After", str(error.retry_after)))
+    return problem(status, title, str(error), more, headers)
+
+
+class Route(NamedTuple):
+    method: str
+    pattern: str  # {name} stands for one segment
+    scope: Scope
+    function: Callable[[Any, Request], Response | Stream]
+    limit: int = MAX_BODY  # bytes of a body
+
+
+class MethodNotAllowed(DeployBotError):
+    def __init__(self, allowed: list[str]):
+        super().__init__("this path takes " + " and ".join(allowed))
+        self.allowed = allowed
+
+
+class Router:
+    """Finds the route of a method and a path."""
+
+    def __init__(self, routes: Iterable[Route]):
+        self._fixed: dict[str, dict[str, Route]] = {}
+        self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
+        by_pattern: dict[str, dict[str, Route]] = {}
+        for route in routes:
+            by_pattern.setdefault(route.pattern, {})[route.method] = route
+        for pattern, methods in by_pattern.items():
+            if "{" in pattern:
+                expression = re.sub(r"\\\{\w+\\\}", "([^/]+)", re.escape(pattern))
+                self._patterns.append((re.compile(expression), methods))
+            else:
+                self._fixed[pattern] = methods
+
+    def find(self, method: str, path: str) -> tuple[Route, tuple[str, ...]]:
+        """The route and the segments that its pattern left open. Raises NotFound or MethodNotAllowed."""
+        methods, params = self._fixed.get(path), ()
+        if methods is None:
+            for expression, found in self._patterns:
+                match = expression.fullmatch(path)
+                if match:
+                    methods, params = found, match.groups()
+                    break
+            else:
+                raise NotFound("no such path: /docs lists what there is")
+        route = methods.get("GET" if method == "HEAD" else method)
+        if route is None:
+            raise MethodNotAllowed([*methods, *(["HEAD"] if "GET" in methods else [])])
+        return route, params
+
+
+class Dispatcher:
+    """From a request to its answer: route, token, body, function; every error becomes a problem."""
+
+    def __init__(self, api: Any, routes: Iterable[Route], auth: Auth, metrics: Metrics):
+        self._api, self._router, self._auth, self._metrics = api, Router(routes), auth, metrics
+
+    def respond(self, request: Request, read_body: Callable[[int], bytes]) -> Response | Stream:
+        """`read_body(limit)` is called once path and token are accepted. Raises OSError where the client goes away."""
+        pattern = "none"
+        try:
+            route, request.params = self._router.find(request.method, request.path)
+            pattern = route.pattern
+            if route.scope is not Scope.PUBLIC:
+                request.principal = self._admit(request, route.scope)
+            request.body = read_body(route.limit)
+            response = route.function(self._api, request)
+        except MethodNotAllowed as error:
+            response = problem(405, "Method not allowed", str(error), headers=[("Allow", ", ".join(error.allowed))])
+        except DeployBotError as error:
+            response = problem_of(error)
+        except OSError:
+            raise
+        except Exception:
+            log.exception("%s %s failed", request.method, pattern)
+            response = problem(500, "Internal error", "this is a fault of the controller: its log says more")
+        method = request.method if pattern != "none" else "other"
+        self._metrics.count(
+            "deploybot_http_requests_total", f'method="{method}",route="{pattern}",status="{response.status}"'
+        )
+        return response
+
+    def _admit(self, request: Request, scope: Scope) -> Principal:
+        principal = self._auth.principal(
+            request.headers.get("authorization"), lambda: is_from_here(request.peer, request.headers)
+        )
+        if not principal.may(scope):
+            raise Forbidden(f"this call needs a token of the role {scope}; this one has {principal.scope}")
+        return principal
+
+
+@functools.lru_cache(maxsize=2)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
+
+
+def header_value(value: str) -> str:
+    """Raises ValueError where a value could start another header."""
+    if any(char in value for char in "\r\n\0"):
+        raise ValueError("a header value holds CR, LF or NUL")
+    return value
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One connection: reads strictly, answers each request with one write, keeps the connection where both sides may."""
+
+    request: socket.socket
+    server: Any  # the Server below
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE_DEADLINE, 0))
+        self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_DEADLINE, 0))
+        self._buffer = b""  # what came after the last request
+        self._unread = 0  # bytes of the current body that nobody has read
+        self._minor = 1
+        self._expects = False
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError):  # a client that goes away is no error
+            while self._serve_one():
+                pass
+
+    def _serve_one(self) -> bool:
+        """Whether the connection goes on."""
+        try:
+            head = self._read_head()
+            if head is None:
+                return False
+            method, target, self._minor, headers = parse_head(head)
+            self._unread = content_length(headers)
+            self._expects = self._expectation(headers)
+        except Refusal as error:
+            self._send(problem_of(error), with_body=True, keep=False)
+            self._linger()
+            return False
+        path, _, query = target.partition("?")
+        request = Request(method, path, query, headers, self.client_address[0], self._connected)
+        response = self.server.dispatcher.respond(request, self._read_body)
+        keep = self._minor == 1 and headers.get("connection", "").lower() != "close"
+        keep = keep and not self._unread and not self.server.stopping
+        if isinstance(response, Stream):
+            self._send_stream(response, method != "HEAD", keep)
+        else:
+            self._send(response, method != "HEAD", keep)
+        if self._unread:
+            self._linger()
+        return keep
+
+    @staticmethod
+    def _expectation(headers: Mapping[str, str]) -> bool:
+        expect = headers.get("expect", "")
+        if expect and expect.lower() != "100-continue":
+            raise Refusal(417, "the only expectation known is 100-continue")
+        return bool(expect)
+
+    def _read_head(self) -> bytes | None:
+        """The head without its blank line; None where the client ended the connection or said nothing for too long."""
+        data, deadline = self._buffer, 0.0
+        while (end := data.find(b"\r\n\r\n")) < 0:
+            self._check_unfinished(data)
+            if data:
+                deadline = deadline or time.monotonic() + HEAD_DEADLINE
+            try:
+                chunk = self._receive(16 * KIB, deadline)
+            except TimeoutError:
+                raise Refusal(408, f"the head did not come within {HEAD_DEADLINE:.0f} s") from None
+            except BlockingIOError:  # idle for IDLE_DEADLINE
+                return None
+            if not chunk:
+                return None
+            data += chunk
+        if end > MAX_HEAD:
+            raise Refusal(431, f"the head has more than {MAX_HEAD} bytes")
+        self._buffer = data[end + 4 :]
+        return data[:end]
+
+    @staticmethod
+    def _check_unfinished(data: bytes) -> None:
+        """Refuses what can no longer become a good head, without waiting for its end."""
+        line, complete, _ = data.partition(b"\r\n")
+        if BARE_LF.search(data) or (complete and not REQUEST_LINE.fullmatch(line)):
+            raise Refusal(400, "the request line must be METHOD /path HTTP/1.1, and lines end with CR LF")
+        if len(data) > MAX_HEAD or (not complete and len(line) > MAX_LINE):
+            raise Refusal(431, f"a head has at most {MAX_HEAD} bytes, and {MAX_LINE} a line")
+
+    def _receive(self, size: int, deadline: float) -> bytes:
+        """With a deadline (monotonic, 0 for none) raises TimeoutError; without, BlockingIOError after IDLE_DEADLINE."""
+        if not deadline:
+            return self.request.recv(size)
+        remaining = deadline - time.monotonic()
+        if remaining <= 0:
+            raise TimeoutError
+        self.request.settimeout(remaining)
+        try:
+            return self.request.recv(size)
+        finally:
+            self.request.settimeout(None)
+
+    def _read_body(self, limit: int) -> bytes:
+        """Raises TooLarge, Refusal at the deadline, ConnectionError where the client goes away."""
+        if self._unread > limit:
+            raise TooLarge(f"the body has {self._unread} bytes; {limit} are the most")
+        if self._expects and self._minor == 1 and self._unread > len(self._buffer):
+            self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        parts, missing = [self._buffer[: self._unread]], self._unread - len(self._buffer)
+        self._buffer = self._buffer[self._unread :]
+        deadline = time.monotonic() + BODY_DEADLINE
+        while missing > 0:
+            try:
+                chunk = self._receive(min(missing, 256 * KIB), deadline)
+            except TimeoutError:
+                raise Refusal(408, f"the body did not come within {BODY_DEADLINE:.0f} s") from None
+            if not chunk:
+                raise ConnectionError("the client ended within its body")
+            parts.append(chunk)
+            missing -= len(chunk)
+        self._unread = 0
+        return b"".join(parts)
+
+    def _connected(self) -> bool:
+        """False once the client has ended its side."""
+        try:
+            return self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+
+    def _head(self, response: Response | Stream, keep: bool, length: str) -> bytes:
+        lines = [
+            f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}",
+            f"Date: {http_date(int(time.time()))}",
+            "X-Content-Type-Options: nosniff",
+            length,
+        ]
+        names = {name.lower() for name, _ in response.headers}
+        if response.status != 204:
+            lines.append(f"Content-Type: {response.content_type}")
+        if "cache-control" not in names:
+            lines.append("Cache-Control: no-store")
+        lines += [f"{name}: {header_value(value)}" for name, value in response.headers]
+        lines.append("Connection: keep-alive" if keep else "Connection: close")
+        return "\r\n".join(line for line in lines if line).encode("latin-1", "replace") + b"\r\n\r\n"
+
+    def _send(self, response: Response, with_body: bool, keep: bool) -> None:
+        length = "" if response.status == 204 else f"Content-Length: {len(response.body)}"
+        try:
+            self.request.sendall(self._head(response, keep, length) + (response.body if with_body else b""))
+        finally:
+            if response.sent:
+                response.sent()
+
+    def _send_stream(self, stream: Stream, with_body: bool, keep: bool) -> None:
+        chunked = self._minor == 1
+        head = self._head(stream, keep and chunked, "Transfer-Encoding: chunked" if chunked else "")
+        with contextlib.closing(stream.chunks) as chunks:  # type: ignore[type-var]
+            self.request.sendall(head)
+            for chunk in chunks if with_body else ():
+                self.request.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+        if chunked and with_body:
+            self.request.sendall(b"0\r\n\r\n")
+
+    def _linger(self) -> None:
+        """Lets the answer arrive: to close with unread input would reset the connection and lose it."""
+        self.request.shutdown(socket.SHUT_WR)
+        deadline, left = time.monotonic() + 2.0, 4 * MIB
+        with contextlib.suppress(TimeoutError):
+            while left > 0 and (chunk := self._receive(64 * KIB, deadline)):
+                left -= len(chunk)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Accepts connections, a thread each, and ends them all within STOP_DEADLINE at stop."""
+
+    request_queue_size = 1024
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], dispatcher: Dispatcher):
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        self.dispatcher = dispatcher
+        self.stopping = False
+        # Guards _connections; stop() waits on it, each connection that ends wakes it.
+        self._ended = threading.Condition()
+        self._connections: set[socket.socket] = set()
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        """Without the look-up of our own name in DNS that HTTPServer does."""
+        socketserver.TCPServer.server_bind(self)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._ended:
+            self._connections.add(request)
+        try:
+            threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True).start()
+        except RuntimeError:  # no more threads: this one client is sent away, the others are served
+            self.shutdown_request(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        super().shutdown_request(request)
+        with self._ended:
+            self._connections.discard(request)
+            self._ended.notify_all()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("a connection failed")
+
+    def connections(self) -> int:
+        with self._ended:
+            return len(self._connections)
+
+    def stop(self) -> None:
+        """Ends the accepting, lets what is being answered be answered, and ends every connection."""
+        self.stopping = True
+        self.shutdown()
+        self.server_close()
+        with self._ended:
+            for connection in self._connections:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)  # an idle one ends now, a working one after its answer
+            self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Routes
+# Owns the API: thin functions, then one table that shows every call and who may make it. Ignores how they are served.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Controller:
+    """What the routes act on."""
+
+    config: Config
+    clock: Clock
+    store: Store
+    jobs: Jobs
+    apps: Apps
+    metrics: Metrics
+    started: float  # monotonic
+    pulse: float = PULSE
+    connections: Callable[[], int] = lambda: 0
+
+
+def job_id(request: Request) -> str:
+    """The id in the path, in its one spelling. Raises NotFound."""
+    if not ID.fullmatch(request.params[0]):
+        raise NotFound(f"no job {request.params[0][:100]}")
+    return request.params[0]
+
+
+def register_agent(api: Controller, request: Request) -> Response:
+    agent = api.jobs.register(Registration.parse(request.json()), request.principal)
+    shown = {
+        name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")
+    }
+    return answer(200, {**shown, "capabilities": json.loads(agent.capabilities), "status": "online"})
+
+
+def heartbeat(api: Controller, request: Request) -> Response:
+    beat = Heartbeat.parse(request.json())
+    order = api.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
+    body = {
+        "acknowledged": True,
+        "job": order.job.for_agent() if order.job else None,
+        "cancel": order.cancel,
+        "interval": order.interval,
+    }
+    return answer(200, body, functools.partial(api.jobs.delivered, order.job) if order.job else None)
+
+
+def create_job(api: Controller, request: Request) -> Response:
+    job, created, warning = api.jobs.submit(JobRequest.parse(request.json()), request.principal)
+    return answer(201, {"job": job.public(), "created": created, **({"warning": warning} if warning else {})})
+
+
+def list_jobs(api: Controller, request: Request) -> Response:
+    f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
+    equal = {
+        "status": f.choice("status", Status),
+        "host": f.text("host", is_host, lower=True),
+        "app": f.text("app", is_app),
+        "repo": f.text("repo", is_repo),
+    }
+    starts = f.text("id", matches(ID_START, "the start of a job's id"), lower=True)
+    before = f.text("before", matches(ID, "a job's id"))
+    limit = f.done(f.integer("limit", 1, 1000)) or 100
+    with api.store.read() as db:
+        jobs = db.jobs({name: value for name, value in equal.items() if value}, starts, before, limit + 1)
+    more = len(jobs) > limit
+    return answer(200, {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None})
+
+
+def get_job(api: Controller, request: Request) -> Response:
+    with api.store.read() as db:
+        return answer(200, {"job": db.job(job_id(request)).public()})
+
+
+def cancel_job(api: Controller, request: Request) -> Response:
+    return answer(200, {"job": api.jobs.cancel(job_id(request)).public()})
+
+
+def retry_job(api: Controller, request: Request) -> Response:
+    job, created = api.jobs.retry(job_id(request), request.principal)
+    return answer(201, {"job": job.public(), "created": created})
+
+
+def append_logs(api: Controller, request: Request) -> Response:
+    upload = LogUpload.parse(request.json(), api.clock.stamp())
+    next_offset, cancel = api.jobs.append_logs(job_id(request), upload, request.principal)
+    return answer(200, {"next_offset": next_offset, "cancel": cancel})
+
+
+def log_text(api: Controller, job: str, after: int | None) -> Iterator[bytes]:
+    while after is not None:
+        lines, after = api.jobs.log_lines(job, after, 1000)
+        if lines:
+            yield "".join(line["message"] + "\n" for line in lines).encode()
+
+
+def read_logs(api: Controller, request: Request) -> Response | Stream:
+    f = request.query((), ("after", "limit"))
+    after = f.integer("after", 0, 1 << 53) or 0
+    limit = f.done(f.integer("limit", 1, 10_000)) or 1000
+    lines, following = api.jobs.log_lines(job_id(request), after, limit)
+    if "text/plain" in request.headers.get("accept", ""):
+        return Stream(log_text(api, job_id(request), after), "text/plain; charset=utf-8")
+    return answer(200, {"lines": lines, "next": following})
+
+
+def report_result(api: Controller, request: Request) -> Response:
+    job = api.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)
+    return answer(200, {"job": job.public()})
+
+
+def list_hosts(api: Controller, request: Request) -> Response:
+    return answer(200, {"hosts": api.jobs.hosts()})
+
+
+def drain_host(api: Controller, request: Request) -> Response:
+    return answer(200, {"host": api.jobs.drain(request.params[0].lower(), True)})
+
+
+def resume_host(api: Controller, request: Request) -> Response:
+    return answer(200, {"host": api.jobs.drain(request.params[0].lower(), False)})
+
+
+def remove_host(api: Controller, request: Request) -> Response:
+    api.jobs.remove_host(request.params[0].lower())
+    return answer(200, {"hostname": request.params[0].lower(), "removed": True})
+
+
+def app_shown(app: App, releases: Mapping[tuple[str, str], tuple[str, str | None, str]]) -> dict[str, Any]:
+    """Commands stay here: they may hold what readers should not see."""
+    hosts = []
+    for host in app.hosts:
+        job, commit, at = releases.get((app.name, host), (None, None, None))
+        hosts.append({"hostname": host, "commit": commit, "job_id": job, "deployed_at": at})
+    shown = {name: getattr(app, name) for name in ("name", "repo", "clone_url", "deploy_on_push", "branches")}
+    return {**shown, "hosts": hosts}
+
+
+def list_apps(api: Controller, request: Request) -> Response:
+    with api.store.read() as db:
+        releases = db.releases()
+    return answer(200, {"apps": [app_shown(app, releases) for app in api.apps.all]})
+
+
+def reload_apps(api: Controller, request: Request) -> Response:
+    try:
+        api.apps.load()
+    except OSError as error:
+        raise AppsError([(0, f"{api.apps.path}: {error.strerror}")]) from None
+    return answer(200, {"apps": len(api.apps.all), "message": f"{api.apps.path} is in force"})
+
+
+@functools.lru_cache(maxsize=64)
+def frame(event: Event, epoch: str) -> bytes:
+    """An event as SSE: written once for all readers. JSON has no CR and no LF, so one data line holds it."""
+    if event.kind == "job":
+        return f"id: {epoch}-{event.position}\nevent: job\ndata: {event.data}\n\n".encode()
+    origin = {"job_id": event.job_id, "host": event.host, "app": event.app}
+    return "".join(
+        f"id: {epoch}-{line['position']}\nevent: log\ndata: {dump({**origin, **line})}\n\n"
+        for line in event.log_lines()
+    ).encode()
+
+
+def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None) -> Iterator[bytes]:
+    """The body of a stream: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+    yield b"retry: 2000\n\n"
+    if gap:
+        yield f"event: gap\ndata: {dump({'detail': gap})}\n\n".encode()
+    for _, events in api.jobs.follow(wanted, position, api.pulse):
+        yield b"".join(frame(event, api.jobs.epoch) for event in events) or b": \n\n"
+        if wanted.job_id is not None:
+            for event in events:
+                status = json.loads(event.data)["status"] if event.kind == "job" else None
+                if status in ENDED:
+                    yield f"event: end\ndata: {dump({'job_id': event.job_id, 'status': status})}\n\n".encode()
+                    return
+
+
+def stream_logs(api: Controller, request: Request) -> Response | Stream:
+    f = request.query(("host", "app", "job_id"), ("tail",))
+    wanted = EventFilter(
+        f.text("host", is_host, lower=True), f.text("app", is_app), f.text("job_id", matches(ID, "a job's id"))
+    )
+    tail = f.done(f.integer("tail", 0, 1000))
+    position, gap = api.jobs.stream_start(wanted, request.headers.get("last-event-id"), 50 if tail is None else tail)
+    if position is None:
+        return Response(204)
+    # nginx would gather a stream in its buffer: X-Accel-Buffering says not to
+    return Stream(sse(api, wanted, position, gap), "text/event-stream", (("X-Accel-Buffering", "no"),))
+
+
+def github_webhook(api: Controller, request: Request) -> Response:
+    secret = api.config.webhook_secret
+    if not secret:
+        raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
+    if not is_signed(secret, request.body, request.headers.get("x-hub-signature-256", "")):
+        api.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
+        raise Unauthorized("X-Hub-Signature-256 does not match the body: is the secret in GitHub's settings the same?")
+    kind = request.headers.get("x-github-event", "push")
+    if kind != "push":
+        message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
+        return answer(200, {"received": True, "jobs_created": [], "message": message})
+    push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
+    digest = hashlib.sha256(request.body).hexdigest()
+    made, message = api.jobs.push(push, request.headers.get("x-github-delivery", digest)[:200], digest)
+    api.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
+    return answer(200, {"received": True, "jobs_created": made, "message": message})
+
+
+def health(api: Controller, request: Request) -> Response:
+    try:
+        with api.store.read() as db:
+            db.meta("epoch")
+        database = "ok"
+    except Unavailable as error:
+        database = str(error)
+    status = "ok" if database == "ok" else "error"
+    uptime = round(api.clock.monotonic() - api.started, 3)
+    body = {"status": status, "version": VERSION, "uptime": uptime, "database": database}
+    return answer(200 if status == "ok" else 503, body)
+
+
+def metrics(api: Controller, request: Request) -> Response:
+    gauges = {
+        **api.jobs.gauges(),
+        "deploybot_http_connections": api.connections(),
+        "deploybot_uptime_seconds": api.clock.monotonic() - api.started,
+    }
+    return Response(200, api.metrics.text(gauges).encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def asset(name: str) -> str:
+    """A file from inside this one, else from beside it. Raises NotFound, which says what is missing."""
+    path = pathlib.Path(__file__).resolve().parent / name
+    if name in ASSETS:
+        return ASSETS[name]
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError:
+        raise NotFound(
+            f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes"
+        ) from None
+
+
+def page(name: str) -> Callable[[Controller, Request], Response]:
+    """A page whose one script and one style carry a nonce; nothing else may run or load."""
+
+    def show(api: Controller, request: Request) -> Response:
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+            "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+        )
+        headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
+        return Response(200, asset(name).replace("{{nonce}}", nonce).encode(), "text/html; charset=utf-8", headers)
+
+    return show
+
+
+def file(name: str, content_type: str) -> Callable[[Controller, Request], Response]:
+    return lambda api, request: Response(200, asset(name).encode(), content_type)
+
+
+ROUTES = [
+    Route("POST", "/v1/agents/register", Scope.AGENT, register_agent),
+    Route("POST", "/v1/agents/{id}/heartbeat", Scope.AGENT, heartbeat),
+    Route("POST", "/v1/jobs", Scope.ADMIN, create_job),
+    Route("GET", "/v1/jobs", Scope.VIEWER, list_jobs),
+    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, get_job),
+    Route("POST", "/v1/jobs/{id}/cancel", Scope.ADMIN, cancel_job),
+    Route("POST", "/v1/jobs/{id}/retry", Scope.ADMIN, retry_job),
+    Route("POST", "/v1/jobs/{id}/logs", Scope.AGENT, append_logs),
+    Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, read_logs),
+    Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, report_result),
+    Route("GET", "/v1/hosts", Scope.VIEWER, list_hosts),
+    Route("POST", "/v1/hosts/{hostname}/drain", Scope.ADMIN, drain_host),
+    Route("POST", "/v1/hosts/{hostname}/resume", Scope.ADMIN, resume_host),
+    Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, remove_host),
+    Route("GET", "/v1/apps", Scope.VIEWER, list_apps),
+    Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
+    Route("GET", "/v1/logs/stream", Scope.VIEWER, stream_logs),
+    Route("POST", "/v1/webhooks/github", Scope.PUBLIC, github_webhook, MAX_PUSH),
+    Route("GET", "/health", Scope.PUBLIC, health),
+    Route("GET", "/metrics", Scope.VIEWER, metrics),
+    Route("GET", "/", Scope.PUBLIC, page("www/dashboard.html")),
+    Route("GET", "/docs", Scope.PUBLIC, page("www/docs.html")),
+    Route("GET", "/redoc", Scope.PUBLIC, page("www/docs.html")),
+    Route("GET", "/openapi.json", Scope.PUBLIC, file("openapi.json", "application/json")),
+    Route("GET", "/agent.py", Scope.PUBLIC, file("agent.py", "text/x-python; charset=utf-8")),
+    Route("GET", "/ctl.py", Scope.PUBLIC, file("ctl.py", "text/x-python; charset=utf-8")),
+]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Main
+# Owns arguments, admin verbs, logging, signals, and the order of start and stop. Ignores the rest.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class LogFormat(logging.Formatter):
+    """A line a record, plain or JSON; control characters are escaped, so that no input can forge a line."""
+
+    def __init__(self, as_json: bool):
+        super().__init__()
+        self._as_json = as_json
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        if record.exc_info:
+            message += "\n" + self.formatException(record.exc_info)
+        at = rfc3339(record.created)
+        if self._as_json:
+            return json.dumps({"time": at, "level": record.levelname, "message": message})
+        shown = "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in message)
+        return f"{at} {record.levelname:<7} " + (shown if record.exc_info else shown.replace("\n", "\\n"))
+
+
+def tokens_of(config: Config) -> dict[str, Principal]:
+    """Token to principal: the configured ones; without an admin's, the one in admin.token, which a closed first start makes."""
+    tokens = {}
+    admin = config.token
+    path = config.db.parent / "admin.token"
+    if admin is None and (not config.open or path.exists()):
+        try:
+            admin, made = first_token(path)
+        except OSError as error:
+            raise StartError(f"{path}: {error.strerror}") from None
+        if made:
+            log.warning("no DEPLOYBOT_TOKEN is set: a token for everything is now in %s", path)
+    for token, principal in (
+        (config.read_token, Principal("reader", Scope.VIEWER)),
+        (config.agent_token, Principal("agents", Scope.AGENT)),
+        (admin, Principal("admin", Scope.ADMIN)),
+    ):
+        if token:
+            tokens[token] = principal
+    return tokens
+
+
+class Daemon:
+    """The controller as a process: builds the parts, serves, sweeps, stops."""
+
+    def __init__(self, config: Config, clock: Clock | None = None, pulse: float = PULSE):
+        clock = clock or Clock()
+        self.config, self.started = config, clock.monotonic()
+        self.apps = Apps(config.apps)
+        self._load_apps()
+        self.store = Store(config.db)
+        self.queue, self.metrics = JobQueue(), Metrics()
+        self.hub = EventHub(self.store.position)
+        self.jobs = Jobs(self.store, self.queue, self.hub, self.apps, self.metrics, config, clock)
+        self.jobs.recover()
+        auth = Auth(tokens_of(config), config.open, self.jobs.host_of_secret)
+        self.api = Controller(
+            *(config, clock, self.store, self.jobs, self.apps, self.metrics, self.started, pulse),
+            connections=lambda: self.server.connections(),
+        )
+        try:
+            self.server = Server((config.host, config.port), Dispatcher(self.api, ROUTES, auth, self.metrics))
+        except OSError as error:
+            raise StartError(f"--host {config.host} --port {config.port}: {error.strerror}") from None
+        self.port = self.server.server_address[1]
+
+    def _load_apps(self) -> None:
+        try:
+            self.apps.load()
+        except FileNotFoundError:
+            log.warning("%s is not there: no push deploys anything until it is, and is reloaded", self.config.apps)
+        except OSError as error:
+            raise StartError(f"{self.config.apps}: {error.strerror}") from None
+        except AppsError as error:
+            raise StartError(*(f"{self.config.apps}:{line}: {message}" for line, message in error.problems)) from None
+
+    def start(self, poll_interval: float = 0.5) -> None:
+        threading.stack_size(STACK)
+        self._accepting = threading.Thread(target=self.server.serve_forever, args=(poll_interval,), daemon=True)
+        self._accepting.start()
+        mode = "open: requests from this machine need no token" if self.config.open else "closed"
+        log.info("DeployBot %s listens on %s port %s (%s)", VERSION, self.config.host, self.port, mode)
+
+    def reload(self) -> None:
+        """On SIGHUP. A file with a mistake changes nothing."""
+        try:
+            self.apps.load()
+            log.info("%s is in force: %d apps", self.config.apps, len(self.apps.all))
+        except AppsError as error:
+            for line, message in error.problems:
+                log.error("%s:%d: %s (the mapping in force stays)", self.config.apps, line, message)
+        except OSError as error:
+            log.error("%s: %s (the mapping in force stays)", self.config.apps, error.strerror)
+
+    def sweep(self) -> None:
+        try:
+            self.jobs.sweep()
+        except Unavailable as error:
+            log.error("sweep: %s", error)
+        except Exception:
+            log.exception("sweep")
+
+    def stop(self) -> None:
+        """Parked heartbeats are answered, streams end, what is known goes to the database."""
+        self.queue.close()
+        self.hub.close()
+        self.server.stop()
+        with contextlib.suppress(Unavailable):
+            self.jobs.flush_contacts()
+        self.store.close()
+        log.info("stopped")
+
+
+def wait_for_signals(daemon: Daemon) -> None:
+    """Returns on SIGTERM or SIGINT. A handler only writes to a pipe; what it means is done here."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: os.write(writer, bytes([number])))
+    while True:
+        ready, _, _ = select.select([reader], [], [], 1.0)
+        received = os.read(reader, 64) if ready else b""
+        if signal.SIGHUP in received:
+            daemon.reload()
+        if signal.SIGTERM in received or signal.SIGINT in received:
+            return
+        daemon.sweep()
+
+
+def serve(arguments: list[str]) -> int:
+    """Runs the controller until SIGTERM or SIGINT."""
+    parser = argparse.ArgumentParser(
+        prog="deploybot.py",
+        description="The deployment controller. SIGHUP reads apps.yaml again, SIGTERM stops.",
+        epilog="Secrets are never flags:\n"
+        + "".join(f"  DEPLOYBOT_{name.upper():<16}{help}\n" for name, help in SECRETS.items())
+        + "Each also as ..._FILE, which names a file that holds it.\n\nOther verbs:\n  check-apps FILE           say whether "
+        "FILE would be taken as apps.yaml",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"deploybot {VERSION}")
+    for option in OPTIONS:
+        more = {"action": "store_const", "const": "true"} if option.parse is flag else {"metavar": option.field.upper()}
+        parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
+    config = Config.load(vars(parser.parse_args(arguments)), os.environ)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormat(config.log_format == "json"))
+    log.addHandler(handler)
+    log.setLevel(config.log_level)
+    daemon = Daemon(config)
+    daemon.start()
+    wait_for_signals(daemon)
+    daemon.stop()
+    return 0
+
+
+def check_apps(arguments: list[str]) -> int:
+    """Says every mistake of a file, with its line; 0 where it has none."""
+    parser = argparse.ArgumentParser(
+        prog="deploybot.py check-apps", description="Say whether FILE would be taken as apps.yaml."
+    )
+    parser.add_argument("file", metavar="FILE", type=pathlib.Path)
+    path = parser.parse_args(arguments).file
+    try:
+        apps = read_apps(path)
+    except AppsError as error:
+        raise StartError(*(f"{path}:{line}: {message}" for line, message in error.problems)) from None
+    except OSError as error:
+        raise StartError(f"{path}: {error.strerror}") from None
+    for app in apps:
+        when = "on push" if app.deploy_on_push else "when asked"
+        print(f"{app.name}: {app.repo} to {', '.join(app.hosts)}, {when}")
+    print(f"{path} is good: {len(apps)} app{'' if len(apps) == 1 else 's'}")
+    return 0
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {"serve": serve, "check-apps": check_apps}
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes: 0 done, 1 refused or could not start, 2 wrong use."""
+    verb = VERBS.get(arguments[0]) if arguments else None
+    try:
+        return verb(arguments[1:]) if verb else serve(arguments)
+    except StartError as error:
+        for line in error.problems:
+            print(f"deploybot.py: {line}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,203 @@
+"""Fixtures that all tests share: a clock that a test holds, and a controller in this process."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+import urllib.parse
+
+import pytest
+
+import deploybot
+
+SECRET = "It's a Secret to Everybody"
+TOKENS = {"token": "dbt_admin", "agent_token": "dbt_agent", "read_token": "dbt_read"}
+
+
+class FakeClock(deploybot.Clock):
+    """Stands still until it is moved."""
+
+    def __init__(self):
+        self.at = 1_790_000_000.0
+
+    def now(self):
+        return self.at
+
+    def monotonic(self):
+        return self.at
+
+    def advance(self, seconds):
+        self.at += seconds
+
+
+class Controller:
+    """A controller on a free port of the loopback, with calls to it."""
+
+    def __init__(self, folder, apps="", clock=None, pulse=0.2, token=None, **settings):
+        self.folder, self.clock, self.pulse, self.token = folder, clock, pulse, token
+        folder.mkdir(parents=True, exist_ok=True)
+        self.apps_file = folder / "apps.yaml"
+        if apps or not self.apps_file.exists():
+            self.apps_file.write_text(apps)
+        env = {"DEPLOYBOT_" + name.upper(): str(value) for name, value in settings.items()}
+        self.config = deploybot.Config.load(
+            {"host": "127.0.0.1", "port": "0", "db": str(folder / "deploybot.db"), "apps": str(self.apps_file)}, env
+        )
+        self.daemon = None
+        self.start()
+
+    def start(self):
+        self.daemon = deploybot.Daemon(self.config, self.clock, self.pulse)
+        self.daemon.start(poll_interval=0.01)
+        self.port = self.daemon.port
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def stop(self):
+        if self.daemon:
+            self.daemon.stop()
+            self.daemon = None
+
+    def restart(self):
+        """Stop and start on the same port and database."""
+        self.stop()
+        self.config = deploybot.dataclasses.replace(self.config, port=self.port)
+        self.start()
+
+    @property
+    def jobs(self):
+        return self.daemon.jobs
+
+    def set_app(self, **app):
+        """Makes this the only app of the mapping in force."""
+        self.apps_file.write_text(json.dumps({"apps": [app]}))
+        self.daemon.apps.load()
+
+    def raw(self, method, path, body=None, headers=None, timeout=30):
+        """(status, headers, bytes) of one call on a connection of its own."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
+        try:
+            sent = {"Content-Type": "application/json", **(headers or {})}
+            if self.token and "Authorization" not in sent:
+                sent["Authorization"] = f"Bearer {self.token}"
+            data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+            connection.request(method, path, data, {name: value for name, value in sent.items() if value is not None})
+            answer = connection.getresponse()
+            return answer.status, answer.headers, answer.read()
+        finally:
+            connection.close()
+
+    def call(self, method, path, body=None, headers=None, timeout=30):
+        """(status, the JSON of the answer)."""
+        status, _, data = self.raw(method, path, body, headers, timeout)
+        return status, json.loads(data) if data else {}
+
+    # The calls that most tests make; each asserts that it went well.
+
+    def ok(self, method, path, body=None, expected=(200, 201)):
+        status, answer = self.call(method, path, body)
+        assert status in expected, (method, path, status, answer)
+        return answer
+
+    def register(self, hostname="web-01", **more):
+        return self.ok("POST", "/v1/agents/register", {"hostname": hostname, **more})
+
+    def beat(self, agent, **more):
+        return self.ok("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online", **more})
+
+    def create(self, ref="main", host="web-01", repo="myorg/app", **more):
+        return self.ok("POST", "/v1/jobs", {"repo": repo, "ref": ref, "host": host, **more})["job"]
+
+    def job(self, job_id):
+        return self.ok("GET", f"/v1/jobs/{job_id}")["job"]
+
+    def logs(self, job, *messages, offset=0, attempt=None):
+        lines = [{"message": message} for message in messages]
+        body = {"attempt": attempt or job["attempt"], "offset": offset, "lines": lines}
+        return self.ok("POST", f"/v1/jobs/{job['id']}/logs", body)
+
+    def end(self, job, status="success", **more):
+        return self.ok("POST", f"/v1/jobs/{job['id']}/result", {"attempt": job["attempt"], "status": status, **more})[
+            "job"
+        ]
+
+    def lines(self, job, **query):
+        """Every stored line of a job."""
+        after, lines = 0, []
+        while after is not None:
+            found = self.ok("GET", f"/v1/jobs/{job['id']}/logs?" + urllib.parse.urlencode({"after": after, **query}))
+            lines += found["lines"]
+            after = found["next"]
+        return lines
+
+
+class EventStream:
+    """One SSE connection, read event by event."""
+
+    def __init__(self, controller, path="/v1/logs/stream", last_id=None, timeout=10, headers=None):
+        self.connection = http.client.HTTPConnection("127.0.0.1", controller.port, timeout=timeout)
+        sent = {**({"Last-Event-ID": last_id} if last_id else {}), **(headers or {})}
+        if controller.token:
+            sent.setdefault("Authorization", f"Bearer {controller.token}")
+        self.connection.request("GET", path, headers=sent)
+        self.answer = self.connection.getresponse()
+        self.status = self.answer.status
+
+    def __iter__(self):
+        event = {}
+        for raw in self.answer:
+            line = raw.decode().rstrip("\n")
+            if not line and "data" in event:
+                yield {"event": event["event"], "id": event.get("id"), "data": json.loads(event["data"])}
+            if not line:
+                event = {}
+            elif not line.startswith(":"):
+                name, _, value = line.partition(": ")
+                event[name] = value
+
+    def close(self):
+        self.connection.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+
+def wait_for(condition, seconds=15.0):
+    """The first true value of `condition()`; fails after `seconds`. For what only another thread or process can bring about."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.005)
+    raise AssertionError("what was waited for did not come")
+
+
+@pytest.fixture
+def make_controller(tmp_path):
+    """Makes controllers that end with the test."""
+    made = []
+
+    def make(name="controller", **settings):
+        settings = {"open": True, **settings}
+        controller = Controller(tmp_path / name, **settings)
+        made.append(controller)
+        return controller
+
+    yield make
+    for controller in made:
+        controller.stop()
+
+
+@pytest.fixture
+def controller(make_controller):
+    """In open mode, with a webhook secret and no apps."""
+    return make_controller(webhook_secret=SECRET)
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
