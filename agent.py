@@ -71,6 +71,7 @@ DRAIN = 1.0  # for the last output of a script whose children hold the pipe: `ex
 KILL_GRACE = 10.0  # between TERM and KILL
 KILL_PATIENCE = 10.0  # after KILL: a process that hangs in the kernel holds nobody up for ever
 WAY_BACK_LIMIT = 300  # for `activate` of the old release, which neither cancel nor timeout stops
+PARTING = 1.0  # for a job that is on its way to an agent that was just told to end
 LEAVING_GRACE = 10.0  # for the last uploads of an agent that was told to end; what is left goes up at the next start
 JOB_TIMEOUT = 3600  # of a job that names none
 
@@ -1504,22 +1505,25 @@ class Controller:
     def resume(self) -> None:
         self._interrupted.clear()
 
-    def interrupt(self) -> None:
-        """From another thread: ends a parked call. Half of the connection stays for a moment, as a job may be on its way."""
+    def interrupt(self, patience: float = 0.0) -> None:
+        """From another thread: ends a parked call. With patience (s) an answer that is on its way may still arrive: from the
+        half-closed connection on, the controller hands nothing out."""
         self._interrupted.set()
         sock = getattr(self._connection, "sock", None)
         if sock is None:
             return
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_WR)
 
-        def hang_up() -> None:
+        def hang_up(how: int = socket.SHUT_RDWR) -> None:
             with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)
+                sock.shutdown(how)
 
-        timer = threading.Timer(1.0, hang_up)
-        timer.daemon = True
-        timer.start()
+        if patience:
+            hang_up(socket.SHUT_WR)
+            timer = threading.Timer(patience, hang_up)
+            timer.daemon = True
+            timer.start()
+        else:
+            hang_up()
 
     def close(self) -> None:
         if self._connection is not None:
@@ -1647,8 +1651,9 @@ class Agent:
         self._sign_in: str | None = self._secret  # what the heart sends; the enrolment token while it registers
         self._heart = Controller(config.url, lambda: self._sign_in)
         self._identity: tuple[str, str | None] | None = None  # id and session, None until registered; the heart's own
-        self._lock = threading.Lock()  # guards _runs, which all threads read and change; nobody waits for it
+        self._lock = threading.Lock()  # guards _runs and _named, which all threads read or change; nobody waits for it
         self._runs: dict[JobKey, Run] = {}
+        self._named: set[JobKey] = set()  # what the heartbeat that is under way says it holds
         # For the main thread: "signal", "ended" or "newer". A SimpleQueue, as its put() is safe in a signal handler.
         self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._nudge = threading.Event()  # wakes the heart from a pause
@@ -1668,7 +1673,7 @@ class Agent:
         heart.start()
         code = self._serve()
         self._silent.set()
-        self._hurry()
+        self._hurry(PARTING)
         heart.join(3)
         self._say_goodbye(code)
         if self._config.once and code == EXIT_DONE:
@@ -1709,7 +1714,7 @@ class Agent:
                 run.stop.set("stopped")
         elif runs:
             log.info("taking no new job; %d job(s) still to finish, a second signal stops them", len(runs))
-        self._hurry()
+        self._hurry(PARTING)
 
     def _give_way(self) -> int:
         for run in self._holding():
@@ -1719,9 +1724,10 @@ class Agent:
         self._over.set()
         return EXIT_NEWER
 
-    def _hurry(self) -> None:
+    def _hurry(self, patience: float = 0.0) -> None:
+        """The heart gives up its parked call and looks again at what to say."""
         self._nudge.set()
-        self._heart.interrupt()
+        self._heart.interrupt(patience)
 
     def _say_goodbye(self, code: int) -> None:
         if self._identity is None or code == EXIT_NEWER:
@@ -1814,7 +1820,9 @@ class Agent:
 
     def _heartbeat_request(self, status: str, wait: int = 0) -> tuple[str, dict]:
         agent_id, session = self._identity
-        running = [{"job_id": run.key.job_id, "attempt": run.key.attempt} for run in self._holding()]
+        with self._lock:
+            self._named = set(self._runs)
+        running = [key._asdict() for key in self._named]
         body: dict[str, Any] = {"status": status, "running": running}
         if session is not None:
             body["session"] = session
@@ -1911,6 +1919,9 @@ class Agent:
             log.error("job %s: %s", run.key.job_id, one_line(error))
         with self._lock:
             del self._runs[run.key]
+            named = run.key in self._named
+        if named and not self._leaving:  # a parked heartbeat that still names it gets no job in its place
+            self._hurry()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

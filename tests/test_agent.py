@@ -1077,16 +1077,19 @@ def lone(host):
 
 
 def test_no_attempt_is_started_twice(host, lone, tmp_path, env):
-    env["LEDGER"] = str(tmp_path / "ledger")
-    data = host.job(deploy='echo "$DEPLOY_JOB_ID" >>"$LEDGER"')
+    ledger = tmp_path / "ledger"
+    env |= {"LEDGER": str(ledger), "GO": str(tmp_path / "go")}
+    data = host.job(deploy='echo "$DEPLOY_JOB_ID" >>"$LEDGER"; until [ -e "$GO" ]; do sleep 0.02; done')
     first = lone()
-    first.take(data)
-    first.take(data)  # delivered again while it is held
+    first.agent._take(data)
+    until(ledger.exists)
+    first.agent._take(data)  # delivered again while it runs
+    (tmp_path / "go").touch()
     first.close()
     second = lone()
     second.take(data)  # and again to the next agent, before it looked at what the first one left
     second.take(data | {"attempt": 2})
-    assert (tmp_path / "ledger").read_text().split() == [data["id"]] * 2
+    assert ledger.read_text().split() == [data["id"]] * 2
     assert [run.entry.result["status"] for run in second.agent._holding()] == ["success", "success"]
 
 
@@ -1235,14 +1238,13 @@ class Gate:
         self._open = True
         self._pairs = set()
         self.lose_answers = 0
-        self.connections = 0
+        self.heartbeats = 0
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self):
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._server.accept()
-                self.connections += 1
                 if not self._open:
                     client.close()
                     continue
@@ -1255,6 +1257,7 @@ class Gate:
     def _pass_on(self, pair, from_, to, answers):
         with contextlib.suppress(OSError):
             while data := from_.recv(65536):
+                self.heartbeats += data.count(b"/heartbeat HTTP/1.1")
                 if answers and self.lose_answers:
                     self.lose_answers -= 1
                     break
@@ -1302,11 +1305,6 @@ class Site:
         self.gate = Gate(controller.url)
         self.processes = []
 
-    def call(self, method, path, body=None):
-        status, answer = self.controller.call(method, path, body)
-        assert status < 300, (status, answer)
-        return answer
-
     def start(self, *flags, hostname="h", work="work", **variables):
         settings = {
             "DEPLOYBOT_URL": self.gate.url, "DEPLOYBOT_HOSTNAME": hostname, "DEPLOYBOT_WORKDIR": str(self.tmp_path / work),
@@ -1324,29 +1322,31 @@ class Site:
         self.processes.append(process)
         return process
 
+    def apps(self, *names, hosts=("h",), **commands):
+        entries = [
+            {"name": name, "repo": "o/n", "clone_url": self.source.url, "hosts": hosts, **commands} for name in names
+        ]
+        self.controller.apps_file.write_text(json.dumps({"apps": entries}))
+        self.controller.ok("POST", "/v1/reload")
+
     def submit(self, ref="main", app="web", host="h", **more):
-        return self.call("POST", "/v1/jobs", {"repo": "o/n", "ref": ref, "host": host, "app": app, **more})["job"]["id"]
+        return self.controller.create(ref, host, "o/n", app=app, **more)["id"]
 
     def job(self, job_id):
-        return self.call("GET", f"/v1/jobs/{job_id}")["job"]
+        return self.controller.job(job_id)
 
     def ended(self, job_id):
         return until(lambda: self.job(job_id)["completed_at"] and self.job(job_id), what=f"the end of {job_id}")
 
-    def running(self, job_id):
-        return until(lambda: self.job(job_id)["status"] == "running", what=f"the start of {job_id}")
-
     def messages(self, job_id):
-        found, after = [], ""
-        while after is not None:
-            answer = self.call("GET", f"/v1/jobs/{job_id}/logs?limit=10000{after and f'&after={after}'}")
-            found += [line["message"] for line in answer["lines"]]
-            after = answer["next"]
-        return found
+        return [line["message"] for line in self.controller.lines({"id": job_id}, limit=10_000)]
 
     def output(self, job_id):
         """The output of the scripts, less its newlines."""
         return "".join(line for line in self.messages(job_id) if not line.startswith("[deploybot]"))
+
+    def agent_status(self):
+        return self.controller.ok("GET", "/v1/hosts")["hosts"][0]["agent_status"]
 
     def close(self):
         for process in self.processes:
@@ -1367,7 +1367,7 @@ def site(controller, source, env, tmp_path):
 
 def script_app(site, files, **spec):
     site.source.commit(files)
-    site.controller.set_app("web", site.source.url, ["h"], **(spec or {"deploy": ["./run"]}))
+    site.apps("web", **(spec or {"deploy": ["./run"]}))
 
 
 def test_an_agent_deploys_what_is_asked_for_and_tells_the_commit(site):
@@ -1434,7 +1434,7 @@ def test_nothing_runs_on_and_every_byte_is_stored_once(site, how):
     until(lambda: pids.exists() and len(pids.read_text().split()) == 2)
     until(lambda: "<50>" in site.output(job_id))
     if how == "cancel":
-        site.call("POST", f"/v1/jobs/{job_id}/cancel")
+        site.controller.ok("POST", f"/v1/jobs/{job_id}/cancel")
     elif how == "kill -9":
         process.kill()
         process.wait()
@@ -1480,7 +1480,6 @@ def test_a_result_outlives_its_agent(site):
     site.env["GO"] = str(site.tmp_path / "go")
     first = site.start()
     job_id = site.submit()
-    site.running(job_id)
     until(lambda: "running" in "".join(site.messages(job_id)))
     site.gate.shut()
     (site.tmp_path / "go").touch()
@@ -1505,11 +1504,11 @@ def test_term_lets_the_running_job_finish_and_takes_no_other(site):
     script_app(site, {"run": WAITING})
     process = site.start("--slots=2")
     job_id = site.submit()
-    until(lambda: "begun" in site.output(job_id))
+    until(lambda: "begun" in site.output(job_id) and site.gate.heartbeats >= 2)  # the second one is parked
     process.terminate()
     until(lambda: any(b"still to finish" in line for line in process.errors))
     other = site.submit(ref="refs/heads/main")
-    until(lambda: site.call("GET", "/v1/hosts")["hosts"][0]["agent_status"] == "offline")
+    until(lambda: site.agent_status() == "offline")
     (site.tmp_path / "go").touch()
     assert process.wait(15) == agent.EXIT_DONE
     assert site.job(job_id)["status"] == "success" and site.output(job_id) == "begunfinished"
@@ -1533,11 +1532,11 @@ def test_a_second_term_stops_the_job(site):
 def test_an_idle_agent_ends_at_once_and_says_so(site):
     process = site.start()
     until(lambda: any(b"registered" in line for line in process.errors))
-    until(lambda: site.call("GET", "/v1/hosts")["hosts"][0]["agent_status"] == "online")
+    until(lambda: site.agent_status() == "online")
     begun = time.monotonic()
     process.terminate()
     assert process.wait(15) == agent.EXIT_DONE and time.monotonic() - begun < 5
-    assert site.call("GET", "/v1/hosts")["hosts"][0]["agent_status"] == "offline"
+    assert site.agent_status() == "offline"
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, agent.EXIT_DONE), (5, agent.EXIT_FAILED)])
@@ -1575,7 +1574,7 @@ def test_slots_run_jobs_of_different_apps_at_once(site):
             "run": '#!/bin/sh\ntouch "$MEET.$DEPLOY_APP"\nuntil [ -e "$MEET.web" -a -e "$MEET.api" ]; do sleep 0.02; done\n'
         },
     )
-    site.controller.set_app("api", site.source.url, ["h"], deploy=["./run"])
+    site.apps("web", "api", deploy=["./run"])
     site.env["MEET"] = str(site.tmp_path / "meet")
     site.start("--slots=2")
     jobs = [site.submit(app=app, timeout=15) for app in ("web", "api")]
@@ -1584,7 +1583,7 @@ def test_slots_run_jobs_of_different_apps_at_once(site):
 
 def test_the_shell_agent_does_it_with_four_calls(site):
     words = 'a "quoted" \\\\ back\\\\slash\ttab € end'
-    site.controller.set_app("web", site.source.url, ["sh-host"], deploy=["x"])
+    site.apps("web", hosts=["sh-host"])
     command = f"printf '%s\\n' '{words}' \"$DEPLOY_REF\"; printf unterminated; env | grep -c TOKEN; exit 3"
     process = subprocess.Popen(
         ["sh", ROOT / "examples/agent.sh", "sh-host", command], env=site.env | {"DEPLOYBOT_URL": site.gate.url},
