@@ -18,12 +18,23 @@ PROGRAMS = ("deploybot.py", "agent.py", "ctl.py")
 LEAVE_LIMIT_S = 30
 
 
+def headings():
+    """(line number, level, title) of each; a # in a block of code is none."""
+    fenced = False
+    for number, line in enumerate(README.splitlines()):
+        fenced ^= line.startswith("```")
+        found = re.match(r"(#+) (.+)", line)
+        if found and not fenced:
+            yield number, len(found[1]), found[2]
+
+
 def section(title):
     """The text under that heading, up to the next one of its level or above."""
-    found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^#{{1,6}} |\Z)", README, re.M | re.S)
-    assert found, f"README.md has no section {title!r}"
-    level = len(found[1])
-    return re.search(rf"^#{{{level}}} {re.escape(title)}\n(.*?)(?=^#{{1,{level}}} |\Z)", README, re.M | re.S)[1]
+    found = [(number, level) for number, level, text in headings() if text == title]
+    assert len(found) == 1, f"README.md has {len(found)} sections {title!r}"
+    ((start, own),) = found
+    end = next((number for number, level, _ in headings() if number > start and level <= own), None)
+    return "\n".join(README.splitlines()[start + 1 : end]) + "\n"
 
 
 def blocks(text, language):
@@ -126,8 +137,8 @@ def test_what_the_readme_links_to_is_there():
     assert links
     for link in links:
         assert "://" in link or (ROOT / link).exists(), link
-    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.+)$", README, re.M)}
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= headings
+    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, _, title in headings()}
+    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -211,7 +222,8 @@ def folder():
 
 
 def steady(text):
-    """`text` without what differs between two runs: folder, port, ids, signature, times."""
+    """`text` without what differs between two runs: folder, port, ids, signature, times, and when ctl.py said "running"."""
+    text = re.sub(r"^ +-- .*\n", "", text, flags=re.M)
     text = re.sub(r"/\S*deploybot-demo-\w+", "FOLDER", text)
     text = re.sub(r"127\.0\.0\.1:\d+", "127.0.0.1:PORT", text)
     text = re.sub(r"sha256=[0-9a-f]+", "sha256=SIGNATURE", text)
