@@ -841,7 +841,7 @@ def apps(client, screen, options):
 
 def reload(client, screen, options):
     answer = client.call("POST", "/v1/reload")
-    screen.show(answer, lambda: screen.line(clean(answer["message"])))
+    screen.show(answer, lambda: screen.line(f"{clean(answer['message'])}, apps: {cell(answer['apps'])}"))
     return DONE
 
 

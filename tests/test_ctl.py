@@ -690,6 +690,20 @@ def test_apps_as_a_table_with_a_row_a_host(here, scripted):
     assert rows[3] == ["api", "myorg/api", "-", "-", "-", "-", "-"]
 
 
+def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, controller):
+    app = {"name": "web", "repo": "myorg/web", "hosts": ["web-01"], "deploy_on_push": True}
+    controller.apps_file.write_text(json.dumps({"apps": [app]}))
+    result = run("reload")
+    assert result.code == 0 and result.out.endswith(", apps: 1\n")
+    assert json.loads(run("reload", "--json").out)["apps"] == 1
+    assert [one["name"] for one in json.loads(run("apps", "--json").out)["apps"]] == ["web"]
+    assert re.search(r"^web +myorg/web +web-01 +- .* default branch$", run("apps").out, re.MULTILINE)
+    controller.apps_file.write_text('{"apps": [\n {"name": "web", "repo": "no repo", "hosts": ["web-01"]}\n]}')
+    result = run("reload")
+    assert result.code == ctl.REFUSED and "line " in result.err and result.err.count("\n") == 1
+    assert [one["name"] for one in json.loads(run("apps", "--json").out)["apps"]] == ["web"]
+
+
 def test_apps_of_a_controller_without_any(run):
     result = run("apps")
     assert result.code == 0 and "reload" in result.err
@@ -816,6 +830,24 @@ def test_the_token_comes_from_the_first_place_that_has_one(sent, monkeypatch, tm
     assert sent() == "Bearer dbt_env"
 
 
+def test_a_closed_controller_is_open_to_the_admin_token_beside_it(here, make_controller, monkeypatch):
+    """As after `deploybot.py` and `ctl.py` in one folder: the database, and so admin.token, is in ./data."""
+    controller = make_controller("data", open=False, read_token="dbt_read")
+    monkeypatch.setenv("DEPLOYBOT_URL", controller.url)
+    assert here(*DEPLOY).code == 0
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_read")
+    assert here("jobs").code == 0
+    result = here(*DEPLOY)
+    assert result.code == ctl.REFUSED and "403 from POST" in result.err
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_wrong")
+    result = here("jobs")
+    assert result.code == ctl.REFUSED and "401" in result.err and "dbt_wrong" not in result.err
+    monkeypatch.delenv("DEPLOYBOT_TOKEN")
+    os.remove(ctl.TOKEN_FILE)
+    assert "no token was sent" in here("jobs").err
+    assert here("health").code == 0
+
+
 def test_a_token_file_of_someone_else_is_not_read(sent, monkeypatch):
     admin_token()
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
@@ -909,6 +941,21 @@ def test_following_through_connections_that_break_shows_each_line_once(controlle
     assert got == wanted
     assert rest.startswith("success: ") and process.returncode == 0
     assert relay.cuts >= 2 and said.count("connected again") >= 2
+
+
+def test_following_goes_on_over_a_restart_of_the_controller(controller, agent, start, run):
+    make(controller)
+    job = agent.take()
+    agent.log(job, "before")
+    process = start("logs", "-f", "--job", job["id"], env=dict(os.environ))
+    assert process.stdout.readline() == "before\n"
+    controller.restart()
+    agent.log(job, "after")
+    assert process.stdout.readline() == "after\n"
+    agent.end(job, **FAILURE)
+    rest, said = process.communicate(timeout=LIMIT_S)
+    assert rest.startswith("failed: ") and process.returncode == ctl.FAILED
+    assert [line.split()[1] for line in said.splitlines() if line.startswith("connect")] == ["lost,", "again"]
 
 
 class Relay:
