@@ -1,0 +1,588 @@
+"""openapi.json against itself, against ROUTES, and against what a running controller really answers; and the rules of the pages.
+
+The validator below knows the keywords that openapi.json uses, and a test holds that it uses no others.
+"""
+
+import hashlib
+import hmac
+import http.client
+import json
+import re
+import socket
+import sqlite3
+import urllib.parse
+from pathlib import Path
+
+import pytest
+
+import deploybot
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT = json.loads((ROOT / "openapi.json").read_text(encoding="utf-8"))
+PAGES = ("www/docs.html", "www/dashboard.html")
+ROLES = ("public", "viewer", "agent", "admin")
+
+
+# ---------------------------------------------------------------- JSON Schema
+# Owns: the subset of JSON Schema 2020-12 in use here. Ignores: where a value came from.
+
+TYPES = {
+    "object": lambda v: isinstance(v, dict),
+    "array": lambda v: isinstance(v, list),
+    "string": lambda v: isinstance(v, str),
+    "boolean": lambda v: isinstance(v, bool),
+    "null": lambda v: v is None,
+    "integer": lambda v: isinstance(v, int) and not isinstance(v, bool),
+    "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
+}
+NOTES = {"description", "format", "default", "examples"}  # say something to a reader, and refuse nothing
+
+
+def resolve(schema):
+    while "$ref" in schema:
+        target = DOCUMENT
+        for key in schema["$ref"].removeprefix("#/").split("/"):
+            target = target[key]
+        schema = target
+    return schema
+
+
+def check_ref(schema, value, where):
+    return problems(resolve({"$ref": schema}), value, where)
+
+
+def check_type(kinds, value, where):
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    return [] if any(TYPES[kind](value) for kind in kinds) else [f"{where}: {value!r} is not {' or '.join(kinds)}"]
+
+
+def check_properties(properties, value, where):
+    if not isinstance(value, dict):
+        return []
+    return [p for key in properties.keys() & value.keys() for p in problems(properties[key], value[key], f"{where}.{key}")]
+
+
+def check_required(names, value, where):
+    return [f"{where}: {name} is missing" for name in names if isinstance(value, dict) and name not in value]
+
+
+def check_items(schema, value, where):
+    return [p for n, item in enumerate(value) for p in problems(schema, item, f"{where}[{n}]")] if isinstance(value, list) else []
+
+
+def check_one_of(choices, value, where):
+    fitting = [choice for choice in choices if not problems(choice, value, where)]
+    return [] if len(fitting) == 1 else [f"{where}: {value!r} fits {len(fitting)} of {len(choices)} choices"]
+
+
+def check_any_of(choices, value, where):
+    return [] if any(not problems(choice, value, where) for choice in choices) else [f"{where}: {value!r} fits no choice"]
+
+
+def bound(holds, measure, kind, words):
+    def check(limit, value, where):
+        applies = TYPES[kind](value)
+        return [f"{where}: {value!r} {words} {limit}"] if applies and not holds(measure(value), limit) else []
+
+    return check
+
+
+def same(a, b):
+    """Equal in JSON, where 1 is not true."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def itself(value):
+    return value
+
+
+def at_least(size, limit):
+    return size >= limit
+
+
+def at_most(size, limit):
+    return size <= limit
+
+
+KEYWORDS = {
+    "$ref": check_ref,
+    "type": check_type,
+    "properties": check_properties,
+    "required": check_required,
+    "items": check_items,
+    "oneOf": check_one_of,
+    "anyOf": check_any_of,
+    "allOf": lambda parts, value, where: [p for part in parts for p in problems(part, value, where)],
+    "enum": lambda choices, value, where: [] if any(same(value, one) for one in choices) else [f"{where}: {value!r} is none of {choices}"],
+    "const": lambda one, value, where: [] if same(value, one) else [f"{where}: {value!r} is not {one!r}"],
+    "pattern": lambda pattern, value, where: (
+        [] if not isinstance(value, str) or re.search(pattern, value) else [f"{where}: {value!r} does not match {pattern}"]
+    ),
+    "minimum": bound(at_least, itself, "number", "is under"),
+    "maximum": bound(at_most, itself, "number", "is over"),
+    "minLength": bound(at_least, len, "string", "is shorter than"),
+    "maxLength": bound(at_most, len, "string", "is longer than"),
+    "minItems": bound(at_least, len, "array", "has fewer items than"),
+    "maxItems": bound(at_most, len, "array", "has more items than"),
+}
+
+
+def problems(schema, value, where="$"):
+    """All that is wrong with the value, as text; an empty list if it is valid."""
+    found = [p for key, rule in schema.items() if key in KEYWORDS for p in KEYWORDS[key](rule, value, where)]
+    extra = schema.get("additionalProperties")
+    if isinstance(value, dict) and extra is not None and extra is not True:
+        unknown = value.keys() - schema.get("properties", {}).keys()
+        found += [f"{where}: {key} is not known" for key in unknown] if extra is False else []
+    return found
+
+
+def closed(schema):
+    """The same schema where no object may carry a field that it does not name: an answer has to be documented whole.
+
+    `allOf` is made one object first, as each of its parts names only some of the fields.
+    """
+    schema = resolve(schema)
+    if "allOf" in schema:
+        parts = [resolve(part) for part in schema["allOf"]]
+        merged = {"type": "object", "properties": {}, "required": []}
+        for part in parts:
+            merged["properties"].update(part["properties"])
+            merged["required"] += part["required"]
+        schema = merged
+    schema = dict(schema)
+    if "properties" in schema:
+        schema["properties"] = {key: closed(field) for key, field in schema["properties"].items()}
+        schema.setdefault("additionalProperties", False)
+    if "items" in schema:
+        schema["items"] = closed(schema["items"])
+    for key in ("oneOf", "anyOf"):
+        if key in schema:
+            schema[key] = [closed(choice) for choice in schema[key]]
+    return schema
+
+
+def test_validator_refuses_what_is_wrong():
+    schema = {
+        "type": "object",
+        "required": ["a"],
+        "additionalProperties": False,
+        "properties": {
+            "a": {"type": ["string", "null"], "pattern": "^x", "maxLength": 3},
+            "b": {"type": "array", "maxItems": 1, "items": {"type": "integer", "minimum": 0}},
+            "c": {"oneOf": [{"const": True}, {"type": "null"}]},
+        },
+    }
+    assert problems(schema, {"a": "xy", "b": [0], "c": None}) == []
+    assert problems(schema, {"a": None}) == []
+    for wrong in ([], {}, {"a": "y"}, {"a": "xyzz"}, {"a": 1}, {"a": "x", "b": [-1]}, {"a": "x", "b": [True]}, {"a": "x", "b": [1, 2]}, {"a": "x", "c": 1}, {"a": "x", "d": 1}):
+        assert problems(schema, wrong), wrong
+
+
+# ---------------------------------------------------------------- the document
+# Owns: what can be said of openapi.json without a controller. Ignores: whether it is true.
+
+
+def operations():
+    return [(method.upper(), path, op) for path, item in DOCUMENT["paths"].items() for method, op in item.items()]
+
+
+def walk(node, path=""):
+    """Each schema in the document, with where it stands."""
+    if isinstance(node, list):
+        for n, item in enumerate(node):
+            yield from walk(item, f"{path}/{n}")
+    elif isinstance(node, dict):
+        for key, item in node.items():
+            if key in ("example", "examples", "value", "default"):
+                continue
+            if key == "schema":
+                yield f"{path}/schema", item
+            yield from walk(item, f"{path}/{key}")
+
+
+def subschemas(schema):
+    yield schema
+    for key in ("oneOf", "anyOf", "allOf"):
+        for part in schema.get(key, []):
+            yield from subschemas(part)
+    for part in schema.get("properties", {}).values():
+        yield from subschemas(part)
+    if "items" in schema:
+        yield from subschemas(schema["items"])
+
+
+def all_schemas():
+    roots = [*walk(DOCUMENT), *((f"/components/schemas/{name}", schema) for name, schema in DOCUMENT["components"]["schemas"].items())]
+    return [(where, schema) for where, root in roots for schema in subschemas(root)]
+
+
+def media(content, where):
+    for kind, entry in content.items():
+        for name, example in entry.get("examples", {}).items():
+            yield f"{where} {kind} {name}", entry["schema"], example["value"]
+
+
+def all_examples():
+    for method, path, op in operations():
+        where = f"{method} {path}"
+        yield from media(op.get("requestBody", {}).get("content", {}), where)
+        for status, response in op["responses"].items():
+            yield from media(resolve(response).get("content", {}), f"{where} {status}")
+        for parameter in map(resolve, op.get("parameters", [])):
+            if "example" in parameter:
+                yield f"{where} {parameter['name']}", parameter["schema"], parameter["example"]
+        for name, event in op.get("x-events", {}).items():
+            yield f"{where} event {name}", event["schema"], event["example"]
+    for name, schema in DOCUMENT["components"]["schemas"].items():
+        for example in schema.get("examples", []):
+            yield name, schema, example
+
+
+def test_every_reference_leads_somewhere():
+    for reference in re.findall(r'"\$ref": "([^"]+)"', json.dumps(DOCUMENT)):
+        assert resolve({"$ref": reference})
+
+
+def test_schemas_use_only_what_the_validator_knows():
+    for where, schema in all_schemas():
+        assert schema.keys() <= KEYWORDS.keys() | NOTES | {"additionalProperties"}, where
+
+
+def test_every_field_is_described():
+    for where, schema in all_schemas():
+        for name, field in schema.get("properties", {}).items():
+            words = field.get("description") or resolve(field).get("description")
+            assert words, f"{where}: {name}"
+
+
+@pytest.mark.parametrize(("where", "schema", "value"), [pytest.param(*example, id=example[0]) for example in all_examples()])
+def test_example_is_valid(where, schema, value):
+    assert problems(closed(schema), value, where) == []
+
+
+def test_every_call_is_whole():
+    ids = [op["operationId"] for _, _, op in operations()]
+    assert len(ids) == len(set(ids))
+    tags = {tag["name"] for tag in DOCUMENT["tags"]}
+    for method, path, op in operations():
+        where = f"{method} {path}"
+        assert op["x-role"] in ROLES and (op["security"] == []) == (op["x-role"] == "public"), where
+        assert op["summary"] and op["description"] and set(op["tags"]) <= tags, where
+        named = {p["name"] for p in map(resolve, op.get("parameters", [])) if p["in"] == "path"}
+        assert named == set(re.findall(r"{(\w+)}", path)), where
+        for status, response in op["responses"].items():
+            for kind, entry in resolve(response).get("content", {}).items():
+                assert "schema" in entry, f"{where} {status}"
+                assert entry.get("examples") or kind.startswith(("text/html", "text/x-python")) or path == "/openapi.json", f"{where} {status} {kind}"
+
+
+def test_the_same_calls_as_routes():
+    said = {(method, path): op["x-role"] for method, path, op in operations()}
+    real = {(route.method, route.pattern): str(getattr(route.scope, "value", route.scope)) for route in deploybot.ROUTES}
+    assert said == real
+
+
+def test_version_is_the_controllers():
+    assert DOCUMENT["info"]["version"] == deploybot.VERSION
+
+
+# ---------------------------------------------------------------- the pages
+# Owns: what the Content-Security-Policy and the rule of no other host ask of the files. Ignores: how they look.
+
+
+@pytest.fixture(params=PAGES)
+def page(request):
+    return (ROOT / request.param).read_text(encoding="utf-8")
+
+
+def test_page_has_one_script_and_one_style_with_the_nonce(page):
+    assert re.findall(r"<script[^>]*>", page) == ['<script nonce="{{nonce}}">']
+    assert re.findall(r"<style[^>]*>", page) == ['<style nonce="{{nonce}}">']
+    assert page.count("{{nonce}}") == 2
+
+
+def test_page_names_no_other_host(page):
+    assert re.findall(r"(?:https?:)?//[a-z0-9-]+\.[a-z]{2,}", page) == []
+    assert not re.search(r"@import|url\(|<(?:iframe|object|embed|base|form[^>]+action)\b", page)
+    for link in re.findall(r'(?:src|href)="([^"]*)"', page):
+        assert link.startswith(("/", "#", "data:")) and not link.startswith("//"), link
+
+
+def test_page_keeps_markup_and_handlers_out_of_attributes(page):
+    tags = re.findall(r"<[a-z][^>]*>", page.split("<script")[0] + page.split("</script>")[-1])
+    for tag in tags:
+        assert not re.search(r"\s(?:on[a-z]+|style)\s*=", tag), tag
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|javascript:|localStorage", page)
+
+
+def test_dashboard_is_small():
+    assert (ROOT / "www/dashboard.html").stat().st_size < 30 * 1024
+
+
+# ---------------------------------------------------------------- the running controller
+# Owns: real answers against the document. Ignores: whether the controller does the right thing; the other tests ask that.
+
+SECRET = "It's a Secret to Everybody"
+NOWHERE = "01a2088a-6463-7c1e-9a40-000000000000"
+SHA = "9f2c4e1ab03d5f6788c1d2e3f4a5b6c7d8e9f0a1"
+
+
+class Api:
+    """Makes calls, and holds each answer against the document: its status, its media type, its body, its headers."""
+
+    def __init__(self, controller, tokens):
+        self.controller, self.tokens = controller, tokens
+
+    def ask(self, method, target, body=None, *, status, role="admin", headers=None):
+        token = self.tokens.get(role)
+        sent = {"Authorization": token and f"Bearer {token}", **(headers or {})}
+        got, headers, data = self.controller.raw(method, target, body, sent)
+        assert got == status, f"{method} {target}: {got} {data!r}"
+        return self.hold(method, target.partition("?")[0], got, headers, data.decode())
+
+    def hold(self, method, path, status, headers, text):
+        where = f"{method} {path} {status}"
+        documented = operation(method, path)["responses"]
+        assert str(status) in documented, f"{where} is not documented: {text}"
+        said = resolve(documented[str(status)])
+        for name in said.get("headers", {}):
+            assert headers[name], f"{where}: no {name}"
+        if "content" not in said:
+            assert text == "", where
+            return None
+        kind = headers["Content-Type"].partition(";")[0]
+        assert kind in said["content"], f"{where}: {kind}"
+        value = json.loads(text) if kind.endswith("json") else text
+        assert problems(closed(said["content"][kind]["schema"]), value, where) == []
+        assert kind != "application/problem+json" or value["status"] == status, where
+        return value
+
+
+@pytest.fixture
+def api(make_controller):
+    """A closed controller with a token of each role, and one app on two hosts."""
+    app = {"name": "web-frontend", "repo": "myorg/web-frontend", "hosts": ["web-01", "web-02"], "deploy_on_push": True}
+    tokens = {"admin": "dbt_admin", "agent": "dbt_agent", "viewer": "dbt_read"}
+    secrets = {"agent_token": tokens["agent"], "read_token": tokens["viewer"], "webhook_secret": SECRET}
+    controller = make_controller(apps=json.dumps({"apps": [app]}), open="false", **secrets)
+    tokens["admin"] = (controller.folder / "admin.token").read_text().strip()
+    return Api(controller, tokens)
+
+
+def operation(method, path):
+    for known, template, op in operations():
+        if known == method and re.fullmatch(re.sub(r"{\w+}", "[^/]+", template), path):
+            return op
+    raise AssertionError(f"{method} {path} is not documented")
+
+
+def register(api, hostname):
+    return api.ask("POST", "/v1/agents/register", {"hostname": hostname, "capabilities": {"agent": "0.1.0"}}, status=200)
+
+
+def beat(api, agent, **more):
+    return api.ask("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online", "session": agent["session"], **more}, status=200)
+
+
+def create(api, hostname, **more):
+    return api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": hostname, **more}, status=201)["job"]
+
+
+def running(api, hostname):
+    """A job in the hands of the agent of that host."""
+    agent, job = register(api, hostname), create(api, hostname)
+    assert beat(api, agent)["job"]["id"] == job["id"]
+    return agent, job
+
+
+def finish(api, job, **more):
+    return api.ask("POST", f"/v1/jobs/{job['id']}/result", {"attempt": 1, "status": "success", "exit_code": 0, "commit": SHA, **more}, status=200)
+
+
+def upload(api, job, offset, *messages, status=200, **more):
+    lines = [{"message": message} for message in messages]
+    return api.ask("POST", f"/v1/jobs/{job['id']}/logs", {"attempt": 1, "offset": offset, "lines": lines, **more}, status=status)
+
+
+def push(api, event="push", *, body=None, secret=SECRET, kind="application/json", status=200):
+    payload = {"ref": "refs/heads/main", "after": SHA, "deleted": False, "repository": {"full_name": "myorg/web-frontend", "default_branch": "main"}, "head_commit": {"id": SHA, "message": "Fix the header", "timestamp": "2026-11-23T13:13:35Z"}}
+    data = json.dumps(payload).encode() if body is None else body
+    if kind != "application/json":
+        data = urllib.parse.urlencode({"payload": data.decode()}).encode()
+    signature = "sha256=" + hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()
+    headers = {"X-Hub-Signature-256": signature, "X-GitHub-Event": event, "X-GitHub-Delivery": hashlib.sha256(data + event.encode()).hexdigest()[:36], "Content-Type": kind}
+    return api.ask("POST", "/v1/webhooks/github", data, headers=headers, status=status, role=None)
+
+
+def test_jobs_answer_as_documented(api):
+    job = create(api, "web-01")
+    assert not api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": "web-01"}, status=201)["created"]
+    api.ask("POST", "/v1/jobs", {"repo": "no", "ref": "-x", "host": "a b", "wrong": 1, "retries": -1}, status=422)
+    create(api, "web-02", app="other", metadata={"ticket": "OPS-118"}, timeout=900, retries=1, force=True)
+    api.ask("GET", f"/v1/jobs/{job['id']}", status=200)
+    page = api.ask("GET", "/v1/jobs?limit=1", status=200)
+    assert page["next"] and api.ask("GET", f"/v1/jobs?limit=1&before={page['next']}", status=200)["next"] is None
+    assert api.ask("GET", f"/v1/jobs?status=pending&host=web-01&app=myorg--app&repo=MyOrg/App&id={job['id'][:20]}", status=200)["jobs"] == [job]
+    for wrong in ("status=done", "limit=0", "limit=1001", "limit=x", "before=x", "id=xyz"):
+        api.ask("GET", f"/v1/jobs?{wrong}", status=422)
+    api.ask("POST", f"/v1/jobs/{job['id']}/retry", status=409)
+    api.ask("POST", f"/v1/jobs/{job['id']}/cancel", status=200)
+    api.ask("POST", f"/v1/jobs/{job['id']}/cancel", status=200)
+    assert api.ask("POST", f"/v1/jobs/{job['id']}/retry", status=201)["job"]["retry_of"] == job["id"]
+
+
+def test_agent_calls_answer_as_documented(api):
+    agent, job = running(api, "web-01")
+    held = [{"job_id": job["id"], "attempt": 1}]
+    assert upload(api, job, 0, "one", "two", commit=SHA)["next_offset"] == 2
+    assert upload(api, job, 5, "gap", status=409)["next_offset"] == 2
+    upload(api, job, -1, status=422)
+    api.ask("POST", f"/v1/jobs/{job['id']}/cancel", status=200)
+    assert beat(api, agent, running=held, wait=1)["cancel"] == [job["id"]]
+    assert upload(api, job, 2, "three")["cancel"]
+    api.ask("POST", f"/v1/jobs/{job['id']}/result", {"attempt": 0, "status": "done"}, status=422)
+    finish(api, job, status="failed", reason="exit_code", exit_code=2, error="no", rolled_back_to=SHA)
+    api.ask("POST", f"/v1/jobs/{job['id']}/result", {"attempt": 1, "status": "success"}, status=409)
+    upload(api, job, 3, "late", status=409)
+    api.ask("POST", f"/v1/jobs/{job['id']}/cancel", status=409)
+    assert len(api.ask("GET", f"/v1/jobs/{job['id']}/logs?after=0&limit=2", status=200)["lines"]) == 2
+    assert api.ask("GET", f"/v1/jobs/{job['id']}/logs", headers={"Accept": "text/plain"}, status=200) == "one\ntwo\nthree\n"
+    api.ask("GET", f"/v1/jobs/{job['id']}/logs?limit=0", status=422)
+    register(api, "web-01")
+    api.ask("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online", "session": agent["session"]}, status=409)
+    api.ask("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "away", "wait": 26}, status=422)
+    api.ask("POST", "/v1/agents/register", {"hostname": "a b", "slots": 65}, status=422)
+
+
+def test_a_host_with_a_secret_answers_as_documented(api):
+    digests = [hashlib.sha256(secret).hexdigest() for secret in (b"one", b"two")]
+    api.ask("POST", "/v1/agents/register", {"hostname": "web-01", "token_sha256": digests[0]}, role="agent", status=200)
+    api.ask("POST", "/v1/agents/register", {"hostname": "web-01", "token_sha256": digests[1]}, role="agent", status=409)
+
+
+def test_hosts_and_apps_answer_as_documented(api):
+    _, job = running(api, "web-01")
+    create(api, "web-99")
+    hosts = {host["hostname"]: host for host in api.ask("GET", "/v1/hosts", status=200)["hosts"]}
+    assert hosts["web-01"]["running"] == 1 and hosts["web-99"]["agent_status"] == "unknown"
+    assert api.ask("POST", "/v1/hosts/web-01/drain", status=200)["host"]["drained"]
+    assert not api.ask("POST", "/v1/hosts/web-01/resume", status=200)["host"]["drained"]
+    api.ask("DELETE", "/v1/hosts/web-01", status=409)
+    finish(api, job)
+    api.ask("DELETE", "/v1/hosts/web-01", status=200)
+    apps = api.ask("GET", "/v1/apps", status=200)["apps"]
+    assert [app["name"] for app in apps] == ["web-frontend"]
+    api.ask("POST", "/v1/reload", status=200)
+    api.controller.apps_file.write_text('{"apps": [{"name": "A B"}]}')
+    assert api.ask("POST", "/v1/reload", status=422)["errors"]
+
+
+def test_the_webhook_answers_as_documented(api):
+    made = push(api)["jobs_created"]
+    assert len(made) == 2 and push(api)["jobs_created"] == made
+    assert push(api, "ping")["jobs_created"] == []
+    push(api, kind="application/x-www-form-urlencoded")
+    push(api, secret="wrong", status=401)
+    push(api, body=b"{", status=400)
+    push(api, body=b'{"ref": 1, "repository": {}}', status=422)
+
+
+def test_pages_and_operations_answer_as_documented(api):
+    for path in ("/", "/docs", "/redoc", "/openapi.json", "/agent.py", "/ctl.py", "/health"):
+        api.ask("GET", path, role=None, status=200)
+    api.ask("GET", "/metrics", status=200)
+    assert api.ask("GET", "/openapi.json", status=200) == DOCUMENT
+
+
+def test_the_stream_answers_as_documented(api):
+    _, job = running(api, "web-01")
+    upload(api, job, 0, "one", "two")
+    finish(api, job)
+    path = f"/v1/logs/stream?job_id={job['id']}"
+    blocks = [block.split("\n") for block in api.ask("GET", path, status=200).split("\n\n")]
+    events = [dict(line.split(": ", 1) for line in block) for block in blocks if any(line.startswith("event") for line in block)]
+    known = operation("GET", "/v1/logs/stream")["x-events"]
+    for event in events:
+        assert problems(closed(known[event["event"]]["schema"]), json.loads(event["data"]), event["event"]) == []
+    assert [event["event"] for event in events[-4:]] == ["log", "log", "job", "end"]
+    api.ask("GET", path, headers={"Last-Event-ID": events[-2]["id"]}, status=204)
+    gap = api.ask("GET", path, headers={"Last-Event-ID": "00000000-1"}, status=200)
+    assert "event: gap\n" in gap
+    api.ask("GET", f"/v1/logs/stream?job_id={NOWHERE}", status=404)
+    api.ask("GET", "/v1/logs/stream?tail=1001", status=422)
+
+
+def filled(path):
+    return path.replace("{id}", NOWHERE).replace("{hostname}", "nowhere")
+
+
+CALLS = [pytest.param(method, path, op, id=op["operationId"]) for method, path, op in operations()]
+
+
+def calls_with(status):
+    return [param for param in CALLS if status in param.values[2]["responses"] and param.values[1] != "/v1/webhooks/github"]
+
+
+@pytest.mark.parametrize(("method", "path", "op"), calls_with("401"))
+def test_no_token_and_a_wrong_one(api, method, path, op):
+    for authorization in (None, "Bearer dbt_wrong", "Basic YTpi"):
+        api.ask(method, filled(path), b"{}", headers={"Authorization": authorization}, status=401)
+
+
+@pytest.mark.parametrize(("method", "path", "op"), calls_with("403"))
+def test_a_role_that_may_not(api, method, path, op):
+    allowed = {"viewer": ("viewer", "admin"), "agent": ("agent", "admin"), "admin": ("admin",)}[op["x-role"]]
+    for role in set(api.tokens) - set(allowed):
+        api.ask(method, filled(path), b"{}", role=role, status=403)
+
+
+@pytest.mark.parametrize(("method", "path", "op"), [param for param in CALLS if "{" in param.values[1]])
+def test_an_id_that_is_not_there(api, method, path, op):
+    body = next(iter(op["requestBody"]["content"]["application/json"]["examples"].values()))["value"] if "requestBody" in op else None
+    api.ask(method, filled(path), body, status=404)
+
+
+@pytest.mark.parametrize(("method", "path", "op"), [param for param in calls_with("400") if "requestBody" in param.values[2]])
+def test_a_body_that_cannot_be_parsed(api, method, path, op):
+    for body in (b"", b"{", b'{"a": 1, "a": 2}', b'{"a": NaN}', b"\xff", b"[" * 5000):
+        api.ask(method, filled(path), body, status=400)
+
+
+@pytest.mark.parametrize(("method", "path", "op"), calls_with("413"))
+def test_a_body_that_is_too_large(api, method, path, op):
+    api.ask(method, filled(path), None, headers={"Content-Length": str(2**20 + 1)}, status=413)
+
+
+@pytest.mark.parametrize(("method", "path", "op"), CALLS)
+def test_a_request_that_is_not_http(api, method, path, op):
+    with socket.create_connection(("127.0.0.1", api.controller.port), timeout=20) as connection:
+        connection.sendall(f"{method} {filled(path)} HTTP/1.1\r\nno colon here\r\n\r\n".encode())
+        response = http.client.HTTPResponse(connection, method=method)
+        response.begin()
+        assert response.status == 400
+        api.hold(method, filled(path), 400, response.headers, response.read().decode())
+
+
+@pytest.mark.parametrize("path", [*DOCUMENT["paths"]])
+def test_another_method_is_405(api, path):
+    status, headers, body = api.controller.raw("PATCH", filled(path), headers={"Authorization": f"Bearer {api.tokens['admin']}"})
+    assert status == 405
+    assert set(DOCUMENT["paths"][path]) == {method.strip().lower() for method in headers["Allow"].split(",")} - {"head"}
+    assert problems(closed({"$ref": "#/components/schemas/Problem"}), json.loads(body)) == []
+
+
+def test_a_missing_file_is_404(api, monkeypatch):
+    monkeypatch.setattr(deploybot, "__file__", "/nowhere/deploybot.py")
+    for path in ("/", "/docs", "/redoc", "/openapi.json", "/agent.py", "/ctl.py"):
+        assert "is missing" in api.ask("GET", path, status=404)["detail"]
+
+
+def test_a_database_that_cannot_be_read_is_503(api, monkeypatch):
+    def broken(*_):
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(deploybot.Queries, "meta", broken)
+    assert api.ask("GET", "/health", role=None, status=503)["status"] == "error"
+    monkeypatch.setattr(deploybot.Queries, "jobs", broken)
+    api.ask("GET", "/v1/jobs", status=503)
