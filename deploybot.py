@@ -1951,7 +1951,7 @@ class Order(NamedTuple):
 
 
 # The columns that a new job has not filled yet.
-NOTHING_YET: dict[str, Any] = dict.fromkeys(Job._fields[14:23] + ("deployment_id", "session"))
+NOTHING_YET: dict[str, Any] = dict.fromkeys((*Job._fields[14:23], "deployment_id", "session"))
 
 
 def in_words(job: Job) -> str:
@@ -2025,6 +2025,8 @@ class Jobs:
                     f"{asked.hostname} is registered with a secret of its own: "
                     f"start the agent with its old working directory, or run ctl.py hosts remove {asked.hostname}"
                 )
+            if self.host_of_secret(asked.token_sha256 or "") not in (None, asked.hostname):
+                raise Conflict("token_sha256 belongs to another host: each host makes a secret of its own")
             now = self.clock.stamp()
             agent = Agent(
                 id=old.id if old else self._new_id(),
@@ -2554,7 +2556,7 @@ class Jobs:
                 over = ended and wanted.job_id is not None and position >= db.last_position_of(wanted.job_id, "job")
                 return (None if over else position), None
             start = tail_start(db.recent_chunks(wanted, tail), tail, head)
-            if wanted.job_id is not None:  # its state is always told, so that the reader of an ended job learns the end
+            if ended and wanted.job_id is not None:  # also without a tail, its reader learns the end
                 start = min(start, db.last_position_of(wanted.job_id, "job") - 1)
         return start, gap
 
@@ -2631,7 +2633,10 @@ class Jobs:
 
     def _remember(self, agent: Agent) -> None:
         with self._lock:
+            old = self._by_host.get(agent.hostname)
             self._agents[agent.id] = self._by_host[agent.hostname] = agent
+            if old and old.token_sha256:
+                self._hosts_by_secret.pop(old.token_sha256, None)
             if agent.token_sha256:
                 self._hosts_by_secret[agent.token_sha256] = agent.hostname
 
@@ -3084,8 +3089,11 @@ class Handler(socketserver.BaseRequestHandler):
         head = self._head(stream, keep and chunked, "Transfer-Encoding: chunked" if chunked else "")
         with contextlib.closing(stream.chunks) as chunks:  # type: ignore[type-var]
             self.request.sendall(head)
-            for chunk in chunks if with_body else ():
-                self.request.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+            try:
+                for chunk in chunks if with_body else ():
+                    self.request.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
+            except DeployBotError as error:  # too late for another answer: without its last chunk the reader knows
+                raise ConnectionAbortedError(str(error)) from None
         if chunked and with_body:
             self.request.sendall(b"0\r\n\r\n")
 
@@ -3509,7 +3517,7 @@ class Daemon:
         auth = Auth(tokens_of(config), config.open, self.jobs.host_of_secret)
         self.api = Controller(
             *(config, clock, self.store, self.jobs, self.apps, self.metrics, self.started, pulse),
-            connections=lambda: self.server.connections(),
+            connections=lambda: self.server.connections(),  # noqa: PLW0108 (there is no server yet)
         )
         try:
             self.server = Server((config.host, config.port), Dispatcher(self.api, ROUTES, auth, self.metrics))
