@@ -59,7 +59,9 @@ def check_type(kinds, value, where):
 def check_properties(properties, value, where):
     if not isinstance(value, dict):
         return []
-    return [p for key in properties.keys() & value.keys() for p in problems(properties[key], value[key], f"{where}.{key}")]
+    return [
+        p for key in properties.keys() & value.keys() for p in problems(properties[key], value[key], f"{where}.{key}")
+    ]
 
 
 def check_required(names, value, where):
@@ -67,7 +69,11 @@ def check_required(names, value, where):
 
 
 def check_items(schema, value, where):
-    return [p for n, item in enumerate(value) for p in problems(schema, item, f"{where}[{n}]")] if isinstance(value, list) else []
+    return (
+        [p for n, item in enumerate(value) for p in problems(schema, item, f"{where}[{n}]")]
+        if isinstance(value, list)
+        else []
+    )
 
 
 def check_one_of(choices, value, where):
@@ -76,7 +82,9 @@ def check_one_of(choices, value, where):
 
 
 def check_any_of(choices, value, where):
-    return [] if any(not problems(choice, value, where) for choice in choices) else [f"{where}: {value!r} fits no choice"]
+    return (
+        [] if any(not problems(choice, value, where) for choice in choices) else [f"{where}: {value!r} fits no choice"]
+    )
 
 
 def bound(holds, measure, kind, words):
@@ -113,10 +121,14 @@ KEYWORDS = {
     "oneOf": check_one_of,
     "anyOf": check_any_of,
     "allOf": lambda parts, value, where: [p for part in parts for p in problems(part, value, where)],
-    "enum": lambda choices, value, where: [] if any(same(value, one) for one in choices) else [f"{where}: {value!r} is none of {choices}"],
+    "enum": lambda choices, value, where: (
+        [] if any(same(value, one) for one in choices) else [f"{where}: {value!r} is none of {choices}"]
+    ),
     "const": lambda one, value, where: [] if same(value, one) else [f"{where}: {value!r} is not {one!r}"],
     "pattern": lambda pattern, value, where: (
-        [] if not isinstance(value, str) or re.search(pattern, value) else [f"{where}: {value!r} does not match {pattern}"]
+        []
+        if not isinstance(value, str) or re.search(pattern, value)
+        else [f"{where}: {value!r} does not match {pattern}"]
     ),
     "minimum": bound(at_least, itself, "number", "is under"),
     "maximum": bound(at_most, itself, "number", "is over"),
@@ -175,7 +187,18 @@ def test_validator_refuses_what_is_wrong():
     }
     assert problems(schema, {"a": "xy", "b": [0], "c": None}) == []
     assert problems(schema, {"a": None}) == []
-    for wrong in ([], {}, {"a": "y"}, {"a": "xyzz"}, {"a": 1}, {"a": "x", "b": [-1]}, {"a": "x", "b": [True]}, {"a": "x", "b": [1, 2]}, {"a": "x", "c": 1}, {"a": "x", "d": 1}):
+    for wrong in (
+        [],
+        {},
+        {"a": "y"},
+        {"a": "xyzz"},
+        {"a": 1},
+        {"a": "x", "b": [-1]},
+        {"a": "x", "b": [True]},
+        {"a": "x", "b": [1, 2]},
+        {"a": "x", "c": 1},
+        {"a": "x", "d": 1},
+    ):
         assert problems(schema, wrong), wrong
 
 
@@ -213,7 +236,10 @@ def subschemas(schema):
 
 
 def all_schemas():
-    roots = [*walk(DOCUMENT), *((f"/components/schemas/{name}", schema) for name, schema in DOCUMENT["components"]["schemas"].items())]
+    roots = [
+        *walk(DOCUMENT),
+        *((f"/components/schemas/{name}", schema) for name, schema in DOCUMENT["components"]["schemas"].items()),
+    ]
     return [(where, schema) for where, root in roots for schema in subschemas(root)]
 
 
@@ -256,7 +282,9 @@ def test_every_field_is_described():
             assert words, f"{where}: {name}"
 
 
-@pytest.mark.parametrize(("where", "schema", "value"), [pytest.param(*example, id=example[0]) for example in all_examples()])
+@pytest.mark.parametrize(
+    ("where", "schema", "value"), [pytest.param(*example, id=example[0]) for example in all_examples()]
+)
 def test_example_is_valid(where, schema, value):
     assert problems(closed(schema), value, where) == []
 
@@ -274,12 +302,16 @@ def test_every_call_is_whole():
         for status, response in op["responses"].items():
             for kind, entry in resolve(response).get("content", {}).items():
                 assert "schema" in entry, f"{where} {status}"
-                assert entry.get("examples") or kind.startswith(("text/html", "text/x-python")) or path == "/openapi.json", f"{where} {status} {kind}"
+                assert (
+                    entry.get("examples") or kind.startswith(("text/html", "text/x-python")) or path == "/openapi.json"
+                ), f"{where} {status} {kind}"
 
 
 def test_the_same_calls_as_routes():
     said = {(method, path): op["x-role"] for method, path, op in operations()}
-    real = {(route.method, route.pattern): str(getattr(route.scope, "value", route.scope)) for route in deploybot.ROUTES}
+    real = {
+        (route.method, route.pattern): str(getattr(route.scope, "value", route.scope)) for route in deploybot.ROUTES
+    }
     assert said == real
 
 
@@ -313,7 +345,9 @@ def test_page_keeps_markup_and_handlers_out_of_attributes(page):
     tags = re.findall(r"<[a-z][^>]*>", page.split("<script")[0] + page.split("</script>")[-1])
     for tag in tags:
         assert not re.search(r"\s(?:on[a-z]+|style)\s*=", tag), tag
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|javascript:|localStorage", page)
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|javascript:|localStorage", page
+    )
 
 
 def test_dashboard_is_small():
@@ -378,15 +412,24 @@ def operation(method, path):
 
 
 def register(api, hostname):
-    return api.ask("POST", "/v1/agents/register", {"hostname": hostname, "capabilities": {"agent": "0.1.0"}}, status=200)
+    return api.ask(
+        "POST", "/v1/agents/register", {"hostname": hostname, "capabilities": {"agent": "0.1.0"}}, status=200
+    )
 
 
 def beat(api, agent, **more):
-    return api.ask("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online", "session": agent["session"], **more}, status=200)
+    return api.ask(
+        "POST",
+        f"/v1/agents/{agent['id']}/heartbeat",
+        {"status": "online", "session": agent["session"], **more},
+        status=200,
+    )
 
 
 def create(api, hostname, **more):
-    return api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": hostname, **more}, status=201)["job"]
+    return api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": hostname, **more}, status=201)[
+        "job"
+    ]
 
 
 def running(api, hostname):
@@ -397,39 +440,66 @@ def running(api, hostname):
 
 
 def finish(api, job, **more):
-    return api.ask("POST", f"/v1/jobs/{job['id']}/result", {"attempt": 1, "status": "success", "exit_code": 0, "commit": SHA, **more}, status=200)
+    return api.ask(
+        "POST",
+        f"/v1/jobs/{job['id']}/result",
+        {"attempt": 1, "status": "success", "exit_code": 0, "commit": SHA, **more},
+        status=200,
+    )
 
 
 def upload(api, job, offset, *messages, status=200, **more):
     lines = [{"message": message} for message in messages]
-    return api.ask("POST", f"/v1/jobs/{job['id']}/logs", {"attempt": 1, "offset": offset, "lines": lines, **more}, status=status)
+    return api.ask(
+        "POST", f"/v1/jobs/{job['id']}/logs", {"attempt": 1, "offset": offset, "lines": lines, **more}, status=status
+    )
 
 
 def push(api, event="push", *, body=None, secret=SECRET, kind="application/json", status=200):
-    payload = {"ref": "refs/heads/main", "after": SHA, "deleted": False, "repository": {"full_name": "myorg/web-frontend", "default_branch": "main"}, "head_commit": {"id": SHA, "message": "Fix the header", "timestamp": "2026-11-23T13:13:35Z"}}
+    payload = {
+        "ref": "refs/heads/main",
+        "after": SHA,
+        "deleted": False,
+        "repository": {"full_name": "myorg/web-frontend", "default_branch": "main"},
+        "head_commit": {"id": SHA, "message": "Fix the header", "timestamp": "2026-11-23T13:13:35Z"},
+    }
     data = json.dumps(payload).encode() if body is None else body
     if kind != "application/json":
         data = urllib.parse.urlencode({"payload": data.decode()}).encode()
     signature = "sha256=" + hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()
-    headers = {"X-Hub-Signature-256": signature, "X-GitHub-Event": event, "X-GitHub-Delivery": hashlib.sha256(data + event.encode()).hexdigest()[:36], "Content-Type": kind}
+    headers = {
+        "X-Hub-Signature-256": signature,
+        "X-GitHub-Event": event,
+        "X-GitHub-Delivery": hashlib.sha256(data + event.encode()).hexdigest()[:36],
+        "Content-Type": kind,
+    }
     return api.ask("POST", "/v1/webhooks/github", data, headers=headers, status=status, role=None)
 
 
 def test_jobs_answer_as_documented(api):
     job = create(api, "web-01")
-    assert not api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": "web-01"}, status=201)["created"]
+    assert not api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": "web-01"}, status=201)[
+        "created"
+    ]
     api.ask("POST", "/v1/jobs", {"repo": "no", "ref": "-x", "host": "a b", "wrong": 1, "retries": -1}, status=422)
     create(api, "web-02", app="other", metadata={"ticket": "OPS-118"}, timeout=900, retries=1, force=True)
     api.ask("GET", f"/v1/jobs/{job['id']}", status=200)
     page = api.ask("GET", "/v1/jobs?limit=1", status=200)
     assert page["next"] and api.ask("GET", f"/v1/jobs?limit=1&before={page['next']}", status=200)["next"] is None
-    assert api.ask("GET", f"/v1/jobs?status=pending&host=web-01&app=myorg--app&repo=MyOrg/App&id={job['id'][:20]}", status=200)["jobs"] == [job]
+    assert api.ask(
+        "GET", f"/v1/jobs?status=pending&host=web-01&app=myorg--app&repo=MyOrg/App&id={job['id'][:20]}", status=200
+    )["jobs"] == [job]
     for wrong in ("status=done", "limit=0", "limit=1001", "limit=x", "before=x", "id=xyz"):
         api.ask("GET", f"/v1/jobs?{wrong}", status=422)
     api.ask("POST", f"/v1/jobs/{job['id']}/retry", status=409)
     api.ask("POST", f"/v1/jobs/{job['id']}/cancel", status=200)
     api.ask("POST", f"/v1/jobs/{job['id']}/cancel", status=200)
     assert api.ask("POST", f"/v1/jobs/{job['id']}/retry", status=201)["job"]["retry_of"] == job["id"]
+    api.controller.set_app(name="other", repo="myorg/moved", hosts=["web-02"])
+    other = api.ask("GET", "/v1/jobs?app=other", status=200)["jobs"][0]["id"]
+    api.ask("POST", f"/v1/jobs/{other}/cancel", status=200)
+    api.ask("POST", f"/v1/jobs/{other}/retry", status=422)
+    api.ask("POST", "/v1/jobs", [], status=422)
 
 
 def test_agent_calls_answer_as_documented(api):
@@ -447,10 +517,15 @@ def test_agent_calls_answer_as_documented(api):
     upload(api, job, 3, "late", status=409)
     api.ask("POST", f"/v1/jobs/{job['id']}/cancel", status=409)
     assert len(api.ask("GET", f"/v1/jobs/{job['id']}/logs?after=0&limit=2", status=200)["lines"]) == 2
-    assert api.ask("GET", f"/v1/jobs/{job['id']}/logs", headers={"Accept": "text/plain"}, status=200) == "one\ntwo\nthree\n"
+    assert (
+        api.ask("GET", f"/v1/jobs/{job['id']}/logs", headers={"Accept": "text/plain"}, status=200)
+        == "one\ntwo\nthree\n"
+    )
     api.ask("GET", f"/v1/jobs/{job['id']}/logs?limit=0", status=422)
     register(api, "web-01")
-    api.ask("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online", "session": agent["session"]}, status=409)
+    api.ask(
+        "POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online", "session": agent["session"]}, status=409
+    )
     api.ask("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "away", "wait": 26}, status=422)
     api.ask("POST", "/v1/agents/register", {"hostname": "a b", "slots": 65}, status=422)
 
@@ -486,6 +561,7 @@ def test_the_webhook_answers_as_documented(api):
     push(api, secret="wrong", status=401)
     push(api, body=b"{", status=400)
     push(api, body=b'{"ref": 1, "repository": {}}', status=422)
+    api.ask("POST", "/v1/webhooks/github", headers={"Content-Length": str(25 * 2**20 + 1)}, role=None, status=413)
 
 
 def test_pages_and_operations_answer_as_documented(api):
@@ -501,7 +577,11 @@ def test_the_stream_answers_as_documented(api):
     finish(api, job)
     path = f"/v1/logs/stream?job_id={job['id']}"
     blocks = [block.split("\n") for block in api.ask("GET", path, status=200).split("\n\n")]
-    events = [dict(line.split(": ", 1) for line in block) for block in blocks if any(line.startswith("event") for line in block)]
+    events = [
+        dict(line.split(": ", 1) for line in block)
+        for block in blocks
+        if any(line.startswith("event") for line in block)
+    ]
     known = operation("GET", "/v1/logs/stream")["x-events"]
     for event in events:
         assert problems(closed(known[event["event"]]["schema"]), json.loads(event["data"]), event["event"]) == []
@@ -521,7 +601,9 @@ CALLS = [pytest.param(method, path, op, id=op["operationId"]) for method, path, 
 
 
 def calls_with(status):
-    return [param for param in CALLS if status in param.values[2]["responses"] and param.values[1] != "/v1/webhooks/github"]
+    return [
+        param for param in CALLS if status in param.values[2]["responses"] and param.values[1] != "/v1/webhooks/github"
+    ]
 
 
 @pytest.mark.parametrize(("method", "path", "op"), calls_with("401"))
@@ -539,11 +621,17 @@ def test_a_role_that_may_not(api, method, path, op):
 
 @pytest.mark.parametrize(("method", "path", "op"), [param for param in CALLS if "{" in param.values[1]])
 def test_an_id_that_is_not_there(api, method, path, op):
-    body = next(iter(op["requestBody"]["content"]["application/json"]["examples"].values()))["value"] if "requestBody" in op else None
+    body = (
+        next(iter(op["requestBody"]["content"]["application/json"]["examples"].values()))["value"]
+        if "requestBody" in op
+        else None
+    )
     api.ask(method, filled(path), body, status=404)
 
 
-@pytest.mark.parametrize(("method", "path", "op"), [param for param in calls_with("400") if "requestBody" in param.values[2]])
+@pytest.mark.parametrize(
+    ("method", "path", "op"), [param for param in calls_with("400") if "requestBody" in param.values[2]]
+)
 def test_a_body_that_cannot_be_parsed(api, method, path, op):
     for body in (b"", b"{", b'{"a": 1, "a": 2}', b'{"a": NaN}', b"\xff", b"[" * 5000):
         api.ask(method, filled(path), body, status=400)
@@ -566,7 +654,9 @@ def test_a_request_that_is_not_http(api, method, path, op):
 
 @pytest.mark.parametrize("path", [*DOCUMENT["paths"]])
 def test_another_method_is_405(api, path):
-    status, headers, body = api.controller.raw("PATCH", filled(path), headers={"Authorization": f"Bearer {api.tokens['admin']}"})
+    status, headers, body = api.controller.raw(
+        "PATCH", filled(path), headers={"Authorization": f"Bearer {api.tokens['admin']}"}
+    )
     assert status == 405
     assert set(DOCUMENT["paths"][path]) == {method.strip().lower() for method in headers["Allow"].split(",")} - {"head"}
     assert problems(closed({"$ref": "#/components/schemas/Problem"}), json.loads(body)) == []
