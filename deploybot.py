@@ -935,7 +935,9 @@ class YamlReader:
 
 def parse_apps_text(text: str) -> Any:
     """The document of a JSON or YAML text, its mappings Located. Raises AppsError."""
-    if text.lstrip()[:1] in "{[":
+    if not text.strip():
+        return None
+    if text.lstrip()[0] in "{[":
         with contextlib.suppress(json.JSONDecodeError):  # YAML's own flow style starts like JSON
             return LocatedDecoder().decode(text)
     try:
@@ -3327,11 +3329,12 @@ def frame(event: Event, epoch: str) -> bytes:
 
 def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None) -> Iterator[bytes]:
     """The body of a stream: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
-    yield b"retry: 2000\n\n"
+    yield f"retry: 2000\nid: {api.jobs.epoch}-{position}\n\n".encode()  # who loses us before the first event comes back here
     if gap:
         yield f"event: gap\ndata: {dump({'detail': gap})}\n\n".encode()
-    for _, events in api.jobs.follow(wanted, position, api.pulse):
-        yield b"".join(frame(event, api.jobs.epoch) for event in events) or b": \n\n"
+    for reached, events in api.jobs.follow(wanted, position, api.pulse):
+        frames = b"".join(frame(event, api.jobs.epoch) for event in events)
+        yield frames or f": nothing new\nid: {api.jobs.epoch}-{reached}\n\n".encode()
         if wanted.job_id is not None:
             for event in events:
                 status = json.loads(event.data)["status"] if event.kind == "job" else None
