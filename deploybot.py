@@ -1354,10 +1354,6 @@ class Tx(Queries):
     def set_drained(self, agent_id: str, drained: bool) -> None:
         self._do("UPDATE agents SET drained = ? WHERE id = ?", int(drained), agent_id)
 
-    def session_of(self, agent_id: str) -> str | None:
-        row = self.one("SELECT session FROM agents WHERE id = ?", agent_id)
-        return row[0] if row else None
-
     def saw_agents(self, seen: Iterable[tuple[str, str]]) -> None:
         """(last contact, agent id) of each."""
         self._db.executemany("UPDATE agents SET last_heartbeat = ? WHERE id = ?", seen)
@@ -1479,7 +1475,10 @@ class Store:
             return
         self.position = tx.position
         for effect, values in tx.effects:
-            effect(*values)
+            try:
+                effect(*values)
+            except Exception:  # a fault of ours; the others' work is committed all the same
+                log.exception("after a commit")
         for work, value, failure in results:
             work.finish(value, failure)
 
@@ -2059,10 +2058,13 @@ class Jobs:
         """
         arrived = next(self._ticks)
         deadline = time.monotonic() + beat.wait
-        agent = self._contact(agent_id, principal, beat.status == "online")
+        agent = self._agent(agent_id)
+        principal.speaks_for(agent.hostname)
+        agent.online = beat.status == "online"
+        self._touch(agent)
         if beat.running is not None:
             self._settle(agent, beat)
-        job, again = None, beat.status == "online"
+        job, again = None, agent.online
         while again:
             ticket = self.queue.ticket(agent.hostname)
             agent, again = self._current(agent_id, beat), False
@@ -2086,14 +2088,11 @@ class Jobs:
             if lease and lease.attempt == job.attempt:
                 lease.answered = next(self._ticks)
 
-    def _contact(self, agent_id: str, principal: Principal, online: bool) -> Agent:
+    def _agent(self, agent_id: str) -> Agent:
         with self._lock:
             agent = self._agents.get(agent_id)
         if agent is None:
-            raise NotFound(f"no agent {agent_id}: register again")
-        principal.speaks_for(agent.hostname)
-        agent.online = online
-        self._touch(agent)
+            raise NotFound(f"no agent {agent_id[:100]}: register again")
         return agent
 
     def _touch(self, agent: Agent) -> None:
@@ -2101,12 +2100,9 @@ class Jobs:
         self._seen.add(agent.id)
 
     def _current(self, agent_id: str, beat: Heartbeat) -> Agent:
-        """The agent, as registered last; raises NotFound, and Conflict where this call speaks for an older session."""
-        with self._lock:
-            agent = self._agents.get(agent_id)
-        if agent is None:
-            raise NotFound(f"no agent {agent_id}: register again")
-        if beat.session is not None and beat.session != agent.session:
+        """The agent as registered last; raises NotFound, and Conflict where this call speaks for an older session."""
+        agent = self._agent(agent_id)
+        if beat.session not in (None, agent.session):
             raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
         return agent
 
@@ -2123,7 +2119,8 @@ class Jobs:
             if (lease.job_id, lease.attempt) in (beat.running or ()):
                 lease.session = session
             else:
-                self._lose(lease, Reason.AGENT_CRASHED, "the agent was restarted and knows nothing of this job")
+                error = "the agent was restarted and knows nothing of this job"
+                self._close(lease, Status.FAILED, Reason.AGENT_CRASHED, error, may_retry=True)
 
     def _undelivered(self, agent: Agent, beat: Heartbeat, arrived: float) -> Job | None:
         """A job whose answer got lost on its way: claimed by this session, answered before this call came, and not held."""
@@ -2134,7 +2131,7 @@ class Jobs:
             if held or lease.answered is None or lease.answered > arrived:
                 continue
             if lease.cancel:  # it never arrived, so nothing has to be stopped
-                self._close(lease, Status.CANCELLED, Reason.CANCELLED, None)
+                self._close(lease, Status.CANCELLED, Reason.CANCELLED)
                 continue
             lease.answered = None
             with self.store.read() as db:
@@ -2164,7 +2161,7 @@ class Jobs:
     def _busy(self, agent: Agent, beat: Heartbeat) -> frozenset[str] | None:
         """Apps that run on the host now; None where it may take no job."""
         leases = self._leases_of(agent.hostname)
-        if beat.status != "online" or agent.drained or max(len(leases), len(beat.running or ())) >= agent.slots:
+        if agent.drained or max(len(leases), len(beat.running or ())) >= agent.slots:
             return None
         return frozenset(lease.app for lease in leases)
 
@@ -2181,13 +2178,14 @@ class Jobs:
 
     def _claim(self, tx: Tx, agent: Agent, job_id: str, app: str) -> Job | None:
         """pending -> running for the session of this agent, decided in the database, where claims come one after another."""
-        if tx.session_of(agent.id) != agent.session:
+        row = tx.agent_of(agent.hostname)
+        if row is None or Agent(*row).session != agent.session:
             raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
         job = tx.job(job_id)
         if job.status != Status.PENDING or job.hold is not None:
             return None
         running = tx.running_apps(agent.hostname)
-        if app in running or len(running) >= agent.slots:
+        if app in running or len(running) >= agent.slots or Agent(*row).drained:
             tx.after(self.queue.put, agent.hostname, job_id, app)
             return None
         claimed = tx.change_job(
@@ -2473,14 +2471,11 @@ class Jobs:
         for lease in leases:
             quiet = now - max(lease.since, contacts.get(lease.host, 0.0))
             if now > lease.deadline:
-                self._close(
-                    lease,
-                    Status.FAILED,
-                    Reason.TIMEOUT,
-                    "ran for longer than its timeout, and the agent did not say so",
-                )
+                error = "ran for longer than its timeout, and the agent did not say so"
+                self._close(lease, Status.FAILED, Reason.TIMEOUT, error)
             elif quiet > self.config.lost_after:
-                self._lose(lease, Reason.AGENT_LOST, f"no contact with the agent of {lease.host} for {int(quiet)} s")
+                error = f"no contact with the agent of {lease.host} for {quiet:.0f} s"
+                self._close(lease, Status.FAILED, Reason.AGENT_LOST, error, may_retry=True)
         self._expire()
         if now - self._flushed >= FLUSH_INTERVAL:
             self.flush_contacts()
@@ -2495,41 +2490,35 @@ class Jobs:
         if agents:
             self.store.write(lambda tx: tx.saw_agents([(agent.last_heartbeat, agent.id) for agent in agents]))
 
-    def _close(self, lease: Lease, status: Status, reason: Reason, error: str | None) -> None:
-        """Ends that attempt from here, if it still runs."""
+    def _close(
+        self, lease: Lease, status: Status, reason: Reason, error: str | None = None, may_retry: bool = False
+    ) -> None:
+        """Ends that attempt from here, if it still runs; `may_retry`: the job waits for another if its `retries` say so."""
 
         def do(tx: Tx) -> Job | None:
             job = tx.job(lease.job_id)
             if job.status != Status.RUNNING or job.attempt != lease.attempt:
                 return None
+            if may_retry and job.attempt <= job.retries and not job.cancel_requested_at:
+                return self._requeue(tx, job)
             return self._end(tx, job, status, reason, error=error)
 
         self._logged(self.store.write(do))
+
+    def _requeue(self, tx: Tx, job: Job) -> Job | None:
+        waiting = tx.change_job(
+            job, status=Status.PENDING, started_at=None, assigned_agent=None, session=None, commit=None
+        )
+        assert waiting is not None  # `job` was read in this transaction
+        self._announce(tx, waiting)
+        tx.after(self._release, waiting)
+        tx.after(self.queue.put, waiting.host, waiting.id, waiting.app)
+        return waiting
 
     def _logged(self, job: Job | None) -> None:
         """Called after the transaction: writing a log line is I/O."""
         if job:
             log.info("job %s of %s on %s: %s", job.id, job.app, job.host, in_words(job))
-
-    def _lose(self, lease: Lease, reason: Reason, error: str) -> None:
-        """The job ends as failed, or waits for its next attempt where `retries` says so and nobody asked to cancel it."""
-
-        def do(tx: Tx) -> Job | None:
-            job = tx.job(lease.job_id)
-            if job.status != Status.RUNNING or job.attempt != lease.attempt:
-                return None
-            if job.attempt > job.retries or job.cancel_requested_at:
-                return self._end(tx, job, Status.FAILED, reason, error=error)
-            waiting = tx.change_job(
-                job, status=Status.PENDING, started_at=None, assigned_agent=None, session=None, commit=None
-            )
-            assert waiting is not None
-            self._announce(tx, waiting)
-            tx.after(self._release, waiting)
-            tx.after(self.queue.put, waiting.host, waiting.id, waiting.app)
-            return waiting
-
-        self._logged(self.store.write(do))
 
     def _expire(self) -> None:
         limit = self.config.pending_expiry
