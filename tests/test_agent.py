@@ -953,7 +953,8 @@ class Scripted:
                 for name, value in ({"Content-Type": kind, "Content-Length": len(data)} | headers).items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                with contextlib.suppress(OSError):  # the agent may have given this call up
+                    self.wfile.write(data)
 
             def log_message(self, *args):
                 pass
@@ -1171,7 +1172,7 @@ def test_a_host_that_was_removed_registers_anew(lone, scripted, status):
 
     server = scripted(answer)
     one = lone(server.url, token="dbt_enrol").agent
-    heart = threading.Thread(target=one._beat)
+    heart = threading.Thread(target=one._beat, daemon=True)
     heart.start()
     until(lambda: len(server.asked) == 4)
     one._silent.set()
@@ -1179,6 +1180,33 @@ def test_a_host_that_was_removed_registers_anew(lone, scripted, status):
     heart.join(5)
     paths = [path.removeprefix("/v1/agents/") for path, *_ in server.asked]
     assert paths == ["register", "a1/heartbeat", "register", "a2/heartbeat"] and not heart.is_alive()
+
+
+def test_a_parked_heartbeat_does_not_go_on_naming_a_job_that_has_ended(host, lone, scripted, tmp_path):
+    """The controller hands out no more jobs than there are slots, and counts what the heartbeat names."""
+    go = tmp_path / "go"
+    over, said, data = threading.Event(), [], host.job(build=f"until [ -e {go} ]; do sleep 0.02; done")
+
+    def answer(path, body, token):
+        if path.endswith("register"):
+            return 200, {"id": "a1", "session": "s"}, {}
+        if not path.endswith("heartbeat"):
+            return 200, {}, {}
+        said.append([entry["job_id"] for entry in body["running"]])
+        if body["running"]:
+            go.touch()
+            over.wait(20)
+        return 200, {"job": data if len(said) == 1 else None, "interval": 0 if len(said) == 1 else 300}, {}
+
+    one = lone(scripted(answer).url).agent
+    heart = threading.Thread(target=one._beat, daemon=True)
+    heart.start()
+    until(lambda: len(said) == 3, timeout=10)
+    over.set()
+    one._silent.set()
+    one._hurry()
+    heart.join(5)
+    assert said == [[], [data["id"]], []]
 
 
 def test_the_interval_of_the_answer_is_kept_and_has_a_limit(lone):
@@ -1379,6 +1407,38 @@ def test_an_agent_deploys_what_is_asked_for_and_tells_the_commit(site):
     assert site.output(job_id) == "hello from h"
     second = site.submit()  # the same agent takes one after another
     assert site.ended(second)["status"] == "success"
+    assert process.poll() is None
+
+
+def test_a_closed_controller_knows_an_agent_by_its_own_secret(make_controller, source, env, tmp_path):
+    closed = make_controller(open=False, agent_token="dbt_agent")
+    closed.token = (closed.folder / "admin.token").read_text().strip()
+    site = Site(closed, source, env, tmp_path)
+    try:
+        script_app(site, {"run": "#!/bin/sh\nenv | grep -c dbt_\ntrue\n"})
+        stranger = site.start("--once", work="stranger", DEPLOYBOT_AGENT_TOKEN="dbt_wrong")
+        until(lambda: any(b"refused: 401" in line for line in stranger.errors))
+        stranger.kill()
+        job_id = site.submit()
+        assert site.start("--once", DEPLOYBOT_AGENT_TOKEN="dbt_agent").wait(15) == agent.EXIT_DONE
+        assert site.output(job_id) == "0"
+        job_id = site.submit(force=True)
+        assert site.start("--once").wait(15) == agent.EXIT_DONE  # known by now
+        assert site.job(job_id)["status"] == "success"
+    finally:
+        site.close()
+
+
+def test_a_restart_of_the_controller_disturbs_no_job(site):
+    site.env["GO"] = str(site.tmp_path / "go")
+    script_app(site, {"run": WAITING})
+    process = site.start()
+    job_id = site.submit()
+    until(lambda: "begun" in site.output(job_id))
+    site.controller.restart()
+    (site.tmp_path / "go").touch()
+    assert site.ended(job_id)["status"] == "success" and site.output(job_id) == "begunfinished"
+    assert site.ended(site.submit(force=True))["status"] == "success"
     assert process.poll() is None
 
 
