@@ -34,8 +34,9 @@ class FakeClock(deploybot.Clock):
 class Controller:
     """A controller on a free port of the loopback, with calls to it."""
 
-    def __init__(self, folder, apps="", clock=None, pulse=0.2, token=None, **settings):
-        self.folder, self.clock, self.pulse, self.token = folder, clock, pulse, token
+    def __init__(self, folder, apps="", clock=None, pulse=0.2, **settings):
+        self.folder, self.clock, self.pulse = folder, clock, pulse
+        self.token = settings.get("token")  # what the calls below send
         folder.mkdir(parents=True, exist_ok=True)
         self.apps_file = folder / "apps.yaml"
         if apps or not self.apps_file.exists():
