@@ -1,0 +1,474 @@
+"""Apps: apps.yaml as YAML and as JSON, each mistake with its line; a bad file changes nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tracemalloc
+
+import pytest
+
+import deploybot
+from deploybot import Apps, AppsError, read_apps
+
+ENTRY = {"name": "web", "repo": "myorg/web", "hosts": ["web-01"]}
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Reads a text or bytes as apps.yaml."""
+
+    def read(text):
+        path = tmp_path / "apps.yaml"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return read_apps(path)
+
+    return read
+
+
+@pytest.fixture
+def refused(read):
+    """The problems of a text: [(line, message)]."""
+
+    def refused(text):
+        with pytest.raises(AppsError) as caught:
+            read(text)
+        return caught.value.problems
+
+    return refused
+
+
+@pytest.fixture
+def without_yaml(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+
+
+def entry(**more):
+    """A good file with one app, as JSON, a line a key; a value of None takes a key out."""
+    values = {key: value for key, value in {**ENTRY, **more}.items() if value is not None}
+    return json.dumps({"apps": [values]}, indent=1)
+
+
+FULL = """
+apps:
+  - name: web-frontend
+    repo: MyOrg/web-frontend          # compared without case
+    clone_url: git@github.com:myorg/web-frontend.git
+    hosts: [Web-01.example.com, web-02.example.com]
+    deploy_on_push: true
+    branches: [main, "release/*"]
+    build: ["npm", "ci"]
+    activate: "systemctl restart web"
+  - {name: api, repo: myorg/api, hosts: [api-01], deploy: ["./deploy.sh"]}
+"""
+
+
+# -- what is taken -----------------------------------------------------------------------------------------------------
+
+
+def test_a_yaml_file_with_every_key(read):
+    web, api = read(FULL)
+    assert web.hosts == ("web-01.example.com", "web-02.example.com")
+    assert (web.deploy_on_push, web.branches) == (True, ("main", "release/*"))
+    assert json.loads(web.spec()) == {
+        "clone_url": "git@github.com:myorg/web-frontend.git",
+        "build": ["npm", "ci"],
+        "activate": "systemctl restart web",
+        "deploy": None,
+    }
+    assert (api.clone_url, api.deploy_on_push, api.branches) == ("https://github.com/myorg/api.git", False, None)
+
+
+def test_json_and_yaml_say_the_same(read, without_yaml):
+    expected = json.dumps({"apps": [{**ENTRY, "build": "make\n", "branches": ["a\u00e9", "b*"]}]})
+    (from_json,) = read(expected)
+    assert (from_json.build, from_json.branches) == ("make\n", ("aé", "b*"))
+
+
+def test_json_is_read_without_pyyaml_and_like_yaml(read, monkeypatch):
+    text = json.dumps({"apps": [ENTRY]}, indent=2)
+    as_yaml = read("# a comment makes it YAML\n" + text)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert read(text) == as_yaml
+
+
+@pytest.mark.parametrize("text", ["", "\n# nothing\n", "apps:\n", "apps: []", "{}", '{"apps": []}', "---\n"])
+def test_no_apps_is_no_mistake(read, text):
+    assert read(text) == ()
+
+
+def test_flow_style_yaml_that_starts_like_json(read):
+    assert read("{apps: [{name: web, repo: myorg/web, hosts: [web-01]}]}")[0].name == "web"
+
+
+def test_an_alias_stands_for_its_value(read):
+    first, second = read("apps:\n- {name: a, repo: o/a, hosts: &web [h1, h2]}\n- {name: b, repo: o/b, hosts: *web}\n")
+    assert first.hosts == second.hosts == ("h1", "h2")
+
+
+def test_one_repository_may_have_many_apps(read, tmp_path):
+    text = json.dumps(
+        {"apps": [{**ENTRY, "name": name, "repo": repo} for name, repo in (("a", "o/R"), ("b", "O/r"), ("c", "o/x"))]}
+    )
+    read(text)
+    apps = Apps(tmp_path / "apps.yaml")
+    apps.load()
+    assert [app.name for app in apps.of_repo("o/r")] == ["a", "b"]
+    assert apps.named("c").repo == "o/x"
+    assert apps.named("d") is None
+
+
+def test_a_host_that_stands_twice_counts_once(read):
+    assert read(entry(hosts=["web-01", "WEB-01", "web-01"]))[0].hosts == ("web-01",)
+
+
+def test_the_example_that_is_shipped_is_good():
+    for path in ("apps.yaml", "examples/apps.yaml"):
+        found = deploybot.pathlib.Path(deploybot.__file__).parent / path
+        assert read_apps(found) is not None
+
+
+def test_an_app_without_entry_has_a_name_of_its_own():
+    assert deploybot.app_without_entry("MyOrg/Web", None).name == "myorg--web"
+    long = [deploybot.app_without_entry(f"{'o' * 90}/{'n' * 90}{end}", None).name for end in "ab"]
+    for name in [
+        *long,
+        deploybot.app_without_entry("o/_x", None).name,
+        deploybot.app_without_entry("O/.github", None).name,
+    ]:
+        assert deploybot.is_app(name) is None
+    assert long[0] != long[1]
+
+
+# -- what is refused, with its line ------------------------------------------------------------------------------------
+
+
+MISTAKES = [
+    ("name: Web", 2, "name: 'Web' must be"),
+    ("repo: web", 3, "repo: 'web' must be owner/name"),
+    ("hosts: [web-01, web_02]", 4, "hosts: 'web_02' must be a host name"),
+    ("hosts: web-01", 4, "hosts: must be a list"),
+    ("hosts: []", 4, "hosts: must be a list with at least one"),
+    ("hosts: [1]", 4, "hosts: must be a string"),
+    ("clone_url: https://me:hunter2@github.com/o/n.git", 5, "clone_url: "),
+    ("clone_url: --upload-pack=x", 5, "clone_url: "),
+    ("deploy_on_push: 'yes'", 6, "deploy_on_push: must be true or false"),
+    ("branches: main", 7, "branches: must be a list"),
+    ("branches: ['']", 7, "branches: "),
+    ("build: []", 8, "build: must be a command"),
+    ("build: [make, 1]", 8, "build: must be a command"),
+    ("build: ' '", 8, "build: must be a command"),
+    ("activate: {a: b}", 9, "activate: must be a command"),
+    ("hots: [web-01]", 10, "hots: is not known; did you mean hosts?"),
+    ("zzzzzz: 1", 10, "zzzzzz: is not known"),
+]
+LINES = ["apps:", "- name: web", "  repo: myorg/web", "  hosts: [web-01]", "  clone_url: https://example.com/a.git"]
+LINES += ["  deploy_on_push: true", "  branches: [main]", "  build: make", "  activate: run"]
+
+
+@pytest.mark.parametrize(("wrong", "line", "message"), MISTAKES, ids=[wrong for wrong, _, _ in MISTAKES])
+def test_each_mistake_of_yaml_has_its_line(refused, wrong, line, message):
+    lines = [*LINES, ""]
+    lines[line - 1] = ("- " if line == 2 else "  ") + wrong
+    ((told, text),) = refused("\n".join(lines) + "\n")
+    assert told == line
+    assert text.startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        ({"name": "Web"}, 4),
+        ({"repo": "x"}, 5),
+        ({"hosts": "x"}, 6),
+        ({"hots": 1}, 9),
+        ({"deploy_on_push": 1}, 9),
+        ({"build": []}, 9),
+    ],
+    ids=str,
+)
+def test_each_mistake_of_json_has_its_line(refused, without_yaml, wrong, line):
+    """Line 1 is `{`, 2 the list of apps, 3 the app; hosts take three lines."""
+    ((told, text),) = refused(entry(**wrong))
+    assert (told, text.partition(":")[0]) == (line, next(iter(wrong)))
+
+
+def test_a_json_value_that_looks_like_a_key_is_none(refused, without_yaml):
+    ((line, _),) = refused('{"apps": [{"name": "hosts",\n"repo": "o/n",\n"hosts": ["bad host"]}]}')
+    assert line == 3
+
+
+def test_every_mistake_is_told_at_once_in_order_of_lines(refused):
+    text = (
+        "apps:\n- name: A\n  repo: x\n- repo: o/n\n  hosts: [h]\n- 7\n- name: c\n  repo: o/c\n  hosts: [h]\n  hots: 1\n"
+    )
+    told = refused(text)
+    assert told == sorted(told)
+    assert {(line, message.partition(":")[0]) for line, message in told} == {
+        *((2, "name"), (3, "repo"), (2, "hosts"), (4, "name"), (1, "apps"), (10, "hots"))
+    }
+
+
+def test_deploy_stands_alone(refused):
+    ((line, message),) = refused("apps:\n- name: a\n  repo: o/n\n  hosts: [h]\n  build: make\n  deploy: run\n")
+    assert (line, message) == (6, "deploy: stands instead of build and activate; keep one form")
+
+
+def test_two_apps_of_one_name(refused):
+    ((line, message),) = refused("apps:\n- {name: a, repo: o/n, hosts: [h]}\n- repo: o/n\n  hosts: [h]\n  name: a\n")
+    assert (line, "a stands here twice" in message) == (5, True)
+
+
+@pytest.mark.parametrize("text", ["hello", "- a", "7", "[]", '"apps"', "true"])
+def test_a_document_that_is_no_mapping(refused, text):
+    assert refused(text) == [(1, "must be a mapping with the key 'apps'")]
+
+
+@pytest.mark.parametrize("value", ["{}", "{a: b}", "x", "0", "false", '""', "7"])
+def test_apps_that_are_no_list(refused, value):
+    assert refused(f"\napps: {value}\n") == [(2, "apps: must be a list")]
+
+
+def test_an_unknown_key_at_the_top(refused):
+    assert refused("apps: []\nappz: []\n") == [(2, "appz: is not known; did you mean apps?")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("apps: []\n\n\napps: []\n", 4),
+        ("apps:\n- name: a\n  repo: o/n\n  hosts: [h]\n  name: b\n", 5),
+        ('{"apps": [],\n\n"apps": []}', 3),
+    ],
+    ids=["yaml", "yaml app", "json"],
+)
+def test_a_key_that_stands_twice_is_refused_where_it_stands_again(refused, text, line):
+    ((told, message),) = refused(text)
+    assert "stands here for the second time" in message
+    assert told == line
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("apps:\n- name: a\n   repo: x\n", 3),
+        ("apps:\n- name: 'a\n", None),
+        ("apps: []\n---\napps: []\n", 2),
+        ("apps:\n- name: *nothing\n", 2),
+        ("apps:\n\t- x\n", 2),
+        ("apps:\n- name: !!python/object/apply:os.system [id]\n", 2),
+        ("apps:\n- name: a\n  repo: o/n\x01\n  hosts: [h]\n", 3),
+        ("apps:\n- repo: o/n\n  name: 2024-13-45\n  hosts: [h]\n", 3),
+        ("apps:\n- repo: o/n\n  name: 0x_\n  hosts: [h]\n", 3),
+        ("apps:\n- repo: o/n\n  name: !!int abc\n  hosts: [h]\n", 3),
+        ("apps:\n- repo: o/n\n  name: !!bool abc\n  hosts: [h]\n", 3),
+        ("apps:\n- repo: o/n\n  name: !!timestamp abc\n  hosts: [h]\n", 3),
+        (f"apps:\n- repo: o/n\n  name: {'1' * 5000}\n  hosts: [h]\n", 3),
+        ("apps:\n- ? [a, b]\n  : c\n", None),
+        ("apps:\n- ? {a: b}\n  : c\n", None),
+    ],
+)
+def test_broken_yaml_has_one_message_of_one_line(refused, text, line):
+    (told, message), *_ = refused(text)
+    assert line is None or told == line
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("data", "line"), [(b"\xff", 1), (b"apps:\n\n- name: \xff\n", 3), ('{"apps": []}'.encode("utf-16"), 1)]
+)
+def test_what_is_not_utf_8_is_told_with_its_line(refused, data, line):
+    assert refused(data) == [(line, "is not UTF-8")]
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"a":' * 50_000, "- " * 5000, "apps: &a [*a]\n", "apps: &a {apps: *a}\n", "&a [*a]"]
+)
+def test_what_nests_without_end_is_refused(refused, text):
+    assert refused(text)
+
+
+def test_the_most_nested_json_is_refused_without_pyyaml_too(refused, without_yaml):
+    assert refused("[" * 100_000)
+
+
+@pytest.mark.parametrize(
+    "place", ["- name: *a5\n", "- hosts: *a5\n", "- hosts: [*a5]\n", "- build: *a5\n", "- ? *a5\n  : 1\n", "- *a5\n"]
+)
+def test_an_alias_bomb_does_not_grow(refused, place):
+    bomb = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n"
+    bomb += "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 6))
+    tracemalloc.start()
+    try:
+        told = refused(bomb + "apps:\n" + place)
+        assert (
+            tracemalloc.get_traced_memory()[1] < 1_000_000
+        )  # written out it is more than 2 MB, and 80 times as much per level
+    finally:
+        tracemalloc.stop()
+    assert max(len(message) for _, message in told) < 500
+
+
+def test_a_yaml_file_without_pyyaml_gives_one_error_that_names_the_package(refused, without_yaml):
+    ((line, message),) = refused("apps: []\n")
+    assert line == 1
+    assert "apt install python3-yaml" in message
+
+
+def test_broken_json_without_pyyaml_is_told_as_json(refused, without_yaml):
+    ((line, message),) = refused('{"apps": [\n{"name" "x"}]}')
+    assert line == 2
+    assert "PyYAML" not in message
+
+
+URLS = [
+    "https://github.com/o/n.git",
+    "ssh://git@host:22/o/n",
+    "git@github.com:o/n.git",
+    "/srv/git/n.git",
+    "../n",
+    "file:///srv/n",
+]
+BAD_URLS = [
+    "",
+    "-x",
+    "--upload-pack=x",
+    "ext::sh -c id",
+    "ext::x",
+    "fd::7",
+    "https://u:p@host/n",
+    "https://u:@host/n",
+    "ssh://u:p@h/n",
+]
+BAD_URLS += [
+    "http://u:p@[::1]/n",
+    "https://h/n\n",
+    "https://h/\x1b[31m",
+    "https://h/a b",
+    "https://[::1",
+    "HTTPS://u:p@h/n",
+    "x" * 2049,
+]
+
+
+@pytest.mark.parametrize("url", URLS)
+def test_clone_urls(url):
+    assert deploybot.is_clone_url(url) is None
+
+
+@pytest.mark.parametrize("url", BAD_URLS)
+def test_hostile_clone_urls_and_passwords_are_refused(url):
+    assert deploybot.is_clone_url(url)
+
+
+def test_the_password_itself_is_not_repeated(refused):
+    assert "hunter2" not in str(refused(entry(clone_url="https://me:hunter2@github.com/o/n.git")))
+
+
+@pytest.mark.parametrize("command", ["\0", ["a\0"], "\ud800", ["make", "\ud800"], "", [""], [[]], 7, True])
+def test_a_command_is_text_that_can_be_stored_and_run(refused, command):
+    ((_, message),) = refused(entry(build=command))
+    assert message.startswith("build: ")
+
+
+# -- the verb and the reload -------------------------------------------------------------------------------------------
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, deploybot.__file__, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def test_check_apps_says_what_would_be_taken(tmp_path):
+    path = tmp_path / "apps.yaml"
+    path.write_text(FULL)
+    done = run("check-apps", path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines() == [
+        "web-frontend: MyOrg/web-frontend to web-01.example.com, web-02.example.com, on push",
+        "api: myorg/api to api-01, when asked",
+        f"{path} is good: 2 apps",
+    ]
+
+
+def check(path, capsys):
+    """(exit code, lines on stderr) of the verb in this process."""
+    code = deploybot.main(["check-apps", str(path)])
+    out, err = capsys.readouterr()
+    assert not (code and out)
+    return code, err.splitlines()
+
+
+def test_check_apps_says_every_mistake_with_file_and_line(tmp_path, capsys):
+    path = tmp_path / "apps.yaml"
+    path.write_text("apps:\n- name: A\n  repo: x\n  hosts: [h]\n")
+    code, lines = check(path, capsys)
+    assert code == 1
+    assert [line.split(": ")[1] for line in lines] == [f"{path}:2", f"{path}:3"]
+
+
+def test_check_apps_of_a_file_that_cannot_be_read_is_one_line(tmp_path, capsys):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        code, (line,) = check(path, capsys)
+        assert code == 1
+        assert str(path) in line
+
+
+def test_check_apps_wants_a_file():
+    done = run("check-apps")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_a_bad_file_ends_the_start_with_its_lines(make_controller, tmp_path):
+    with pytest.raises(deploybot.StartError) as caught:
+        make_controller(apps="apps:\n- name: A\n  repo: x\n  hosts: [h]\n")
+    assert [line.partition("apps.yaml:")[2][:2] for line in caught.value.problems] == ["2:", "3:"]
+
+
+def test_a_reload_takes_the_new_file(controller):
+    controller.apps_file.write_text(entry())
+    assert controller.ok("POST", "/v1/reload")["apps"] == 1
+    (app,) = controller.ok("GET", "/v1/apps")["apps"]
+    assert app["hosts"] == [{"hostname": "web-01", "commit": None, "job_id": None, "deployed_at": None}]
+    assert not {"build", "activate", "deploy", "spec"} & set(app)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["apps: [", "apps:\n- name: A\n", b"\xff", "[" * 100_000, "apps:\n- {name: 2024-13-45}\n"],
+    ids=lambda text: repr(text[:12]),
+)
+def test_a_refused_reload_keeps_the_mapping_in_force(controller, text):
+    controller.set_app(**ENTRY)
+    controller.apps_file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    status, answer = controller.call("POST", "/v1/reload")
+    assert status == 422
+    assert all(error["field"].startswith("line ") and error["message"] for error in answer["errors"])
+    assert [app["name"] for app in controller.ok("GET", "/v1/apps")["apps"]] == ["web"]
+    controller.daemon.reload()  # as SIGHUP does: it logs, and does not raise
+    assert [app["name"] for app in controller.ok("GET", "/v1/apps")["apps"]] == ["web"]
+
+
+def test_a_reload_of_a_file_that_is_gone_keeps_the_mapping_in_force(controller):
+    controller.set_app(**ENTRY)
+    controller.apps_file.unlink()
+    status, answer = controller.call("POST", "/v1/reload")
+    assert status == 422
+    assert "No such file" in answer["errors"][0]["message"]
+    controller.daemon.reload()
+    assert len(controller.ok("GET", "/v1/apps")["apps"]) == 1
+
+
+def test_what_is_frozen_in_a_job_stays_when_the_mapping_changes(controller):
+    controller.set_app(**ENTRY, build="old")
+    agent, job = controller.register(), controller.create(repo="myorg/web")
+    controller.set_app(**ENTRY, build="new")
+    claimed = controller.beat(agent)["job"]
+    assert (claimed["id"], claimed["spec"]["build"]) == (job["id"], "old")
