@@ -32,6 +32,7 @@ import hashlib
 import hmac
 import http
 import http.server
+import importlib.util
 import ipaddress
 import itertools
 import json
@@ -244,6 +245,12 @@ SECRETS = {
 }
 
 
+def check_token(token: str) -> None:
+    """What a header can carry (RFC 6750, 2.1). Raises ValueError."""
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("a token must be of visible ASCII characters, without blanks")
+
+
 def read_secret(variable: str, env: Mapping[str, str]) -> str | None:
     """The secret in VARIABLE or in the file that VARIABLE_FILE names. Raises ValueError or OSError."""
     value, path = env.get(variable), env.get(variable + "_FILE")
@@ -253,7 +260,7 @@ def read_secret(variable: str, env: Mapping[str, str]) -> str | None:
         value = pathlib.Path(path).read_text(encoding="utf-8").strip()
         if not value:
             raise ValueError(f"{variable}_FILE names an empty file")
-    return value or None
+    return (value or "").strip() or None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +298,8 @@ class Config:
         for name in SECRETS:
             try:
                 values[name] = read_secret("DEPLOYBOT_" + name.upper(), env)
+                if values[name] and name != "webhook_secret":
+                    check_token(values[name])
             except (ValueError, OSError) as error:
                 problems.append(f"DEPLOYBOT_{name.upper()}: {error}")
         if problems:
@@ -362,7 +371,8 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)
 BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.lock(?:/|$)|^@$")
 
 
-JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# Also matches a string that does not end: else the search would begin again at each of its quotes.
+JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
 def dump(value: Any) -> str:
@@ -427,6 +437,11 @@ def is_ref(text: str) -> str | None:
     return "must be a branch, a tag or a commit as git names them, of at most 255 characters, and not start with -"
 
 
+def lower(text: str) -> str:
+    """In lower case, but for letters outside ASCII, of which some have an ASCII letter as their lower case."""
+    return text.lower() if text.isascii() else text
+
+
 def is_host(text: str) -> str | None:
     return None if HOST.fullmatch(text) else "must be a host name as in RFC 1123"
 
@@ -442,6 +457,13 @@ def is_app(text: str) -> str | None:
 def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]:
     """A check for Fields.text."""
     return lambda text: None if pattern.fullmatch(text) else "must be " + words
+
+
+def is_stamp(text: str) -> str | None:
+    with contextlib.suppress(ValueError):
+        if STAMP.fullmatch(text) and datetime.datetime.fromisoformat(text):
+            return None
+    return "must be a time as in RFC 3339"
 
 
 class Fields:
@@ -472,11 +494,11 @@ class Fields:
             return value
         return None
 
-    def text(self, name: str, check: Callable[[str], str | None], required: bool = False, lower: bool = False) -> Any:
+    def text(self, name: str, check: Callable[[str], str | None], required: bool = False, fold: bool = False) -> Any:
         value = self.take(name, str, "a string", required)
         if value is None:
             return None
-        value = value.lower() if lower else value
+        value = lower(value) if fold else value
         problem = check(value)
         if problem:
             self.wrong(name, problem)
@@ -497,7 +519,7 @@ class Fields:
 
     def mapping(self, name: str, limit: int) -> dict[str, Any]:
         value = self.take(name, dict, "an object", False) or {}
-        if value and len(dump(value)) > limit:
+        if value and len(dump(value).encode()) > limit:
             self.wrong(name, f"must be at most {limit} bytes of JSON")
         return value
 
@@ -589,7 +611,7 @@ class JobRequest(NamedTuple):
             cls(
                 repo=f.text("repo", is_repo, required=True),
                 ref=f.text("ref", is_ref, required=True),
-                host=f.text("host", is_host, required=True, lower=True),
+                host=f.text("host", is_host, required=True, fold=True),
                 app=f.text("app", is_app),
                 metadata=f.mapping("metadata", MAX_METADATA),
                 force=f.boolean("force"),
@@ -610,7 +632,7 @@ class Registration(NamedTuple):
         f = Fields(data)
         return f.done(
             cls(
-                f.text("hostname", is_host, required=True, lower=True),
+                f.text("hostname", is_host, required=True, fold=True),
                 f.mapping("capabilities", MAX_METADATA),
                 f.integer("slots", 1, 64) or 1,
                 f.text("token_sha256", matches(SHA256, "64 hex digits in lower case")),
@@ -677,7 +699,7 @@ class LogUpload(NamedTuple):
     @staticmethod
     def _line(f: Fields, received: str) -> list[str]:
         message = f.take("message", str, "a string", True)
-        stamp = f.text("timestamp", matches(STAMP, "a time as in RFC 3339"))
+        stamp = f.text("timestamp", is_stamp)
         return [fit_line(message or ""), f.choice("level", Level) or "info", stamp or received]
 
 
@@ -876,10 +898,13 @@ class Located(dict[str, Any]):
         return self.lines.get(key, self.line)
 
 
-def refuse_repeated(keys: list[str], line: int) -> None:
-    for key, count in collections.Counter(keys).items():
-        if count > 1:
-            raise AppsError([(line, f"{key!r} stands here {count} times")])
+def refuse_repeated(keys: Iterable[tuple[str, int]]) -> None:
+    """`keys`: (key, line)."""
+    seen: set[str] = set()
+    for key, line in keys:
+        if key in seen:
+            raise AppsError([(line, f"{key}: stands here for the second time")])
+        seen.add(key)
 
 
 class LocatedDecoder(json.JSONDecoder):
@@ -893,7 +918,7 @@ class LocatedDecoder(json.JSONDecoder):
             pairs, end = parse(text_and_start, *rest)
             text, start = text_and_start
             line = text.count("\n", 0, start) + 1
-            refuse_repeated([key for key, _ in pairs], line)
+            refuse_repeated((key, line) for key, _ in pairs)
             return Located(pairs, line, self._lines(text, start, end, pairs)), end
 
         self.parse_object = located
@@ -901,8 +926,8 @@ class LocatedDecoder(json.JSONDecoder):
 
     @staticmethod
     def _lines(text: str, start: int, end: int, pairs: list[tuple[str, Any]]) -> dict[str, int]:
-        found = ((key, text.find(json.dumps(key), start, end)) for key, _ in pairs)
-        return {key: text.count("\n", 0, at) + 1 for key, at in found if at >= 0}
+        found = ((key, re.compile(re.escape(json.dumps(key)) + r"\s*:").search(text, start, end)) for key, _ in pairs)
+        return {key: text.count("\n", 0, match.start()) + 1 for key, match in found if match}
 
 
 class YamlReader:
@@ -922,40 +947,55 @@ class YamlReader:
             elif isinstance(node, self._yaml.SequenceNode):
                 self._built[id(node)] = [self._value(item) for item in node.value]
             else:
-                self._built[id(node)] = self._scalars.construct_object(node)
+                self._built[id(node)] = self._scalar(node)
         return self._built[id(node)]
 
+    def _scalar(self, node: Any) -> Any:
+        try:
+            return self._scalars.construct_object(node)
+        except Exception:  # PyYAML lets through what int(), date() and its own tables raise
+            raise AppsError(
+                [(node.start_mark.line + 1, f"{node.value[:80]!r} is not a value of the type {node.tag}")]
+            ) from None
+
     def _mapping(self, node: Any) -> Located:
-        keys = [str(key.value) for key, _ in node.value]
-        refuse_repeated(keys, node.start_mark.line + 1)
-        values = [self._value(value) for _, value in node.value]
-        lines = {key: at.start_mark.line + 1 for key, (at, _) in zip(keys, node.value, strict=True)}
-        return Located(zip(keys, values, strict=True), node.start_mark.line + 1, lines)
+        for key, _ in node.value:
+            if not isinstance(key, self._yaml.ScalarNode):
+                raise AppsError([(key.start_mark.line + 1, "a key must be a word")])
+        lines = [(key.value, key.start_mark.line + 1) for key, _ in node.value]
+        refuse_repeated(lines)
+        pairs = [(key.value, self._value(value)) for key, value in node.value]
+        return Located(pairs, node.start_mark.line + 1, dict(lines))
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises AppsError, also where there is no PyYAML."""
+    try:
+        import yaml
+    except ImportError:
+        error = "reading YAML needs the package PyYAML (apt install python3-yaml, or pip install PyYAML); JSON works without"
+        raise AppsError([(1, error)]) from None
+    try:
+        return YamlReader(yaml, text).document
+    except yaml.reader.ReaderError as error:
+        raise AppsError([(text.count("\n", 0, error.position) + 1, "a control character stands here")]) from None
+    except yaml.MarkedYAMLError as error:
+        raise AppsError(
+            [(error.problem_mark.line + 1 if error.problem_mark else 1, error.problem or str(error))]
+        ) from None
 
 
 def parse_apps_text(text: str) -> Any:
     """The document of a JSON or YAML text, its mappings Located. Raises AppsError."""
-    if not text.strip():
-        return None
-    if text.lstrip()[0] in "{[":
-        with contextlib.suppress(json.JSONDecodeError):  # YAML's own flow style starts like JSON
+    try:
+        if text.lstrip()[:1] not in ("{", "["):
+            return parse_yaml(text) if text.strip() else None
+        try:
             return LocatedDecoder().decode(text)
-    try:
-        import yaml
-    except ImportError:
-        raise AppsError(
-            [
-                (
-                    1,
-                    "reading YAML needs the package PyYAML (apt install python3-yaml, or pip install PyYAML); JSON works without",
-                )
-            ]
-        ) from None
-    try:
-        return YamlReader(yaml, text).document
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise AppsError([(mark.line + 1 if mark else 1, getattr(error, "problem", None) or str(error))]) from None
+        except json.JSONDecodeError as mistake:
+            if "yaml" in sys.modules or importlib.util.find_spec("yaml"):  # YAML's own flow style begins like JSON
+                return parse_yaml(text)
+            raise AppsError([(mistake.lineno, mistake.msg)]) from None
     except RecursionError:
         raise AppsError([(1, "is nested too deeply")]) from None
 
@@ -975,10 +1015,12 @@ def is_clone_url(text: str) -> str | None:
 
 def string(check: Callable[[str], str | None]) -> Callable[[Any], str]:
     def read(value: Any) -> str:
-        problem = check(value) if isinstance(value, str) else "must be a string"
+        if not isinstance(value, str):
+            raise ValueError("must be a string")
+        problem = check(value)
         if problem:
-            raise ValueError(f"{value!r:.80} {problem}")
-        return str(value)
+            raise ValueError(f"{value[:80]!r} {problem}")
+        return value
 
     return read
 
@@ -1005,11 +1047,13 @@ def command(value: Any) -> list[str] | str:
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str) and "\0" not in word for word in words) or not words[0].strip():
         raise ValueError("must be a command: a list of strings, or one string for sh -c")
+    if not "".join(words).isascii():
+        "".join(words).encode()  # a lone surrogate is a ValueError
     return value
 
 
-def hostname(value: str) -> str | None:
-    return is_host(value.lower())
+def hostnames(value: Any) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(host.lower() for host in strings(lambda host: is_host(lower(host)))(value)))
 
 
 def is_pattern(text: str) -> str | None:
@@ -1020,7 +1064,7 @@ APP_KEYS: dict[str, Callable[[Any], Any]] = {
     "name": string(is_app),
     "repo": string(is_repo),
     "clone_url": string(is_clone_url),
-    "hosts": lambda value: tuple(host.lower() for host in strings(hostname)(value)),
+    "hosts": hostnames,
     "deploy_on_push": switch,
     "branches": strings(is_pattern),
     "build": command,
@@ -1041,7 +1085,7 @@ class AppReader:
         if not isinstance(document, Located):
             raise AppsError([(1, "must be a mapping with the key 'apps'")])
         self._known(document, ("apps",))
-        entries = document.get("apps") or []
+        entries = [] if document.get("apps") is None else document["apps"]
         if not isinstance(entries, list):
             raise AppsError([(document.line_of("apps"), "apps: must be a list")])
         apps = [self._app(entry, document) for entry in entries]
@@ -1225,19 +1269,25 @@ class Queries:
     def open_job(self, repo: str, ref: str, host: str, app: str) -> Job | None:
         """The pending or running job of exactly this, if there is one."""
         row = self.one(
-            f"SELECT {JOB_COLUMNS} FROM jobs WHERE host = ? AND app = ? AND ref = ? AND repo = ? COLLATE NOCASE"
+            f"SELECT {JOB_COLUMNS} FROM jobs INDEXED BY jobs_open"
+            " WHERE host = ? AND app = ? AND ref = ? AND repo = ? COLLATE NOCASE"
             " AND status IN ('pending', 'running') ORDER BY id LIMIT 1",
             *(host, app, ref, repo),
         )
         return Job._make(row) if row else None
 
     def running_apps(self, host: str) -> list[str]:
-        return [row[0] for row in self.rows("SELECT app FROM jobs WHERE host = ? AND status = 'running'", host)]
+        return [
+            row[0]
+            for row in self.rows(
+                "SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'", host
+            )
+        ]
 
     def open_counts(self) -> list[tuple[str, str, int]]:
         """(host, status, how many) of pending and running jobs."""
         return self.rows(
-            "SELECT host, status, count(*) FROM jobs WHERE status IN ('pending', 'running') GROUP BY host, status"
+            "SELECT host, status, count(*) FROM jobs INDEXED BY jobs_open WHERE status IN ('pending', 'running') GROUP BY host, status"
         )
 
     def jobs(self, equal: Mapping[str, str], starts: str | None, before: str | None, limit: int) -> list[Job]:
@@ -1286,13 +1336,14 @@ class Queries:
         return row[0] or 0
 
     def recent_chunks(self, wanted: EventFilter, limit: int) -> list[tuple[int, int]]:
-        """(position, lines) of the newest log chunks, newest first. For a host or an app: those of its 20 newest jobs."""
+        """(position, lines) of the newest log chunks, newest first. For a host or an app: those of its 20 newest jobs;
+        for all: of the last 50,000 positions."""
         newest = "SELECT position, lines FROM events WHERE kind = 'log' AND {} ORDER BY position DESC LIMIT ?"
         if wanted.job_id is not None:
             return self.rows(newest.format("job_id = ?"), wanted.job_id, limit)
         equal = {name: value for name, value in (("host", wanted.host), ("app", wanted.app)) if value is not None}
         if not equal:
-            return self.rows(newest.format("1"), limit)
+            return self.rows(newest.format("position > (SELECT max(position) FROM events) - 50000"), limit)
         jobs = " AND ".join(f"{name} = ?" for name in equal)
         return self.rows(
             newest.format(f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"),
@@ -1348,11 +1399,12 @@ class Tx(Queries):
         """Columns in the order of agents()."""
         self._do("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *columns)
 
-    def remove_agent(self, agent_id: str) -> None:
-        self._do("DELETE FROM agents WHERE id = ?", agent_id)
+    def remove_agent(self, hostname: str) -> None:
+        self._do("DELETE FROM agents WHERE hostname = ?", hostname)
 
-    def set_drained(self, agent_id: str, drained: bool) -> None:
-        self._do("UPDATE agents SET drained = ? WHERE id = ?", int(drained), agent_id)
+    def set_drained(self, hostname: str, drained: bool) -> bool:
+        """False where there is no such agent."""
+        return self._do("UPDATE agents SET drained = ? WHERE hostname = ?", int(drained), hostname).rowcount > 0
 
     def saw_agents(self, seen: Iterable[tuple[str, str]]) -> None:
         """(last contact, agent id) of each."""
@@ -1773,7 +1825,7 @@ class Auth:
 
 def is_loopback(address: str) -> bool:
     """Of an IP address or a Host header."""
-    name = address.rsplit(":", 1)[0] if address.count(":") == 1 or address.startswith("[") else address
+    name = re.sub(r":[0-9]*\Z", "", address) if address.startswith("[") or address.count(":") == 1 else address
     name = name.strip("[]").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return True
@@ -1799,12 +1851,14 @@ def is_from_here(peer: str, headers: Mapping[str, str]) -> bool:
 def first_token(path: pathlib.Path) -> tuple[str, bool]:
     """The admin token in that file, and whether it was made now. The file is 0600 from its first moment."""
     try:
-        return path.read_text(encoding="ascii").strip(), False
+        token = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
         token = "dbt_" + secrets.token_urlsafe(32)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(token + "\n")
         return token, True
+    check_token(token)
+    return token, False
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2058,8 +2112,8 @@ class Jobs:
         """
         arrived = next(self._ticks)
         deadline = time.monotonic() + beat.wait
-        agent = self._agent(agent_id)
-        principal.speaks_for(agent.hostname)
+        principal.speaks_for(self._agent(agent_id).hostname)
+        agent = self._current(agent_id, beat)
         agent.online = beat.status == "online"
         self._touch(agent)
         if beat.running is not None:
@@ -2079,7 +2133,7 @@ class Jobs:
                     and not self.queue.closed
                 )
         self._touch(agent)
-        return Order(job, self._cancels(agent, beat), 0 if beat.wait else POLL_INTERVAL)
+        return Order(job, self._cancels(agent, beat), 0 if beat.wait and agent.online else POLL_INTERVAL)
 
     def delivered(self, job: Job) -> None:
         """The answer that carries this job was written, or could not be: from now on a heartbeat without it asks for it again."""
@@ -2133,10 +2187,11 @@ class Jobs:
             if lease.cancel:  # it never arrived, so nothing has to be stopped
                 self._close(lease, Status.CANCELLED, Reason.CANCELLED)
                 continue
-            lease.answered = None
             with self.store.read() as db:
                 job = db.job(lease.job_id)
-            if job.status == Status.RUNNING and job.attempt == lease.attempt:
+            with self._lock:  # of two calls one gets it
+                mine, lease.answered = lease.answered, None
+            if mine is not None and job.status == Status.RUNNING and job.attempt == lease.attempt:
                 return job
         return None
 
@@ -2221,11 +2276,10 @@ class Jobs:
             if fresh:
                 event = tx.add_event(job, "log", len(fresh), end, dump(fresh))
                 tx.after(self.hub.publish, event)
+                tx.after(self.metrics.count, "deploybot_log_lines_total", "", len(fresh))
             return end + len(fresh), job.cancel_requested_at is not None
 
-        answer = self.store.write(do)
-        self.metrics.count("deploybot_log_lines_total", by=len(upload.lines))
-        return answer
+        return self.store.write(do)
 
     def finish(self, job_id: str, result: Result, principal: Principal) -> Job:
         """running -> an end. The same result again answers the same; anything else of an ended job raises Conflict."""
@@ -2433,30 +2487,30 @@ class Jobs:
 
     def drain(self, hostname: str, drained: bool) -> dict[str, Any]:
         """A drained host takes no new job; what runs there goes on."""
-        agent = self._by_host.get(hostname) or self._no_host(hostname)
 
-        def set_drained(value: int) -> None:
+        def remember() -> None:
             with self._lock:
-                if hostname in self._by_host:
-                    self._by_host[hostname].drained = value
+                self._by_host[hostname].drained = int(drained)
             self.queue.wake(hostname)
 
         def do(tx: Tx) -> None:
-            tx.set_drained(agent.id, drained)
-            tx.after(set_drained, int(drained))
+            if not tx.set_drained(hostname, drained):
+                self._no_host(hostname)
+            tx.after(remember)
 
         self.store.write(do)
         return self.host(hostname)
 
     def remove_host(self, hostname: str) -> None:
         """Its agent must register anew; jobs that wait for the host wait on. Raises Conflict while one runs there."""
-        agent = self._by_host.get(hostname) or self._no_host(hostname)
 
         def do(tx: Tx) -> None:
+            if tx.agent_of(hostname) is None:
+                self._no_host(hostname)
             if tx.running_apps(hostname):
                 raise Conflict(f"{hostname} runs a job: wait for its end or cancel it first")
-            tx.remove_agent(agent.id)
-            tx.after(self._forget, agent)
+            tx.remove_agent(hostname)
+            tx.after(self._forget, hostname)
 
         self.store.write(do)
 
@@ -2631,12 +2685,12 @@ class Jobs:
             if agent.token_sha256:
                 self._hosts_by_secret[agent.token_sha256] = agent.hostname
 
-    def _forget(self, agent: Agent) -> None:
+    def _forget(self, hostname: str) -> None:
         with self._lock:
+            agent = self._by_host.pop(hostname)
             self._agents.pop(agent.id, None)
-            self._by_host.pop(agent.hostname, None)
             self._hosts_by_secret.pop(agent.token_sha256 or "", None)
-        self.queue.wake(agent.hostname)
+        self.queue.wake(hostname)
 
     def host_of_secret(self, digest: str) -> str | None:
         return self._hosts_by_secret.get(digest)
@@ -3208,11 +3262,11 @@ def list_jobs(api: Controller, request: Request) -> Response:
     f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
     equal = {
         "status": f.choice("status", Status),
-        "host": f.text("host", is_host, lower=True),
+        "host": f.text("host", is_host, fold=True),
         "app": f.text("app", is_app),
         "repo": f.text("repo", is_repo),
     }
-    starts = f.text("id", matches(ID_START, "the start of a job's id"), lower=True)
+    starts = f.text("id", matches(ID_START, "the start of a job's id"), fold=True)
     before = f.text("before", matches(ID, "a job's id"))
     limit = f.done(f.integer("limit", 1, 1000)) or 100
     with api.store.read() as db:
@@ -3335,7 +3389,7 @@ def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None) ->
 def stream_logs(api: Controller, request: Request) -> Response | Stream:
     f = request.query(("host", "app", "job_id"), ("tail",))
     wanted = EventFilter(
-        f.text("host", is_host, lower=True), f.text("app", is_app), f.text("job_id", matches(ID, "a job's id"))
+        f.text("host", is_host, fold=True), f.text("app", is_app), f.text("job_id", matches(ID, "a job's id"))
     )
     tail = f.done(f.integer("tail", 0, 1000))
     position, gap = api.jobs.stream_start(wanted, request.headers.get("last-event-id"), 50 if tail is None else tail)
@@ -3479,8 +3533,8 @@ def tokens_of(config: Config) -> dict[str, Principal]:
     if admin is None and (not config.open or path.exists()):
         try:
             admin, made = first_token(path)
-        except OSError as error:
-            raise StartError(f"{path}: {error.strerror}") from None
+        except (OSError, ValueError) as error:
+            raise StartError(f"{path}: {error}; delete it, and the next start makes a new one") from None
         if made:
             log.warning("no DEPLOYBOT_TOKEN is set: a token for everything is now in %s", path)
     for token, principal in (
