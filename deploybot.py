@@ -32,7 +32,6 @@ import hashlib
 import hmac
 import http
 import http.server
-import importlib.util
 import ipaddress
 import itertools
 import json
@@ -917,17 +916,23 @@ class LocatedDecoder(json.JSONDecoder):
         def located(text_and_start: tuple[str, int], *rest: Any) -> tuple[Located, int]:
             pairs, end = parse(text_and_start, *rest)
             text, start = text_and_start
-            line = text.count("\n", 0, start) + 1
-            refuse_repeated((key, line) for key, _ in pairs)
-            return Located(pairs, line, self._lines(text, start, end, pairs)), end
+            lines = [(key, text.count("\n", 0, at) + 1) for key, at in self._places(text, start, end, pairs)]
+            refuse_repeated(lines)
+            return Located(pairs, text.count("\n", 0, start) + 1, dict(lines)), end
 
         self.parse_object = located
         self.scan_once = json.scanner.py_make_scanner(self)
 
     @staticmethod
-    def _lines(text: str, start: int, end: int, pairs: list[tuple[str, Any]]) -> dict[str, int]:
-        found = ((key, re.compile(re.escape(json.dumps(key)) + r"\s*:").search(text, start, end)) for key, _ in pairs)
-        return {key: text.count("\n", 0, match.start()) + 1 for key, match in found if match}
+    def _places(text: str, start: int, end: int, pairs: list[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
+        """Where each key stands, also one that stands twice."""
+        at: dict[str, int] = {}
+        for key, _ in pairs:
+            match = re.compile(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:").search(
+                text, at.get(key, start), end
+            )
+            at[key] = match.end() if match else start
+            yield key, match.start() if match else start
 
 
 class YamlReader:
@@ -968,13 +973,21 @@ class YamlReader:
         return Located(pairs, node.start_mark.line + 1, dict(lines))
 
 
-def parse_yaml(text: str) -> Any:
-    """Raises AppsError, also where there is no PyYAML."""
+def pyyaml() -> Any:
+    """The package, or None where it is not installed."""
     try:
         import yaml
     except ImportError:
+        return None
+    return yaml
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises AppsError, also where there is no PyYAML."""
+    yaml = pyyaml()
+    if yaml is None:
         error = "reading YAML needs the package PyYAML (apt install python3-yaml, or pip install PyYAML); JSON works without"
-        raise AppsError([(1, error)]) from None
+        raise AppsError([(1, error)])
     try:
         return YamlReader(yaml, text).document
     except yaml.reader.ReaderError as error:
@@ -993,7 +1006,7 @@ def parse_apps_text(text: str) -> Any:
         try:
             return LocatedDecoder().decode(text)
         except json.JSONDecodeError as mistake:
-            if "yaml" in sys.modules or importlib.util.find_spec("yaml"):  # YAML's own flow style begins like JSON
+            if pyyaml():  # YAML's own flow style begins like JSON
                 return parse_yaml(text)
             raise AppsError([(mistake.lineno, mistake.msg)]) from None
     except RecursionError:
@@ -1019,7 +1032,9 @@ def string(check: Callable[[str], str | None]) -> Callable[[Any], str]:
             raise ValueError("must be a string")
         problem = check(value)
         if problem:
-            raise ValueError(f"{value[:80]!r} {problem}")
+            raise ValueError(
+                problem if check is is_clone_url else f"{value[:80]!r} {problem}"
+            )  # a URL may hold a password
         return value
 
     return read
