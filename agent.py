@@ -64,9 +64,9 @@ ANSWER_TIMEOUT = 30  # for an answer, on top of what it may park
 IDLE_PAUSE = 0.2  # between heartbeats that brought nothing: a controller that does not park is not flooded
 INTERVAL_LIMIT = 300  # a controller may not put an agent to sleep for longer
 BACKOFF_FIRST, BACKOFF_LIMIT = 0.5, 15.0  # half a second for a restart; never so long that a person waits for it
-PARTIAL_AFTER = 0.1  # a line without newline waits this long for the rest of it ...
-BATCH_AFTER = 0.1  # ... and a batch this long for more lines: together the 200 ms that output may be late
-TICK = 0.05  # how often a running script's limits are looked at; below PARTIAL_AFTER
+TICK = 0.04  # how often a running script's limits, and its lines without newline, are looked at
+PARTIAL_AFTER = 0.06  # a line without newline waits this long for the rest of it ...
+BATCH_AFTER = 0.05  # ... and a batch this long for more lines: with a TICK, the 200 ms that output may be late
 DRAIN = 1.0  # for the last output of a script whose children hold the pipe: `exec > >(tee log)` needs a moment
 KILL_GRACE = 10.0  # between TERM and KILL
 KILL_PATIENCE = 10.0  # after KILL: a process that hangs in the kernel holds nobody up for ever
@@ -349,6 +349,8 @@ def load_config(argv: list[str], env: dict[str, str]) -> Config:
     if level.upper() not in LOG_LEVELS:
         problems.append(f"--log-level: must be one of {', '.join(LOG_LEVELS)}")
     token = read_token(env, problems)
+    if shutil.which("git", path=env.get("PATH")) is None:
+        problems.append("git is not installed, or not on PATH")
     if problems:
         raise ConfigError(problems)
     folder = Path(workdir).expanduser().absolute()
@@ -835,7 +837,8 @@ class Family:
         if not PROC.is_dir():
             return {self.leader.pid: None} if self.leader and self._group_lives(self.leader.pid) else {}
         table = read_processes()
-        found = {pid for pid, stat in table.items() if self._belongs(pid, stat, self._session(table))}
+        session = self._session(table)
+        found = {pid for pid, stat in table.items() if self._belongs(pid, stat, session)}
         while more := {pid for pid, stat in table.items() if stat.ppid in found and pid not in found}:
             found |= more
         return {pid: table[pid] for pid in found if table[pid].state not in "ZX" and pid != os.getpid()}
