@@ -136,14 +136,18 @@ class Demo:
         return process
 
     def git(self, *arguments):
-        done = subprocess.run(
-            ["git", "-c", "user.name=Ada", "-c", "user.email=ada@example.com", *arguments],
-            cwd=self.folder / "hello",
-            env=self.environment(GIT_AUTHOR_DATE=COMMITTED, GIT_COMMITTER_DATE=COMMITTED),
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        """Each takes milliseconds and is not cut short: what it starts could outlive it, and the folder."""
+        with uninterrupted():
+            done = subprocess.run(
+                ["git", "-c", "user.name=Ada", "-c", "user.email=ada@example.com", "-c", "gc.auto=0", *arguments],
+                cwd=self.folder / "hello",
+                env=self.environment(GIT_AUTHOR_DATE=COMMITTED, GIT_COMMITTER_DATE=COMMITTED),
+                stdin=subprocess.DEVNULL,
+                check=True,
+                capture_output=True,
+                text=True,
+                start_new_session=True,
+            )
         return done.stdout.strip()
 
     def why(self, name):
