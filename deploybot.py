@@ -82,7 +82,7 @@ POLL_INTERVAL = 5  # seconds between heartbeats of an agent that does not park
 FLUSH_INTERVAL = 10.0  # seconds between two writings of the agents' last contact
 HUB_EVENTS = 1024  # recent events kept in memory; a reader that is behind them reads the database
 HUB_BYTES = 8 * MIB
-READ_BYTES = 1 * MIB  # of events that one step of a reader takes from the database
+READ_BYTES = 128 * KIB  # of events that one step of a reader takes: what a slow one holds
 READERS = 4  # reading connections: more would only wait for the same two cores
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
 
@@ -394,7 +394,7 @@ def small_integer(text: str) -> int:
 
 def finite(text: str) -> float:
     if not math.isfinite(float(text)):
-        raise ValueError(f"{text} is not a number of JSON")
+        raise ValueError(f"{text[:40]} is not a number of JSON")
     return float(text)
 
 
@@ -717,20 +717,22 @@ class Result(NamedTuple):
         error = f.take("error", str, "a string", False)
         commit = matches(COMMIT, "40 or 64 hex digits in lower case")
         status = f.choice("status", ENDED_WORDS, required=True)
+        reason = f.choice("reason", AGENT_REASONS) or DEFAULT_REASON.get(status)
         return f.done(
             cls(
                 f.integer("attempt", 1, 1 << 31, required=True),
                 status,
                 f.integer("exit_code", -(1 << 31), (1 << 31) - 1),
                 error[:MAX_ERROR] if error else None,
-                f.choice("reason", AGENT_REASONS) or DEFAULT_REASON.get(status) if status != "success" else None,
+                reason if status != "success" else None,
                 f.text("commit", commit),
                 f.text("rolled_back_to", commit),
             )
         )
 
 
-class Event(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class Event:
     """A row of `events`: log lines of one upload, or one change of one job. A chunk of n lines takes n positions."""
 
     position: int  # of its last line
@@ -742,6 +744,14 @@ class Event(NamedTuple):
     attempt: int
     offset: int  # of its first line
     data: str  # JSON: [[message, level, time], ...] of a log, the job of a job
+    frame: bytes | None = None  # in memory alone: what the readers of a stream get, written by the first of them
+
+    def row(self) -> tuple[Any, ...]:
+        return dataclasses.astuple(self)[:-1]
+
+    def size(self) -> int:
+        """About the bytes of its frame: each line brings its names along."""
+        return len(self.data) + 256 * self.lines
 
     def after(self, position: int) -> Event:
         """Without the lines up to that position."""
@@ -749,7 +759,7 @@ class Event(NamedTuple):
         if skip <= 0:
             return self
         lines = json.loads(self.data)[skip:]
-        return self._replace(lines=len(lines), offset=self.offset + skip, data=dump(lines))
+        return dataclasses.replace(self, lines=len(lines), offset=self.offset + skip, data=dump(lines), frame=None)
 
     def log_lines(self) -> Iterator[dict[str, Any]]:
         first = self.position - self.lines + 1
@@ -1020,9 +1030,10 @@ def is_clone_url(text: str) -> str | None:
     if "::" in text.partition("/")[0]:
         return "must not name a transport helper"
     with contextlib.suppress(ValueError):
-        if urllib.parse.urlsplit(text).password is None:
+        parts = urllib.parse.urlsplit(text)
+        if parts.password is None and (parts.scheme not in ("http", "https") or parts.username is None):
             return None
-        return "must not hold a password: give the agent's user credentials of its own (git help credentials)"
+        return "must not hold a password or token: give the agent's user credentials of its own (git help credentials)"
     return "must be a URL that git can clone"
 
 
@@ -1222,13 +1233,14 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         """CREATE TABLE deliveries (
             id TEXT PRIMARY KEY, body_sha256 TEXT NOT NULL, received_at TEXT NOT NULL, jobs TEXT NOT NULL, message TEXT NOT NULL
         ) STRICT""",
+        "CREATE INDEX deliveries_body ON deliveries (body_sha256)",
     ),
 )
 
 JOB_COLUMNS = ", ".join(f'"{name}"' for name in Job._fields)
-EVENT_COLUMNS = ", ".join(f'"{name}"' for name in Event._fields)
+EVENT_COLUMNS = 'position, lines, kind, job_id, host, app, attempt, "offset", data'
 INSERT_JOB = f"INSERT INTO jobs ({JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
-INSERT_EVENT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES ({', '.join('?' * len(Event._fields))})"
+INSERT_EVENT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
 
 class Queries:
@@ -1327,16 +1339,11 @@ class Queries:
         if wanted.job_id is not None:
             sql += " AND job_id = ?"
             values.append(wanted.job_id)
-        return map(Event._make, self._db.execute(sql + " ORDER BY position", values))
+        return (Event(*row) for row in self._db.execute(sql + " ORDER BY position", values))
 
     def log_events(self, job_id: str, after: int) -> Iterator[Event]:
-        return map(
-            Event._make,
-            self._db.execute(
-                f"SELECT {EVENT_COLUMNS} FROM events WHERE job_id = ? AND kind = 'log' AND position > ? ORDER BY position",
-                (job_id, after),
-            ),
-        )
+        sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE job_id = ? AND kind = 'log' AND position > ? ORDER BY position"
+        return (Event(*row) for row in self._db.execute(sql, (job_id, after)))
 
     def log_end(self, job_id: str, attempt: int) -> int:
         """The offset after the last stored line of that attempt."""
@@ -1371,8 +1378,9 @@ class Queries:
         found = self.rows('SELECT app, host, job_id, "commit", deployed_at FROM releases')
         return {(app, host): (job, commit, at) for app, host, job, commit, at in found}
 
-    def delivery(self, delivery_id: str) -> tuple[list[str], str] | None:
-        row = self.one("SELECT jobs, message FROM deliveries WHERE id = ?", delivery_id)
+    def delivery(self, delivery_id: str, body_sha256: str) -> tuple[list[str], str] | None:
+        """What a delivery of that id, or of that body, made. The id is not signed, so the body counts as well."""
+        row = self.one("SELECT jobs, message FROM deliveries WHERE id = ? OR body_sha256 = ?", delivery_id, body_sha256)
         return (json.loads(row[0]), row[1]) if row else None
 
 
@@ -1407,7 +1415,7 @@ class Tx(Queries):
     def add_event(self, job: Job, kind: str, lines: int, offset: int, data: str) -> Event:
         self.position += lines
         event = Event(self.position, lines, kind, job.id, job.host, job.app, job.attempt, offset, data)
-        self._do(INSERT_EVENT, *event)
+        self._do(INSERT_EVENT, *event.row())
         return event
 
     def put_agent(self, *columns: Any) -> None:
@@ -1707,6 +1715,18 @@ class JobQueue:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def first_of(events: Iterable[Event]) -> tuple[list[Event], bool]:
+    """About READ_BYTES of them, at least one, and whether there may be more."""
+    taken: list[Event] = []
+    size = 0
+    for event in events:
+        taken.append(event)
+        size += event.size()
+        if size > READ_BYTES:
+            return taken, True
+    return taken, False
+
+
 class EventHub:
     """A window on the end of `events`: positions after `floor` up to `head`."""
 
@@ -1722,16 +1742,16 @@ class EventHub:
     def publish(self, event: Event) -> None:
         with self._cond:
             self._recent.append(event)
-            self._bytes += len(event.data)
+            self._bytes += event.size()
             self.head = event.position
             while len(self._recent) > self._max_events or self._bytes > self._max_bytes:
                 old = self._recent.popleft()
-                self._bytes -= len(old.data)
+                self._bytes -= old.size()
                 self.floor = old.position
             self._cond.notify_all()
 
     def since(self, position: int, timeout: float) -> list[Event] | None:
-        """Events after the position, waiting for the first; [] after `timeout` seconds or at the end; None for a reader that is
+        """Some events after the position, waiting for the first; [] after `timeout` seconds or at the end; None for a reader that is
         behind the window and has to ask the database."""
         deadline = time.monotonic() + timeout
         with self._cond:
@@ -1742,8 +1762,8 @@ class EventHub:
                 self._cond.wait(remaining)
             if position < self.floor:
                 return None
-            newer = itertools.takewhile(lambda event: event.position > position, reversed(self._recent))
-            return list(newer)[::-1]
+            newer = list(itertools.takewhile(lambda event: event.position > position, reversed(self._recent)))
+        return first_of(reversed(newer))[0]
 
     def close(self) -> None:
         with self._cond:
@@ -2126,7 +2146,8 @@ class Jobs:
         Raises NotFound (register again) and Conflict (a newer session has this host).
         """
         arrived = next(self._ticks)
-        deadline = time.monotonic() + beat.wait
+        # To park for longer than contact may be missing would make a healthy agent look lost.
+        deadline = time.monotonic() + min(beat.wait, self.config.agent_timeout / 2, self.config.lost_after / 2)
         principal.speaks_for(self._agent(agent_id).hostname)
         agent = self._current(agent_id, beat)
         agent.online = beat.status == "online"
@@ -2301,7 +2322,8 @@ class Jobs:
 
         def do(tx: Tx) -> Job:
             job = tx.job(job_id)
-            if job.attempt == result.attempt and job.status == result.status and job.exit_code == result.exit_code:
+            told = (result.attempt, result.status, result.reason, result.exit_code)
+            if (job.attempt, job.status, job.reason, job.exit_code) == told:
                 principal.speaks_for(job.host)
                 return job
             job = self._running(tx, job_id, result.attempt, principal)
@@ -2399,7 +2421,7 @@ class Jobs:
         apps = [app for app in self.apps.of_repo(push.repo) if push.commit and push.wanted_by(app)]
 
         def do(tx: Tx) -> tuple[list[str], str]:
-            before = tx.delivery(delivery)
+            before = tx.delivery(delivery, body_sha256)
             if before:
                 return before
             made: list[str] = []
@@ -2650,15 +2672,9 @@ class Jobs:
 
     def _read_events(self, wanted: EventFilter, after: int, until: int) -> tuple[int, list[Event]]:
         """About READ_BYTES of events from the database, and the position up to which that is all."""
-        found: list[Event] = []
-        size = 0
         with self.store.read() as db:
-            for event in db.events(wanted, after, until):
-                found.append(event)
-                size += len(event.data) + 100
-                if size > READ_BYTES:
-                    return event.position, found
-        return until, found
+            found, more = first_of(db.events(wanted, after, until))
+        return found[-1].position if more else until, found
 
     def log_lines(self, job_id: str, after: int, limit: int) -> tuple[list[dict[str, Any]], int | None]:
         """Lines after that position and, where there are more, the position to go on from. A page ends early at READ_BYTES."""
@@ -2791,7 +2807,7 @@ class Request:
             raise Malformed("the query cannot be parsed") from None
         integers = tuple(integers)
         values = {
-            name: int(value) if name in integers and value.isdecimal() and len(value) < 19 else value
+            name: int(value) if name in integers and re.fullmatch(r"[0-9]{1,18}", value) else value
             for name, value in pairs
         }
         fields = Fields(values, (*texts, *integers))
@@ -3030,7 +3046,8 @@ class Handler(socketserver.BaseRequestHandler):
         path, _, query = target.partition("?")
         request = Request(method, path, query, headers, self.client_address[0], self._connected)
         response = self.server.dispatcher.respond(request, self._read_body)
-        keep = self._minor == 1 and headers.get("connection", "").lower() != "close"
+        wishes = headers.get("connection", "").lower().replace(" ", "").split(",")
+        keep = self._minor == 1 and "close" not in wishes
         keep = keep and not self._unread and not self.server.stopping
         if isinstance(response, Stream):
             self._send_stream(response, method != "HEAD", keep)
@@ -3373,16 +3390,17 @@ def reload_apps(api: Controller, request: Request) -> Response:
     return answer(200, {"apps": len(api.apps.all), "message": f"{api.apps.path} is in force"})
 
 
-@functools.lru_cache(maxsize=64)
 def frame(event: Event, epoch: str) -> bytes:
-    """An event as SSE: written once for all readers. JSON has no CR and no LF, so one data line holds it."""
-    if event.kind == "job":
-        return f"id: {epoch}-{event.position}\nevent: job\ndata: {event.data}\n\n".encode()
-    origin = {"job_id": event.job_id, "host": event.host, "app": event.app}
-    return "".join(
-        f"id: {epoch}-{line['position']}\nevent: log\ndata: {dump({**origin, **line})}\n\n"
-        for line in event.log_lines()
-    ).encode()
+    """An event as SSE, written once for all readers. JSON has no CR and no LF, so one data line holds it."""
+    if event.frame is None:
+        if event.kind == "job":
+            text = f"id: {epoch}-{event.position}\nevent: job\ndata: {event.data}\n\n"
+        else:
+            origin = {"job_id": event.job_id, "host": event.host, "app": event.app}
+            lines = ((line["position"], dump({**origin, **line})) for line in event.log_lines())
+            text = "".join(f"id: {epoch}-{position}\nevent: log\ndata: {data}\n\n" for position, data in lines)
+        event.frame = text.encode()
+    return event.frame
 
 
 def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None) -> Iterator[bytes]:
@@ -3427,7 +3445,7 @@ def github_webhook(api: Controller, request: Request) -> Response:
         return answer(200, {"received": True, "jobs_created": [], "message": message})
     push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
     digest = hashlib.sha256(request.body).hexdigest()
-    made, message = api.jobs.push(push, request.headers.get("x-github-delivery", digest)[:200], digest)
+    made, message = api.jobs.push(push, (request.headers.get("x-github-delivery") or digest)[:200], digest)
     api.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
     return answer(200, {"received": True, "jobs_created": made, "message": message})
 
