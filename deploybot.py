@@ -42,6 +42,7 @@ import os
 import pathlib
 import queue
 import re
+import resource
 import secrets
 import select
 import signal
@@ -70,6 +71,8 @@ MAX_LINES = 1000  # log lines an upload
 MAX_MESSAGE = 64 * KIB  # bytes of one log line; longer ones are cut and say so
 MAX_METADATA = 16 * KIB  # bytes of a job's metadata as JSON
 MAX_ERROR = 4 * KIB  # characters of a job's error
+MAX_TIMEOUT = 7 * 86400  # seconds that a job may run
+MAX_RETRIES = 100
 MAX_RUNNING = 256  # jobs that one heartbeat names
 HEAD_DEADLINE = 10.0  # seconds from the first byte of a head to its last
 BODY_DEADLINE = 20.0  # seconds for a body
@@ -84,6 +87,8 @@ HUB_EVENTS = 1024  # recent events kept in memory; a reader that is behind them 
 HUB_BYTES = 8 * MIB
 READ_BYTES = 128 * KIB  # of events that one step of a reader takes: what a slow one holds
 READERS = 4  # reading connections: more would only wait for the same two cores
+SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
+MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
 
 ASSETS: dict[str, str] = {}
@@ -164,7 +169,12 @@ class AppsError(DeployBotError):
 
 def nearest(word: str, words: Iterable[str]) -> str:
     """`; did you mean ...?` for the word that looks most like this one, or nothing."""
-    found = difflib.get_close_matches(word, list(words), 1)
+    choices = list(words)
+    if len(choices) > 100:  # difflib is slow, and who has so many mistypes the end more often than the start
+        choices = [choice for choice in choices if choice[:2] == word[:2]][:1000]
+    found = (
+        choices if len(choices) == 1 and choices[0].startswith(word) else difflib.get_close_matches(word, choices, 1)
+    )
     return f"; did you mean {found[0]}?" if found else ""
 
 
@@ -365,6 +375,7 @@ ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
 ID_START = re.compile(r"[0-9a-f-]{1,36}", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 SESSION = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
+OUR_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII)
 # What git-check-ref-format(1) refuses, and a leading `-`, which a program could take for an option.
 BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.lock(?:/|$)|^@$")
@@ -458,6 +469,15 @@ def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]
     return lambda text: None if pattern.fullmatch(text) else "must be " + words
 
 
+def rfc3339(seconds: float) -> str:
+    """`2026-11-23T13:13:37.123Z` of a Unix time."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+
+
+def unix_time(stamp: str) -> float:
+    return datetime.datetime.fromisoformat(stamp).timestamp()
+
+
 def is_stamp(text: str) -> str | None:
     with contextlib.suppress(ValueError):
         if STAMP.fullmatch(text) and datetime.datetime.fromisoformat(text):
@@ -475,7 +495,7 @@ class Fields:
             raise ValidationError([(prefix.rstrip(".") or "body", "must be an object")])
         self.data = data
         if known is not None:
-            for name in data.keys() - set(known):
+            for name in sorted(data.keys() - set(known))[:MAX_ERRORS]:
                 self.wrong(name[:100], "is not known" + nearest(name[:100], known))
 
     def wrong(self, name: str, message: str) -> None:
@@ -533,7 +553,7 @@ class Fields:
         return [item for item in (self._item(name, i, value, read) for i, value in enumerate(values)) if item]
 
     def _item(self, name: str, index: int, value: Any, read: Callable[[Fields], T]) -> T | None:
-        if len(self.errors) >= 20:  # enough to see what is wrong, with a thousand lines
+        if len(self.errors) >= MAX_ERRORS:
             return None
         try:
             fields = Fields(value, prefix=f"{self.prefix}{name}[{index}].")
@@ -579,11 +599,12 @@ class Job(NamedTuple):
     deployment_id: str | None
     spec: str  # JSON; its agent alone gets it
     session: str | None  # of the agent that claimed it; nobody gets it
+    queued_at: str  # since when it is pending, which expiry counts from; nobody gets it
 
     def public(self) -> dict[str, Any]:
         """What every reader may see."""
         shown = self._asdict()
-        del shown["spec"], shown["session"]
+        del shown["spec"], shown["session"], shown["queued_at"]
         shown["metadata"] = json.loads(self.metadata)
         return shown
 
@@ -601,7 +622,7 @@ class JobRequest(NamedTuple):
     metadata: dict[str, Any] = {}
     force: bool = False
     timeout: int | None = None
-    retries: int = 0
+    retries: int | None = None
 
     @classmethod
     def parse(cls, data: Any) -> JobRequest:
@@ -614,8 +635,8 @@ class JobRequest(NamedTuple):
                 app=f.text("app", is_app),
                 metadata=f.mapping("metadata", MAX_METADATA),
                 force=f.boolean("force"),
-                timeout=f.integer("timeout", 1, 7 * 86400),
-                retries=f.integer("retries", 0, 100) or 0,
+                timeout=f.integer("timeout", 1, MAX_TIMEOUT),
+                retries=f.integer("retries", 0, MAX_RETRIES),
             )
         )
 
@@ -699,6 +720,8 @@ class LogUpload(NamedTuple):
     def _line(f: Fields, received: str) -> list[str]:
         message = f.take("message", str, "a string", True)
         stamp = f.text("timestamp", is_stamp)
+        if stamp and not f.errors and not OUR_STAMP.fullmatch(stamp):
+            stamp = rfc3339(unix_time(stamp))
         return [fit_line(message or ""), f.choice("level", Level) or "info", stamp or received]
 
 
@@ -805,15 +828,6 @@ class Principal(NamedTuple):
             raise Forbidden(f"this token belongs to {self.host}, not to {host}")
 
 
-def rfc3339(seconds: float) -> str:
-    """`2026-11-23T13:13:37.123Z` of a Unix time."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
-
-
-def unix_time(stamp: str) -> float:
-    return datetime.datetime.fromisoformat(stamp).timestamp()
-
-
 class Clock:
     """Time, so that a test can hold it. Durations are measured on `monotonic`; what is stored and shown is `stamp`."""
 
@@ -880,6 +894,8 @@ class App(NamedTuple):
     build: list[str] | str | None = None
     activate: list[str] | str | None = None
     deploy: list[str] | str | None = None
+    timeout: int = 3600  # seconds
+    retries: int = 0  # attempts after one that an agent lost
 
     def spec(self) -> str:
         """What the agent needs, as JSON: frozen into each job when it is made."""
@@ -920,7 +936,7 @@ class LocatedDecoder(json.JSONDecoder):
     """JSON whose objects know their line: the decoder of the standard library, in Python, with an object parser around its own."""
 
     def __init__(self) -> None:
-        super().__init__(object_pairs_hook=list)
+        super().__init__(object_pairs_hook=list, parse_int=small_integer)
         parse = self.parse_object
 
         def located(text_and_start: tuple[str, int], *rest: Any) -> tuple[Located, int]:
@@ -1015,10 +1031,10 @@ def parse_apps_text(text: str) -> Any:
             return parse_yaml(text) if text.strip() else None
         try:
             return LocatedDecoder().decode(text)
-        except json.JSONDecodeError as mistake:
+        except ValueError as mistake:
             if pyyaml():  # YAML's own flow style begins like JSON
                 return parse_yaml(text)
-            raise AppsError([(mistake.lineno, mistake.msg)]) from None
+            raise AppsError([(getattr(mistake, "lineno", 1), getattr(mistake, "msg", str(mistake)))]) from None
     except RecursionError:
         raise AppsError([(1, "is nested too deeply")]) from None
 
@@ -1086,6 +1102,19 @@ def is_pattern(text: str) -> str | None:
     return None if 0 < len(text) <= 255 and text.isprintable() else "must be a shell pattern such as release/*"
 
 
+def seconds(value: Any) -> int:
+    found = duration(value if isinstance(value, str) else str(value))
+    if not 1 <= found <= MAX_TIMEOUT:
+        raise ValueError("must be from 1s to 7d")
+    return int(found)
+
+
+def count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_RETRIES:
+        raise ValueError(f"must be an integer from 0 to {MAX_RETRIES}")
+    return value
+
+
 APP_KEYS: dict[str, Callable[[Any], Any]] = {
     "name": string(is_app),
     "repo": string(is_repo),
@@ -1096,6 +1125,8 @@ APP_KEYS: dict[str, Callable[[Any], Any]] = {
     "build": command,
     "activate": command,
     "deploy": command,
+    "timeout": seconds,
+    "retries": count,
 }
 
 
@@ -1210,7 +1241,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             attempt INTEGER NOT NULL, retries INTEGER NOT NULL, timeout INTEGER NOT NULL,
             created_at TEXT NOT NULL, created_by TEXT NOT NULL, started_at TEXT, completed_at TEXT, cancel_requested_at TEXT,
             assigned_agent TEXT, exit_code INTEGER, error TEXT, "commit" TEXT, rolled_back_to TEXT, superseded_by TEXT,
-            retry_of TEXT, deployment_id TEXT, spec TEXT NOT NULL, session TEXT
+            retry_of TEXT, deployment_id TEXT, spec TEXT NOT NULL, session TEXT,
+            queued_at TEXT NOT NULL
         ) STRICT""",
         # Open jobs are few: what the duplicate check, the counts by host and recover() read.
         "CREATE INDEX jobs_open ON jobs (host, status, app) WHERE status IN ('pending', 'running')",
@@ -1289,9 +1321,10 @@ class Queries:
         """(host, job id, app) of each pending job without a hold, oldest first."""
         return self.rows("SELECT host, id, app FROM jobs WHERE status = 'pending' AND hold IS NULL ORDER BY id")
 
-    def expired(self, before: str) -> list[str]:
-        """Ids of pending jobs older than that id."""
-        return [row[0] for row in self.rows("SELECT id FROM jobs WHERE status = 'pending' AND id < ?", before)]
+    def expired(self, oldest_id: str, oldest: str) -> list[str]:
+        """Ids of jobs that are pending since before that time; `oldest_id`: the least id that a job made then could have."""
+        sql = "SELECT id FROM jobs WHERE status = 'pending' AND id < ? AND queued_at < ?"
+        return [row[0] for row in self.rows(sql, oldest_id, oldest)]
 
     def open_job(self, repo: str, ref: str, host: str, app: str) -> Job | None:
         """The pending or running job of exactly this, if there is one."""
@@ -1311,17 +1344,21 @@ class Queries:
             )
         ]
 
-    def open_counts(self) -> list[tuple[str, str, int]]:
-        """(host, status, how many) of pending and running jobs."""
+    def open_counts(self, *hosts: str) -> list[tuple[str, str, int]]:
+        """(host, status, how many) of pending and running jobs, of these hosts or of all."""
+        some = f"host IN ({', '.join('?' * len(hosts))}) AND" if hosts else ""
         return self.rows(
-            "SELECT host, status, count(*) FROM jobs INDEXED BY jobs_open WHERE status IN ('pending', 'running') GROUP BY host, status"
+            f"SELECT host, status, count(*) FROM jobs INDEXED BY jobs_open WHERE {some} status IN ('pending', 'running')"
+            " GROUP BY host, status",
+            *hosts,
         )
 
     def jobs(self, equal: Mapping[str, str], starts: str | None, before: str | None, limit: int) -> list[Job]:
         """Newest first. `equal`: column to value, columns of ours alone."""
         where, values = ["1"], []
         for column, value in equal.items():
-            where.append(f"{column} = ?" + (" COLLATE NOCASE" if column == "repo" else ""))
+            plus = "+" if column == "status" and len(equal) > 1 else ""  # keeps SQLite to the index that narrows more
+            where.append(f"{plus}{column} = ?" + (" COLLATE NOCASE" if column == "repo" else ""))
             values.append(value)
         if starts:
             where.append("id >= ? AND id < ?")
@@ -1359,13 +1396,13 @@ class Queries:
 
     def recent_chunks(self, wanted: EventFilter, limit: int) -> list[tuple[int, int]]:
         """(position, lines) of the newest log chunks, newest first. For a host or an app: those of its 20 newest jobs;
-        for all: of the last 50,000 positions."""
+        for all: of the last 2,000 positions."""
         newest = "SELECT position, lines FROM events WHERE kind = 'log' AND {} ORDER BY position DESC LIMIT ?"
         if wanted.job_id is not None:
             return self.rows(newest.format("job_id = ?"), wanted.job_id, limit)
         equal = {name: value for name, value in (("host", wanted.host), ("app", wanted.app)) if value is not None}
         if not equal:
-            return self.rows(newest.format("position > (SELECT max(position) FROM events) - 50000"), limit)
+            return self.rows(newest.format("position > (SELECT max(position) FROM events) - 2000"), limit)
         jobs = " AND ".join(f"{name} = ?" for name in equal)
         return self.rows(
             newest.format(f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"),
@@ -2372,6 +2409,7 @@ class Jobs:
         existing = None if asked.force else tx.open_job(asked.repo, asked.ref, asked.host, app.name)
         if existing:
             return existing, False
+        now = self.clock.stamp()
         job = Job(
             id=self._new_id(),
             repo=asked.repo,
@@ -2383,9 +2421,10 @@ class Jobs:
             hold=None,
             metadata=dump(asked.metadata),
             attempt=0,
-            retries=asked.retries,
-            timeout=asked.timeout or 3600,
-            created_at=self.clock.stamp(),
+            retries=app.retries if asked.retries is None else asked.retries,
+            timeout=asked.timeout or app.timeout,
+            created_at=now,
+            queued_at=now,
             created_by=by,
             retry_of=retry_of,
             spec=app.spec(),
@@ -2401,12 +2440,10 @@ class Jobs:
         """What a person would want to know of a job that was taken all the same."""
         with self._lock:
             agent = self._by_host.get(job.host)
-            hosts = sorted(self._by_host)
+            hosts = [] if agent else list(self._by_host)
         if agent is None:
-            longer = [host for host in hosts if host.startswith(job.host + ".")] or difflib.get_close_matches(
-                job.host, hosts, 1
-            )
-            return f"no agent has registered as {job.host}" + (f"; did you mean {longer[0]}?" if longer else "")
+            longer = sorted(host for host in hosts if host.startswith(job.host + "."))
+            return f"no agent has registered as {job.host}{nearest(job.host, longer[:1] or hosts)}"
         if agent.drained:
             return f"{job.host} is drained: the job waits until ctl.py hosts resume {job.host}"
         if asked.app and not self.apps.named(asked.app):
@@ -2487,16 +2524,14 @@ class Jobs:
 
     # -- hosts -------------------------------------------------------------------------------------------------------
 
-    def hosts(self) -> list[dict[str, Any]]:
+    def hosts(self, *names: str) -> list[dict[str, Any]]:
+        """These, or all that have an agent or open jobs."""
         with self.store.read() as db:
-            counts = {(host, status): count for host, status, count in db.open_counts()}
+            counts = {(host, status): count for host, status, count in db.open_counts(*names)}
         with self._lock:
-            agents = dict(self._by_host)
-        names = sorted(agents.keys() | {host for host, _ in counts})
-        return [self._host(name, agents.get(name), counts) for name in names]
-
-    def host(self, hostname: str) -> dict[str, Any]:
-        return next((host for host in self.hosts() if host["hostname"] == hostname), None) or self._no_host(hostname)
+            agents = {name: self._by_host.get(name) for name in names} if names else dict(self._by_host)
+        shown = sorted(agents.keys() | {host for host, _ in counts})
+        return [self._host(name, agents.get(name), counts) for name in shown]
 
     def _no_host(self, hostname: str) -> Any:
         with self._lock:
@@ -2536,7 +2571,7 @@ class Jobs:
             tx.after(remember)
 
         self.store.write(do)
-        return self.host(hostname)
+        return self.hosts(hostname)[0]
 
     def remove_host(self, hostname: str) -> None:
         """Its agent must register anew; jobs that wait for the host wait on. Raises Conflict while one runs there."""
@@ -2597,9 +2632,8 @@ class Jobs:
         self._logged(self.store.write(do))
 
     def _requeue(self, tx: Tx, job: Job) -> Job | None:
-        waiting = tx.change_job(
-            job, status=Status.PENDING, started_at=None, assigned_agent=None, session=None, commit=None
-        )
+        nobody = {"started_at": None, "assigned_agent": None, "session": None, "commit": None}
+        waiting = tx.change_job(job, status=Status.PENDING, queued_at=self.clock.stamp(), **nobody)
         assert waiting is not None  # `job` was read in this transaction
         self._announce(tx, waiting)
         tx.after(self._release, waiting)
@@ -2614,7 +2648,7 @@ class Jobs:
     def _expire(self) -> None:
         limit = self.config.pending_expiry
         with self.store.read() as db:
-            expired = db.expired(TimeOrderedIds.floor(max(0.0, self.clock.now() - limit)))
+            expired = db.expired(TimeOrderedIds.floor(max(0.0, self.clock.now() - limit)), self.clock.stamp(ago=limit))
         for job_id in expired:
             self._logged(self.store.write(functools.partial(self._expire_one, job_id=job_id)))
 
@@ -2659,14 +2693,18 @@ class Jobs:
 
         Reads the hub, and the database where it is behind the hub. Ends when the controller stops.
         """
+        told = time.monotonic()
         while True:
-            events = self.hub.since(position, pulse)
+            events = self.hub.since(position, max(0.0, told + pulse - time.monotonic()))
             if events is None:
                 reached, events = self._read_events(wanted, position, self.hub.head)
             else:
                 reached = events[-1].position if events else position
-            yield reached, [event.after(position) for event in events if wanted.wants(event)]
+            events = [event.after(position) for event in events if wanted.wants(event)]
             position = reached
+            if events or time.monotonic() >= told + pulse:
+                yield reached, events
+                told = time.monotonic()
             if self.hub.closed and position >= self.hub.head:
                 return
 
@@ -2820,13 +2858,15 @@ class Request:
 def parse_head(head: bytes) -> tuple[str, str, int, dict[str, str]]:
     """(method, target, minor version, headers) of a head without its blank line. Raises Refusal."""
     lines = head.split(b"\r\n")
+    if len(head) > MAX_LINE and max(map(len, lines)) > MAX_LINE:
+        raise Refusal(431, f"a line of the head has more than {MAX_LINE} bytes")
     match = REQUEST_LINE.fullmatch(lines[0])
     if not match:
         raise Refusal(400, "the request line must be METHOD /path HTTP/1.1")
     headers: dict[str, str] = {}
     for line in lines[1:]:
         found = HEADER.fullmatch(line)
-        if not found or len(line) > MAX_LINE:
+        if not found:
             raise Refusal(400, "a header line is malformed")
         name = found[1].decode("ascii").lower()
         value = found[2].strip(b" \t").decode("latin-1")
@@ -2917,6 +2957,7 @@ class Route(NamedTuple):
     scope: Scope
     function: Callable[[Any, Request], Response | Stream]
     limit: int = MAX_BODY  # bytes of a body
+    admit: Callable[[Any, Request], None] | None = None  # called before the body is read; raises where it need not be
 
 
 class MethodNotAllowed(DeployBotError):
@@ -2972,6 +3013,8 @@ class Dispatcher:
             pattern = route.pattern
             if route.scope is not Scope.PUBLIC:
                 request.principal = self._admit(request, route.scope)
+            if route.admit:
+                route.admit(self._api, request)
             request.body = read_body(route.limit)
             response = route.function(self._api, request)
         except MethodNotAllowed as error:
@@ -3033,7 +3076,9 @@ class Handler(socketserver.BaseRequestHandler):
     def _serve_one(self) -> bool:
         """Whether the connection goes on."""
         try:
+            self.server.waiting[self.request] = None
             head = self._read_head()
+            self.server.waiting.pop(self.request, None)
             if head is None:
                 return False
             method, target, self._minor, headers = parse_head(head)
@@ -3177,7 +3222,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _linger(self) -> None:
         """Lets the answer arrive: to close with unread input would reset the connection and lose it."""
         self.request.shutdown(socket.SHUT_WR)
-        deadline, left = time.monotonic() + 2.0, 4 * MIB
+        deadline, left = time.monotonic() + 2.0, MAX_PUSH
         with contextlib.suppress(TimeoutError):
             while left > 0 and (chunk := self._receive(64 * KIB, deadline)):
                 left -= len(chunk)
@@ -3198,6 +3243,9 @@ class Server(http.server.ThreadingHTTPServer):
         # Guards _connections; stop() waits on it, each connection that ends wakes it.
         self._ended = threading.Condition()
         self._connections: set[socket.socket] = set()
+        # Connections that have not sent a whole head, oldest first; each is put in and taken out by its own thread.
+        self.waiting: dict[socket.socket, None] = {}
+        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -3205,6 +3253,9 @@ class Server(http.server.ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        if self.connections() >= self._limit and not self._evict():
+            super().shutdown_request(request)
+            return
         with self._ended:
             self._connections.add(request)
         try:
@@ -3212,8 +3263,18 @@ class Server(http.server.ThreadingHTTPServer):
         except RuntimeError:  # no more threads: this one client is sent away, the others are served
             self.shutdown_request(request)
 
+    def _evict(self) -> bool:
+        """Ends the connection that has been without a whole head for longest; parked heartbeats and streams stay."""
+        with contextlib.suppress(StopIteration, RuntimeError, OSError):  # it may end itself meanwhile
+            oldest = next(iter(self.waiting))
+            self.waiting.pop(oldest, None)
+            oldest.shutdown(socket.SHUT_RDWR)
+            return True
+        return False
+
     def shutdown_request(self, request: Any) -> None:
         super().shutdown_request(request)
+        self.waiting.pop(request, None)
         with self._ended:
             self._connections.discard(request)
             self._ended.notify_all()
@@ -3234,7 +3295,11 @@ class Server(http.server.ThreadingHTTPServer):
             for connection in self._connections:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RD)  # an idle one ends now, a working one after its answer
-            self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE)
+            if not self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2):
+                for connection in self._connections:  # its reader does not read
+                    with contextlib.suppress(OSError):
+                        connection.shutdown(socket.SHUT_RDWR)
+                self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3432,11 +3497,16 @@ def stream_logs(api: Controller, request: Request) -> Response | Stream:
     return Stream(sse(api, wanted, position, gap), "text/event-stream", (("X-Accel-Buffering", "no"),))
 
 
-def github_webhook(api: Controller, request: Request) -> Response:
-    secret = api.config.webhook_secret
-    if not secret:
+def admit_webhook(api: Controller, request: Request) -> None:
+    """Refuses what cannot be signed well, before 25 MiB of it are read."""
+    if not api.config.webhook_secret:
         raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
-    if not is_signed(secret, request.body, request.headers.get("x-hub-signature-256", "")):
+    if not re.fullmatch(r"sha256=[0-9a-f]{64}", request.headers.get("x-hub-signature-256", "")):
+        raise Unauthorized("X-Hub-Signature-256 is missing or malformed: is a secret set in GitHub's settings?")
+
+
+def github_webhook(api: Controller, request: Request) -> Response:
+    if not is_signed(api.config.webhook_secret or "", request.body, request.headers["x-hub-signature-256"]):
         api.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
         raise Unauthorized("X-Hub-Signature-256 does not match the body: is the secret in GitHub's settings the same?")
     kind = request.headers.get("x-github-event", "push")
@@ -3522,7 +3592,7 @@ ROUTES = [
     Route("GET", "/v1/apps", Scope.VIEWER, list_apps),
     Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
     Route("GET", "/v1/logs/stream", Scope.VIEWER, stream_logs),
-    Route("POST", "/v1/webhooks/github", Scope.PUBLIC, github_webhook, MAX_PUSH),
+    Route("POST", "/v1/webhooks/github", Scope.PUBLIC, github_webhook, MAX_PUSH, admit_webhook),
     Route("GET", "/health", Scope.PUBLIC, health),
     Route("GET", "/metrics", Scope.VIEWER, metrics),
     Route("GET", "/", Scope.PUBLIC, page("www/dashboard.html")),
@@ -3651,15 +3721,20 @@ class Daemon:
         log.info("stopped")
 
 
-def wait_for_signals(daemon: Daemon) -> None:
-    """Returns on SIGTERM or SIGINT. A handler only writes to a pipe; what it means is done here."""
+def signal_pipe() -> int:
+    """From now on signals are bytes that this descriptor brings: a handler does nothing but write."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: os.write(writer, bytes([number])))
+    return reader
+
+
+def run(daemon: Daemon, signals: int) -> None:
+    """Sweeps and acts on signals; returns on SIGTERM or SIGINT."""
     while True:
-        ready, _, _ = select.select([reader], [], [], 1.0)
-        received = os.read(reader, 64) if ready else b""
+        ready, _, _ = select.select([signals], [], [], 1.0)
+        received = os.read(signals, 64) if ready else b""
         if signal.SIGHUP in received:
             daemon.reload()
         if signal.SIGTERM in received or signal.SIGINT in received:
@@ -3688,9 +3763,10 @@ def serve(arguments: list[str]) -> int:
     handler.setFormatter(LogFormat(config.log_format == "json"))
     log.addHandler(handler)
     log.setLevel(config.log_level)
+    signals = signal_pipe()
     daemon = Daemon(config)
     daemon.start()
-    wait_for_signals(daemon)
+    run(daemon, signals)
     daemon.stop()
     return 0
 
