@@ -595,10 +595,10 @@ def test_the_release_before_stays_however_old_it_is(host):
 
 
 def test_failed_releases_push_out_no_good_one(host):
-    for _ in range(3):
-        host.deploy()
+    host.deploy()
+    host.deploy()
     good = host.releases
-    for _ in range(6):
+    for _ in range(5):
         assert host.deploy(build="mkdir sealed; touch sealed/x; chmod 500 sealed; exit 7")["exit_code"] == 7
     assert host.releases == good
     assert host.read() == "one\n"
@@ -797,7 +797,8 @@ def test_the_timeout_leaves_no_process(host, stubborn):
     assert len(stubborn()) == 2 and not any(map(lives, stubborn()))
 
 
-def test_a_failing_script_leaves_no_process(host, tmp_path, env):
+def test_a_failing_script_leaves_no_process(host, tmp_path, env, monkeypatch):
+    monkeypatch.setattr(agent, "DRAIN", 0.1)
     env["PIDS"] = str(tmp_path / "pids")
     host.deploy(build='sleep 60 & echo $! >"$PIDS"; exit 4')
     assert not lives(int((tmp_path / "pids").read_text()))
@@ -814,7 +815,8 @@ def test_a_cancel_in_activate_goes_the_way_back(host):
     assert (result["status"], result["rolled_back_to"], host.read()) == ("cancelled", first, "one\n")
 
 
-def test_what_a_successful_script_leaves_running_stays_and_holds_nobody_up(host, tmp_path, env):
+def test_what_a_successful_script_leaves_running_stays_and_holds_nobody_up(host, tmp_path, env, monkeypatch):
+    monkeypatch.setattr(agent, "DRAIN", 0.1)
     env["PIDS"] = str(tmp_path / "pids")
     begun = time.monotonic()
     assert host.deploy(activate='sleep 60 & echo $! >"$PIDS"; echo done')["status"] == "success"
@@ -1252,7 +1254,7 @@ def test_a_gap_is_closed_from_the_spool(host, lone, scripted):
         return 200, {"next_offset": len(stored), "cancel": False}, {}
 
     one = lone(scripted(answer).url)
-    one.agent._take(host.job(build="for i in 1 2 3 4; do echo $i; sleep 0.25; done"))
+    one.agent._take(host.job(build="for i in 1 2 3 4; do echo $i; sleep 0.12; done"))
     until(lambda: not one.agent._holding())
     assert lost and [line for line in stored if line.isdigit()] == ["1", "2", "3", "4"]
 
@@ -1477,7 +1479,10 @@ import os, sys, time
 open(sys.argv[1], "a").write(f"{os.getpid()}\\\\n")
 number = 0
 while True:
-    os.write(1, f"<{number}>".encode())
+    try:
+        os.write(1, f"<{number}>".encode())
+    except OSError:
+        pass
     number += 1
     time.sleep(0.002)
 '''
