@@ -54,7 +54,7 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple, TypeVar
 
 VERSION = "0.1.0"
@@ -1234,6 +1234,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             session TEXT NOT NULL, drained INTEGER NOT NULL DEFAULT 0, token_sha256 TEXT,
             registered_at TEXT NOT NULL, last_heartbeat TEXT NOT NULL
         ) STRICT""",
+        "CREATE INDEX agents_secret ON agents (token_sha256)",
         """CREATE TABLE jobs (
             id TEXT PRIMARY KEY, repo TEXT NOT NULL, ref TEXT NOT NULL, host TEXT NOT NULL, app TEXT NOT NULL,
             status TEXT NOT NULL CHECK (status IN ('pending', 'running', 'success', 'failed', 'cancelled')),
@@ -1304,6 +1305,9 @@ class Queries:
             *values,
         )
 
+    def hosts_of_secret(self, token_sha256: str | None) -> list[str]:
+        return [row[0] for row in self.rows("SELECT hostname FROM agents WHERE token_sha256 = ?", token_sha256)]
+
     def agent_of(self, hostname: str) -> tuple[Any, ...] | None:
         return next((row for row in self.agents("hostname = ?", hostname)), None)
 
@@ -1322,16 +1326,16 @@ class Queries:
         return self.rows("SELECT host, id, app FROM jobs WHERE status = 'pending' AND hold IS NULL ORDER BY id")
 
     def expired(self, oldest_id: str, oldest: str) -> list[str]:
-        """Ids of jobs that are pending since before that time; `oldest_id`: the least id that a job made then could have."""
-        sql = "SELECT id FROM jobs WHERE status = 'pending' AND id < ? AND queued_at < ?"
+        """Ids of some jobs that are pending since before that time; `oldest_id`: the least id that a job made then could have."""
+        sql = "SELECT id FROM jobs WHERE status = 'pending' AND id < ? AND queued_at < ? LIMIT 500"
         return [row[0] for row in self.rows(sql, oldest_id, oldest)]
 
     def open_job(self, repo: str, ref: str, host: str, app: str) -> Job | None:
-        """The pending or running job of exactly this, if there is one."""
+        """The pending or running job of exactly this, if there is one that nobody wants to end."""
         row = self.one(
             f"SELECT {JOB_COLUMNS} FROM jobs INDEXED BY jobs_open"
             " WHERE host = ? AND app = ? AND ref = ? AND repo = ? COLLATE NOCASE"
-            " AND status IN ('pending', 'running') ORDER BY id LIMIT 1",
+            " AND status IN ('pending', 'running') AND cancel_requested_at IS NULL ORDER BY id LIMIT 1",
             *(host, app, ref, repo),
         )
         return Job._make(row) if row else None
@@ -1692,11 +1696,10 @@ class JobQueue:
                 lane.waiting.append((job_id, app))
             self._signal(lane)
 
-    def remove(self, host: str, job_id: str) -> None:
+    def remove(self, host: str, job_ids: Set[str]) -> None:
         with self._lock:
             lane = self._lane(host)
-            kept = [entry for entry in lane.waiting if entry[0] != job_id]
-            lane.waiting = collections.deque(kept)
+            lane.waiting = collections.deque(entry for entry in lane.waiting if entry[0] not in job_ids)
 
     def wake(self, host: str) -> None:
         """Something about this host has changed: parked heartbeats look again."""
@@ -2152,7 +2155,7 @@ class Jobs:
                     f"{asked.hostname} is registered with a secret of its own: "
                     f"start the agent with its old working directory, or run ctl.py hosts remove {asked.hostname}"
                 )
-            if self.host_of_secret(asked.token_sha256 or "") not in (None, asked.hostname):
+            if any(host != asked.hostname for host in tx.hosts_of_secret(asked.token_sha256)):
                 raise Conflict("token_sha256 belongs to another host: each host makes a secret of its own")
             now = self.clock.stamp()
             agent = Agent(
@@ -2307,9 +2310,14 @@ class Jobs:
     def _claim(self, tx: Tx, agent: Agent, job_id: str, app: str) -> Job | None:
         """pending -> running for the session of this agent, decided in the database, where claims come one after another."""
         row = tx.agent_of(agent.hostname)
-        if row is None or Agent(*row).session != agent.session:
+        if row is None:
+            raise NotFound(f"no agent {agent.id}: register again")
+        if Agent(*row).session != agent.session:
             raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
-        job = tx.job(job_id)
+        try:
+            job = tx.job(job_id)
+        except NotFound:
+            return None
         if job.status != Status.PENDING or job.hold is not None:
             return None
         running = tx.running_apps(agent.hostname)
@@ -2467,7 +2475,8 @@ class Jobs:
                     job, created = self._submit(tx, push.request(app, host), app, "github")
                     made += [job.id] if created else []
             message = self._push_message(push, apps, len(made))
-            tx.add_delivery(delivery, body_sha256, self.clock.stamp(), made, message)
+            if apps:  # else a redelivery counts, once apps.yaml says more
+                tx.add_delivery(delivery, body_sha256, self.clock.stamp(), made, message)
             return made, message
 
         return self.store.write(do)
@@ -2497,7 +2506,7 @@ class Jobs:
                 raise Conflict(f"job {job.id} cannot be cancelled: {in_words(job)}")
             now = self.clock.stamp()
             if job.status == Status.PENDING:
-                tx.after(self.queue.remove, job.host, job.id)
+                tx.after(self.queue.remove, job.host, {job.id})
                 return self._end(tx, job, Status.CANCELLED, Reason.CANCELLED, cancel_requested_at=now)
             asked = tx.change_job(job, cancel_requested_at=now) or job
             self._announce(tx, asked)
@@ -2649,16 +2658,18 @@ class Jobs:
         limit = self.config.pending_expiry
         with self.store.read() as db:
             expired = db.expired(TimeOrderedIds.floor(max(0.0, self.clock.now() - limit)), self.clock.stamp(ago=limit))
-        for job_id in expired:
-            self._logged(self.store.write(functools.partial(self._expire_one, job_id=job_id)))
+        if expired:
+            for job in self.store.write(functools.partial(self._expire_some, job_ids=expired)):
+                self._logged(job)
 
-    def _expire_one(self, tx: Tx, job_id: str) -> Job | None:
-        job = tx.job(job_id)
-        if job.status != Status.PENDING:
-            return None
-        tx.after(self.queue.remove, job.host, job.id)
-        error = f"no agent of {job.host} took it within {self.config.pending_expiry:.0f} s"
-        return self._end(tx, job, Status.CANCELLED, Reason.EXPIRED, error=error)
+    def _expire_some(self, tx: Tx, job_ids: list[str]) -> list[Job]:
+        """One transaction for many: a host that is away may have thousands."""
+        pending = [job for job in map(tx.job, job_ids) if job.status == Status.PENDING]
+        error = f"no agent took it within {self.config.pending_expiry:.0f} s"
+        ended = [self._end(tx, job, Status.CANCELLED, Reason.EXPIRED, error=error) for job in pending]
+        for host in {job.host for job in ended}:
+            tx.after(self.queue.remove, host, {job.id for job in ended if job.host == host})
+        return ended
 
     # -- streams -----------------------------------------------------------------------------------------------------
 
@@ -3763,6 +3774,7 @@ def serve(arguments: list[str]) -> int:
     handler.setFormatter(LogFormat(config.log_format == "json"))
     log.addHandler(handler)
     log.setLevel(config.log_level)
+    os.umask(0o077)  # the database holds commands, which may hold secrets
     signals = signal_pipe()
     daemon = Daemon(config)
     daemon.start()
