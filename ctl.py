@@ -150,6 +150,26 @@ GAP = 2  # columns between two columns
 NARROWEST = 6  # columns that a shrinking cell keeps
 
 
+def columns():
+    import shutil
+
+    return shutil.get_terminal_size().columns
+
+
+def fit(widths, shrinks, most):
+    """Widths that fit in `most` columns: those that may shrink do, widest first; then the last ones are dropped."""
+    widths = list(widths)
+    while sum(widths) + GAP * (len(widths) - 1) > most:
+        loose = [i for i in range(len(widths)) if shrinks[i] and widths[i] > NARROWEST]
+        if loose:
+            widths[max(loose, key=widths.__getitem__)] -= 1
+        elif len(widths) > 1:
+            widths.pop()
+        else:
+            break
+    return widths
+
+
 class Screen:
     """Where results go (stdout) and what is said about them (stderr). `as_json`: stdout is for a program."""
 
@@ -208,26 +228,6 @@ class Screen:
             print(self.paint(name.ljust(margin), "bold") + (self.status(value) if name == "status" else value))
 
 
-def columns():
-    import shutil
-
-    return shutil.get_terminal_size().columns
-
-
-def fit(widths, shrinks, most):
-    """Widths that fit in `most` columns: those that may shrink do, widest first; then the last ones are dropped."""
-    widths = list(widths)
-    while sum(widths) + GAP * (len(widths) - 1) > most:
-        loose = [i for i in range(len(widths)) if shrinks[i] and widths[i] > NARROWEST]
-        if loose:
-            widths[max(loose, key=widths.__getitem__)] -= 1
-        elif len(widths) > 1:
-            widths.pop()
-        else:
-            break
-    return widths
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 # Owns: which controller, which token. Ignores: whether they are right.
@@ -277,7 +277,7 @@ def find_token(url):
     return (text.strip(), f"./{TOKEN_FILE}") if text else (None, "")
 
 
-def read_token(url):
+def controller_token(url):
     """As find_token; a token that cannot stand in a header is refused here, as http.client would print it."""
     token, source = find_token(url)
     if token is not None and not re.fullmatch(r"[!-~]+", token):
@@ -812,6 +812,15 @@ HOST_ACTIONS = {
 }
 
 
+def change_host(client, screen, options):
+    if not options.name:
+        raise Failure(WRONG_USE, f"hosts {options.action} needs a host: ctl.py hosts {options.action} web-01")
+    method, end, words = HOST_ACTIONS[options.action]
+    answer = client.call(method, f"/v1/hosts/{quote(options.name, safe='')}{end}")
+    screen.show(answer, lambda: screen.line(f"{clean(options.name)} {words}"))
+    return DONE
+
+
 def hosts(client, screen, options):
     if options.action:
         return change_host(client, screen, options)
@@ -819,15 +828,6 @@ def hosts(client, screen, options):
     screen.show(answer, lambda: show_hosts(screen, answer["hosts"]))
     if not answer["hosts"]:
         screen.note(f"no host has registered at {client.url}; run agent.py on one")
-    return DONE
-
-
-def change_host(client, screen, options):
-    if not options.name:
-        raise Failure(WRONG_USE, f"hosts {options.action} needs a host: ctl.py hosts {options.action} web-01")
-    method, end, words = HOST_ACTIONS[options.action]
-    answer = client.call(method, f"/v1/hosts/{quote(options.name, safe='')}{end}")
-    screen.show(answer, lambda: screen.line(f"{clean(options.name)} {words}"))
     return DONE
 
 
@@ -1057,7 +1057,7 @@ def run(argv):
         raise Failure(WRONG_USE, "name a verb: " + ", ".join(verb.name for verb in VERBS) + " (see ctl.py --help)")
     flag = getattr(options, "url", None)
     url = read_url(flag)
-    client = Client(url, *read_token(url), flagged=bool(flag))
+    client = Client(url, *controller_token(url), flagged=bool(flag))
     screen = Screen(getattr(options, "json", False), getattr(options, "raw", False))
     try:
         return options.run(client, screen, options)

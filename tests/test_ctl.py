@@ -857,13 +857,13 @@ def test_a_token_file_of_someone_else_is_not_read(sent, monkeypatch):
 @pytest.mark.parametrize("host", ["example.com", "10.0.0.1", "127.0.0.1.example.com", "localhost.example.com", "[::2]"])
 def test_admin_token_stays_on_this_machine(host):
     admin_token()
-    assert ctl.read_token(f"http://{host}:8080")[0] is None
+    assert ctl.controller_token(f"http://{host}:8080")[0] is None
 
 
 @pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.1.2.3", "[::1]"])
 def test_admin_token_is_for_loopback(host):
     admin_token()
-    assert ctl.read_token(f"http://{host}:8080")[0] == "dbt_admin"
+    assert ctl.controller_token(f"http://{host}:8080")[0] == "dbt_admin"
 
 
 def test_a_token_that_no_header_can_carry_is_not_printed(here, monkeypatch):
