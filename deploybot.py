@@ -299,7 +299,7 @@ class Config:
         for option in OPTIONS:
             given = flags.get(option.field)
             source = f"--{option.name}" if given is not None else option.variable
-            text = given if given is not None else env.get(option.variable, option.default)
+            text = given if given is not None else env.get(option.variable) or option.default  # empty is not set
             try:
                 values[option.field] = option.parse(text)
             except ValueError as error:
@@ -1898,6 +1898,9 @@ class Auth:
         return Principal(f"agent:{host}", Scope.AGENT, host)
 
 
+PROXIED = ("forwarded", "via", "x-real-ip")  # with X-Forwarded-*: what proxies add
+
+
 def is_loopback(address: str) -> bool:
     """Of an IP address or a Host header."""
     name = re.sub(r":[0-9]*\Z", "", address) if address.startswith("[") or address.count(":") == 1 else address
@@ -1917,7 +1920,7 @@ def is_from_here(peer: str, headers: Mapping[str, str]) -> bool:
     return (
         is_loopback(peer)
         and is_loopback(host)
-        and not any(name == "forwarded" or name.startswith("x-forwarded-") or name == "via" for name in headers)
+        and not any(name in PROXIED or name.startswith("x-forwarded-") for name in headers)
         and headers.get("origin", f"http://{host}") == f"http://{host}"
         and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
     )

@@ -3,7 +3,7 @@
 #   DEPLOYBOT_URL=http://localhost:8080 DEPLOYBOT_AGENT_TOKEN=... sh agent.sh [HOSTNAME [COMMAND]]
 URL=${DEPLOYBOT_URL:-http://localhost:8080} TOKEN=${DEPLOYBOT_AGENT_TOKEN:-} HOST=${1:-$(uname -n)} COMMAND=${2:-./deploy.sh}
 unset DEPLOYBOT_AGENT_TOKEN # the scripts do not get it; and it goes to curl on a descriptor, as others can read command lines
-post() { curl -sSf -m 60 -H 'Content-Type: application/json' -H @/dev/fd/3 --data-binary @- "$URL$1" 3<<HEADER
+post() { curl -sSf -m 60 --retry 5 --retry-connrefused -H 'Content-Type: application/json' -H @/dev/fd/3 --data-binary @- "$URL$1" 3<<HEADER
 X-Agent: shell${TOKEN:+
 Authorization: Bearer $TOKEN}
 HEADER
