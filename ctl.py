@@ -655,6 +655,7 @@ class LogView:
 
     def __init__(self, screen, prefix=(), events=True):
         self.screen, self.prefix, self.events = screen, prefix, events
+        self.last = {}  # job id to what was last said of its state
 
     def line(self, line):
         message = line["message"]
@@ -676,7 +677,10 @@ class LogView:
         elif event.kind == "job" and self.events:
             job = event.data
             where = f"{job['app']} on {job['host']}"
-            self.screen.note(f"-- {where}: {state(job)} (attempt {job['attempt']} of job {job['id']})")
+            said = f"-- {where}: {state(job)} (attempt {job['attempt']} of job {job['id']})"
+            if self.last.get(job["id"]) != said:  # an event may tell of the commit alone
+                self.screen.note(said)
+            self.last[job["id"]] = said
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1272,3 +1272,14 @@ def test_a_terminal_that_knows_only_ascii_gets_question_marks(start, run, contro
     job = ended_job(controller, agent, "schön 界")
     process = start("logs", "--job", job["id"], env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert process.communicate(timeout=LIMIT_S)[0] == "sch?n ?\n"
+
+
+def test_a_state_that_did_not_change_is_not_told_again(run, controller, agent):
+    """The commit of a running job makes an event of its own."""
+    job = make(controller)
+    taken = agent.take()
+    body = {"attempt": 1, "offset": 0, "lines": [{"message": "x"}], "commit": "a" * 40}
+    agent.call("POST", f"/v1/jobs/{job['id']}/logs", body)
+    agent.end(taken)
+    told = run("logs", "--job", job["id"], "-f").err
+    assert told.count("running (attempt 1") == 1 and told.count("success (attempt 1") == 1
