@@ -86,9 +86,9 @@ def test_open_is_not_opened_by_a_word_that_is_none():
 
 def test_secrets_come_from_a_variable_or_a_file(tmp_path):
     path = tmp_path / "secret"
-    path.write_text("  from the file\n")
+    path.write_text("  from-the-file\n")
     config = load({"DEPLOYBOT_AGENT_TOKEN": "plain", "DEPLOYBOT_READ_TOKEN_FILE": str(path)})
-    assert (config.agent_token, config.read_token) == ("plain", "from the file")
+    assert (config.agent_token, config.read_token) == ("plain", "from-the-file")
 
 
 def test_an_empty_secret_is_none():

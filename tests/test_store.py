@@ -307,7 +307,7 @@ def test_a_controller_answers_503_and_goes_on(controller):
 
 def test_readers_cannot_write(store):
     for _ in range(deploybot.READERS + 1):  # also those that come back into the pool
-        with pytest.raises(Unavailable, match="readonly|read-only"), store.read() as db:
+        with pytest.raises(Unavailable, match=r"readonly|read-only"), store.read() as db:
             db.rows("DELETE FROM jobs")
 
 

@@ -1,0 +1,428 @@
+"""Webhooks: a signed push makes the jobs of its app's hosts, once; everything else makes none."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import socket
+import urllib.parse
+
+import pytest
+from conftest import SECRET
+
+import deploybot
+from deploybot import App, Malformed, Push, ValidationError
+
+SHA = "0123456789abcdef" * 2 + "01234567"
+ZERO = "0" * 40
+PATH = "/v1/webhooks/github"
+WEB = {"name": "web", "repo": "myorg/web", "hosts": ["web-01", "web-02"], "deploy_on_push": True}
+
+
+def payload(**more):
+    """A push as GitHub sends it, in what of it matters."""
+    return {
+        "ref": "refs/heads/main",
+        "before": ZERO,
+        "after": SHA,
+        "deleted": False,
+        "repository": {"full_name": "myorg/web", "default_branch": "main"},
+        "head_commit": {"id": SHA, "message": "Say hello"},
+        "pusher": {"name": "octocat"},
+        **more,
+    }
+
+
+def signature(body, secret=SECRET):
+    return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+
+
+def deliver(controller, body, **headers):
+    """(status, answer) of a signed delivery; a header of None is left out."""
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    sent = {"X-GitHub-Event": "push", "X-Hub-Signature-256": signature(body), "Authorization": None}
+    return controller.call(
+        "POST", PATH, body, sent | {name.replace("_", "-"): value for name, value in headers.items()}
+    )
+
+
+def jobs(controller):
+    return controller.ok("GET", "/v1/jobs?limit=1000")["jobs"]
+
+
+@pytest.fixture
+def hooked(controller):
+    controller.set_app(**WEB)
+    return controller
+
+
+# -- the signature -----------------------------------------------------------------------------------------------------
+
+
+def test_the_vector_of_github():
+    assert deploybot.signature_of("It's a Secret to Everybody", b"Hello, World!") == (
+        "sha256=757107ea0eb2509fc211221cce984b8a37570b6d7586c22c46f4379c8b043e17"
+    )
+
+
+def test_either_of_two_secrets_counts_while_one_is_being_replaced():
+    for secret in ("old", "new"):
+        assert deploybot.is_signed("old, new", b"x", signature(b"x", secret))
+    assert not deploybot.is_signed("old,new", b"x", signature(b"x", "old,new"))
+    assert not deploybot.is_signed("old,new", b"x", signature(b"x", "other"))
+
+
+@pytest.mark.parametrize("setting", ["", ",", " , "])
+def test_no_secret_signs_nothing(setting):
+    for secret in ("", " ", setting):
+        assert not deploybot.is_signed(setting, b"x", signature(b"x", secret))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "",
+        "sha256=",
+        signature(b"x")[7:],
+        signature(b"x").upper(),
+        signature(b"x")[:-1],
+        signature(b"x") + "0",
+        "sha1=" + "0" * 40,
+    ]
+    + [signature(b"y"), signature(b"x", "other"), "é" * 71, "sha256=" + "٣" * 64, " " + signature(b"x"), "\ud800"],
+)
+def test_what_is_no_signature_is_refused(given):
+    assert not deploybot.is_signed(SECRET, b"x", given)
+
+
+@pytest.mark.parametrize("given", [None, "", "sha256=" + "0" * 64, "sha1=" + "0" * 40, "é"])
+def test_a_wrong_signature_makes_nothing(hooked, given):
+    status, answer = deliver(hooked, payload(), X_Hub_Signature_256=given)
+    assert (status, answer["status"]) == (401, 401)
+    assert jobs(hooked) == []
+
+
+def test_the_signature_is_of_the_raw_bytes(hooked):
+    """The same JSON in other bytes is another body."""
+    body = json.dumps(payload(), indent=1).encode()
+    other = json.dumps(payload()).encode()
+    assert deliver(hooked, other, X_Hub_Signature_256=signature(body))[0] == 401
+    assert deliver(hooked, body)[0] == 200
+
+
+def test_the_signature_is_looked_at_before_the_body_is_parsed(hooked):
+    for body in (b"{", b"\xff", b"[" * 1000, b""):
+        assert deliver(hooked, body, X_Hub_Signature_256="sha256=" + "0" * 64)[0] == 401
+        assert deliver(hooked, body)[0] == 400
+
+
+def test_an_unsigned_ping_is_refused_too(hooked):
+    assert deliver(hooked, b"{}", X_GitHub_Event="ping", X_Hub_Signature_256=None)[0] == 401
+
+
+def test_without_a_secret_the_endpoint_refuses(make_controller):
+    controller = make_controller()
+    controller.set_app(**WEB)
+    for given in (None, signature(json.dumps(payload()).encode(), "")):
+        status, answer = deliver(controller, payload(), X_Hub_Signature_256=given)
+        assert (status, "DEPLOYBOT_WEBHOOK_SECRET" in answer["detail"]) == (401, True)
+    assert jobs(controller) == []
+
+
+def test_two_secrets_over_the_wire(make_controller):
+    controller = make_controller(webhook_secret="old,new")
+    body = b"{}"
+    for secret, status in (("old", 200), ("new", 200), ("third", 401)):
+        assert (
+            deliver(controller, body, X_GitHub_Event="ping", X_Hub_Signature_256=signature(body, secret))[0] == status
+        )
+
+
+# -- events ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_push_makes_a_job_for_each_host(hooked):
+    status, answer = deliver(hooked, payload())
+    assert (status, answer["received"], answer["message"]) == (200, True, "2 jobs for web")
+    made = {job["id"]: job for job in jobs(hooked)}
+    assert list(made) == answer["jobs_created"][::-1]
+    assert {job["host"] for job in made.values()} == {"web-01", "web-02"}
+    for job in made.values():
+        assert (job["repo"], job["ref"], job["app"], job["status"], job["created_by"]) == (
+            "myorg/web",
+            SHA,
+            "web",
+            "pending",
+            "github",
+        )
+        assert job["metadata"] == {
+            **{"app": "web", "branch": "main", "commit_message": "Say hello"},
+            **{"pusher": "octocat", "trigger": "github_webhook"},
+        }
+
+
+def test_ping_is_answered(hooked):
+    assert deliver(hooked, {"zen": "x"}, X_GitHub_Event="ping") == (
+        200,
+        {"received": True, "jobs_created": [], "message": "pong"},
+    )
+
+
+@pytest.mark.parametrize("kind", ["pull_request", "create", "x" * 300, "PUSH"])
+def test_another_event_is_ignored(hooked, kind):
+    status, answer = deliver(hooked, payload(), X_GitHub_Event=kind)
+    assert (status, answer["jobs_created"], answer["message"][:7]) == (200, [], "ignored")
+    assert jobs(hooked) == []
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"deleted": True, "after": ZERO, "head_commit": None},
+        {"after": ZERO},
+        {"deleted": True},
+        {"ref": "refs/tags/v1"},
+        {"ref": "refs/tags/main"},
+        {"ref": "refs/notes/x"},
+        {"ref": "main"},
+        {"ref": "refs/heads/other"},
+        {"repository": {"full_name": "myorg/other", "default_branch": "main"}},
+    ],
+    ids=str,
+)
+def test_what_deploys_nothing_is_answered_with_its_reason(hooked, more):
+    status, answer = deliver(hooked, payload(**more))
+    assert (status, answer["received"], answer["jobs_created"], answer["message"][:9]) == (200, True, [], "ignored: ")
+    assert jobs(hooked) == []
+
+
+def test_a_repository_is_compared_without_case(hooked):
+    _, answer = deliver(hooked, payload(repository={"full_name": "MyOrg/WEB", "default_branch": "main"}))
+    assert len(answer["jobs_created"]) == 2
+
+
+def test_an_app_that_is_not_deployed_on_push_is_left_alone(controller):
+    controller.set_app(**{**WEB, "deploy_on_push": False})
+    assert deliver(controller, payload())[1]["jobs_created"] == []
+
+
+def test_a_form_body_says_the_same(hooked):
+    body = ("payload=" + urllib.parse.quote_plus(json.dumps(payload(head_commit={"message": "é+ &=%"})))).encode()
+    status, answer = deliver(hooked, body, Content_Type="application/x-www-form-urlencoded; charset=utf-8")
+    assert (status, len(answer["jobs_created"])) == (200, 2)
+    assert jobs(hooked)[0]["metadata"]["commit_message"] == "é+ &=%"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"x", b"payload=", b"other=1", b"payload={", b"payload=%ff", b"\xff=1", b"&".join([b"a=1"] * 50), b"%"],
+)
+def test_a_form_without_a_good_payload_is_malformed(hooked, body):
+    assert deliver(hooked, body, Content_Type="application/x-www-form-urlencoded")[0] == 400
+    with pytest.raises(Malformed):
+        deploybot.push_payload(body, "Application/X-WWW-Form-Urlencoded")
+
+
+# -- once --------------------------------------------------------------------------------------------------------------
+
+
+def finish_all(controller):
+    for hostname in ("web-01", "web-02"):
+        agent = controller.register(hostname)
+        controller.end(controller.beat(agent)["job"], exit_code=0)
+
+
+def test_a_redelivery_answers_the_same_jobs_also_after_a_restart(hooked):
+    _, first = deliver(hooked, payload(), X_GitHub_Delivery="d-1")
+    assert len(first["jobs_created"]) == 2
+    assert deliver(hooked, payload(), X_GitHub_Delivery="d-1") == (200, first)
+    finish_all(hooked)
+    assert deliver(hooked, payload(), X_GitHub_Delivery="d-1") == (200, first)
+    hooked.restart()
+    assert deliver(hooked, payload(), X_GitHub_Delivery="d-1") == (200, first)
+    assert len(jobs(hooked)) == 2
+
+
+def test_a_signed_body_under_another_id_makes_nothing_more(hooked):
+    """The id is not signed: who saw one delivery could send it again under another."""
+    _, first = deliver(hooked, payload(), X_GitHub_Delivery="d-1")
+    finish_all(hooked)
+    for delivery in ("d-2", None, ""):
+        assert deliver(hooked, payload(), X_GitHub_Delivery=delivery)[1]["jobs_created"] == first["jobs_created"]
+    assert len(jobs(hooked)) == 2
+
+
+def test_a_redelivery_after_a_failure_works(hooked):
+    def fail(*_):
+        raise deploybot.Unavailable("on purpose")
+
+    push, hooked.jobs._submit = hooked.jobs._submit, fail
+    assert deliver(hooked, payload(), X_GitHub_Delivery="d-1")[0] == 503
+    hooked.jobs._submit = push
+    assert len(deliver(hooked, payload(), X_GitHub_Delivery="d-1")[1]["jobs_created"]) == 2
+
+
+def test_another_push_of_a_commit_under_way_makes_no_second_job(hooked):
+    deliver(hooked, payload(), X_GitHub_Delivery="d-1")
+    _, answer = deliver(hooked, payload(before=SHA), X_GitHub_Delivery="d-2")
+    assert (answer["jobs_created"], len(jobs(hooked))) == ([], 2)
+
+
+def test_many_deliveries_of_one_push_at_once_make_its_jobs_once(hooked):
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: deliver(hooked, payload(), X_GitHub_Delivery="d-1"), range(16)))
+    assert {status for status, _ in answers} == {200}
+    assert len({tuple(answer["jobs_created"]) for _, answer in answers}) == 1
+    assert len(jobs(hooked)) == 2
+
+
+# -- branches ----------------------------------------------------------------------------------------------------------
+
+
+def wanted(branch, branches=None, default="main", on_push=True):
+    push = Push.parse(payload(ref=f"refs/heads/{branch}", repository={"full_name": "o/n", "default_branch": default}))
+    return push.wanted_by(App("a", "o/n", ("h",), "u", on_push, branches))
+
+
+@pytest.mark.parametrize(
+    ("branch", "pattern", "wants"),
+    [
+        ("main", "main", True),
+        ("Main", "main", False),
+        ("main2", "main", False),
+        ("release/1.0", "release/*", True),
+        ("release/1/2", "release/*", True),
+        ("release", "release/*", False),
+        ("pre/release/1", "release/*", False),
+        ("v1", "v?", True),
+        ("v10", "v?", False),
+        ("a1", "a[0-9]", True),
+        ("ab", "a[!0-9]", True),
+        ("mainx", "main.", False),
+        ("main", "*", True),
+    ],
+)
+def test_branches_are_shell_patterns(branch, pattern, wants):
+    assert wanted(branch, (pattern,)) is wants
+    assert wanted(branch, ("never", pattern)) is wants
+
+
+def test_without_branches_the_default_branch_is_deployed():
+    assert wanted("trunk", default="trunk")
+    assert not wanted("main", default="trunk")
+    for default in (None, "", 7):
+        assert [wanted(branch, default=default) for branch in ("main", "master", "trunk")] == [True, True, False]
+
+
+def test_a_pattern_of_stars_takes_no_time():
+    assert not wanted("a" * 200, ("*a" * 100 + "b",))
+
+
+# -- hostile pushes ----------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "$(touch canary)",
+    "`id`",
+    "'; DROP TABLE jobs; --",
+    "\x1b[31mred",
+    "<script>alert(1)</script>",
+    "a\r\nX-Evil: 1",
+    "\0",
+    "\u202eevil",
+    "x" * 5000,
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda text: repr(text[:15]))
+def test_hostile_messages_are_kept_as_text_and_cut(hooked, text):
+    status, answer = deliver(hooked, payload(head_commit={"message": text}, pusher={"name": text}))
+    assert (status, len(answer["jobs_created"])) == (200, 2)
+    metadata = jobs(hooked)[0]["metadata"]
+    assert (metadata["commit_message"], metadata["pusher"]) == (text[:1000], text[:100])
+
+
+@pytest.mark.parametrize(
+    "branch",
+    ["-x", "--upload-pack=x", "a..b", "a b", "a\nb", "", "a@{1}", "a\\b", "x" * 300, "\x1b[31m", ".lock", "a.lock"],
+)
+def test_hostile_branches_are_refused(hooked, branch):
+    controller = hooked
+    controller.set_app(**WEB, branches=["*"])
+    status, answer = deliver(controller, payload(ref="refs/heads/" + branch))
+    assert (status, answer["errors"][0]["field"]) == (422, "ref")
+    assert jobs(controller) == []
+
+
+def test_a_branch_that_git_takes_is_taken_and_only_its_commit_is_deployed(controller):
+    controller.set_app(**WEB, branches=["*"])
+    deliver(controller, payload(ref="refs/heads/a;touch${IFS}x"))
+    assert {(job["ref"], job["metadata"]["branch"]) for job in jobs(controller)} == {(SHA, "a;touch${IFS}x")}
+
+
+def test_every_wrong_field_of_a_push_is_named(hooked):
+    wrong = payload(ref=7, after="main", repository={"full_name": "../x"}, deleted="no")
+    status, answer = deliver(hooked, wrong)
+    assert status == 422
+    assert {error["field"] for error in answer["errors"]} == {"ref", "after", "repository.full_name", "deleted"}
+
+
+@pytest.mark.parametrize("name", ["ref", "after", "repository"])
+@pytest.mark.parametrize("value", [None, 7, [], {}, True], ids=repr)
+def test_a_push_without_what_it_needs_is_refused(name, value):
+    with pytest.raises(ValidationError):
+        Push.parse(payload(**{name: value}))
+
+
+@pytest.mark.parametrize("value", [None, 7, [], "x", {"message": 7}, {"name": []}], ids=repr)
+def test_what_is_only_nice_to_have_may_be_odd(value):
+    push = Push.parse(payload(head_commit=value, pusher=value))
+    assert (push.message, push.pusher, push.commit) == ("", "", SHA)
+
+
+def test_the_clone_url_never_comes_from_the_push(controller):
+    controller.set_app(**WEB, clone_url="https://git.example.com/web.git")
+    evil = {"full_name": "myorg/web", "default_branch": "main", "clone_url": "ext::sh -c id", "ssh_url": "-x"}
+    deliver(controller, payload(repository=evil))
+    claimed = controller.beat(controller.register("web-01"))["job"]
+    assert claimed["spec"]["clone_url"] == "https://git.example.com/web.git"
+
+
+# -- sizes -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_push_may_have_25_mib(hooked):
+    body = b"{}".ljust(25 * 1024 * 1024)
+    assert deliver(hooked, body, X_GitHub_Event="ping")[0] == 200
+
+
+def status_of_head(controller, path, length, *headers):
+    """The status line for a head that announces so many bytes and sends none."""
+    with socket.create_connection(("127.0.0.1", controller.port), timeout=20) as connection:
+        lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {length}", *headers, "", ""]
+        connection.sendall("\r\n".join(lines).encode())
+        return int(connection.recv(65536).split(b" ")[1])
+
+
+def test_more_is_refused_before_it_is_sent(hooked):
+    signed = "X-Hub-Signature-256: sha256=" + "0" * 64
+    assert status_of_head(hooked, PATH, 25 * 1024 * 1024 + 1, signed) == 413
+    assert status_of_head(hooked, PATH, 999_999_999, signed) == 413
+    assert status_of_head(hooked, "/v1/jobs", 1024 * 1024 + 1) == 413
+
+
+def test_an_unsigned_body_is_not_even_read(hooked):
+    assert status_of_head(hooked, PATH, 1024) == 401
+
+
+def test_other_calls_take_one_mib(controller):
+    body = json.dumps({"repo": "o/n", "ref": "main", "host": "web-01"}).encode()
+    assert controller.raw("POST", "/v1/jobs", body.ljust(1024 * 1024))[0] == 201
+
+
+def test_a_real_push_of_a_megabyte_is_taken(hooked):
+    commits = [{"id": SHA, "message": "x" * 1000, "added": ["a"], "removed": [], "modified": []}] * 1500
+    status, answer = deliver(hooked, payload(commits=commits))
+    assert (status, len(answer["jobs_created"])) == (200, 2)
