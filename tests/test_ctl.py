@@ -1278,8 +1278,9 @@ def test_a_state_that_did_not_change_is_not_told_again(run, controller, agent):
     """The commit of a running job makes an event of its own."""
     job = make(controller)
     taken = agent.take()
-    body = {"attempt": 1, "offset": 0, "lines": [{"message": "x"}], "commit": "a" * 40}
-    agent.call("POST", f"/v1/jobs/{job['id']}/logs", body)
+    for offset, commit in enumerate((None, "a" * 40, "b" * 40)):
+        body = {"attempt": 1, "offset": offset, "lines": [{"message": "x"}], "commit": commit}
+        agent.call("POST", f"/v1/jobs/{job['id']}/logs", body)
     agent.end(taken)
     told = run("logs", "--job", job["id"], "-f").err
     assert told.count("running (attempt 1") == 1 and told.count("success (attempt 1") == 1
