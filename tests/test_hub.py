@@ -76,19 +76,19 @@ def test_the_window_holds_so_many_events():
 
 
 def test_the_window_holds_so_many_bytes():
-    hub = EventHub(0, max_bytes=100)
-    fill(hub, event(1, data="x" * 50), event(2, data="x" * 50))
+    hub = EventHub(0, max_bytes=event(1, data="x" * 1000).size() + event(2, data="x" * 1000).size())
+    fill(hub, event(1, data="x" * 1000), event(2, data="x" * 1000))
     assert positions(hub.since(0, 0)) == [1, 2]
-    fill(hub, event(3, data="x"))
+    fill(hub, event(3))
     assert hub.since(0, 0) is None
     assert positions(hub.since(1, 0)) == [2, 3]
-    fill(hub, event(4, data="x" * 49))
+    fill(hub, event(4))
     assert positions(hub.since(1, 0)) == [2, 3, 4]  # what went out is counted out
 
 
 def test_an_event_greater_than_the_window_sends_its_readers_to_the_database():
-    hub = EventHub(0, max_bytes=100)
-    fill(hub, 1, event(2, data="x" * 101))
+    hub = EventHub(0, max_bytes=2000)
+    fill(hub, 1, event(2, data="x" * 2001))
     assert (hub.floor, hub.head) == (2, 2)
     assert hub.since(1, 0) is None
     assert hub.since(2, 0) == []
@@ -122,3 +122,8 @@ def test_close_ends_every_wait_and_gives_what_is_left(pool):
     started = time.monotonic()
     assert hub.since(1, 20.0) == []
     assert time.monotonic() - started < 10
+
+
+def test_many_short_lines_are_counted_as_what_they_cost_a_reader():
+    """A thousand empty lines are few bytes in the database, and a thousand frames in memory."""
+    assert event(1000, lines=1000, data="[]").size() > 100 * 1000

@@ -21,6 +21,7 @@ SCHEMAS = [
             session TEXT NOT NULL, drained INTEGER NOT NULL DEFAULT 0, token_sha256 TEXT,
             registered_at TEXT NOT NULL, last_heartbeat TEXT NOT NULL
         ) STRICT;
+    CREATE INDEX agents_secret ON agents (token_sha256);
     CREATE TABLE jobs (
             id TEXT PRIMARY KEY, repo TEXT NOT NULL, ref TEXT NOT NULL, host TEXT NOT NULL, app TEXT NOT NULL,
             status TEXT NOT NULL CHECK (status IN ('pending', 'running', 'success', 'failed', 'cancelled')),
@@ -28,7 +29,8 @@ SCHEMAS = [
             attempt INTEGER NOT NULL, retries INTEGER NOT NULL, timeout INTEGER NOT NULL,
             created_at TEXT NOT NULL, created_by TEXT NOT NULL, started_at TEXT, completed_at TEXT, cancel_requested_at TEXT,
             assigned_agent TEXT, exit_code INTEGER, error TEXT, "commit" TEXT, rolled_back_to TEXT, superseded_by TEXT,
-            retry_of TEXT, deployment_id TEXT, spec TEXT NOT NULL, session TEXT
+            retry_of TEXT, deployment_id TEXT, spec TEXT NOT NULL, session TEXT,
+            queued_at TEXT NOT NULL
         ) STRICT;
     CREATE INDEX jobs_open ON jobs (host, status, app) WHERE status IN ('pending', 'running');
     CREATE UNIQUE INDEX jobs_running ON jobs (host, app) WHERE status = 'running';
@@ -50,14 +52,14 @@ SCHEMAS = [
             id TEXT PRIMARY KEY, body_sha256 TEXT NOT NULL, received_at TEXT NOT NULL, jobs TEXT NOT NULL, message TEXT NOT NULL
         ) STRICT;
     CREATE INDEX deliveries_body ON deliveries (body_sha256);
-    """,
+    """
 ]
 ROWS = {
     1: """
     INSERT INTO agents VALUES ('a1', 'web-01', '{}', 1, 's', 0, NULL, '2026-01-01T00:00:00.000Z', '2026-01-01T00:00:00.000Z');
-    INSERT INTO jobs (id, repo, ref, host, app, status, metadata, attempt, retries, timeout, created_at, created_by, spec)
+    INSERT INTO jobs (id, repo, ref, host, app, status, metadata, attempt, retries, timeout, created_at, created_by, spec, queued_at)
     VALUES ('01a208d2-125d-7000-9179-b171dcd08d79', 'o/n', 'main', 'web-01', 'web', 'pending', '{}', 0, 0, 60,
-            '2026-01-01T00:00:00.000Z', 'me', '{}');
+            '2026-01-01T00:00:00.000Z', 'me', '{}', '2026-01-01T00:00:00.000Z');
     INSERT INTO events VALUES (1, 1, 'job', '01a208d2-125d-7000-9179-b171dcd08d79', 'web-01', 'web', 0, 0, '{}');
     """
 }

@@ -251,7 +251,7 @@ def test_depth_is_counted_in_linear_time(unit):
 
 
 def test_a_job_request_has_its_defaults():
-    assert request() == JobRequest("myorg/app", "main", "web-01", None, {}, False, None, 0)
+    assert request() == JobRequest("myorg/app", "main", "web-01", None, {}, False, None, None)
 
 
 def test_host_names_are_lowered():
@@ -310,7 +310,7 @@ def test_a_heartbeat_is_checked_whole():
 def test_log_lines_have_defaults():
     assert upload({"message": "x"}).lines == [["x", "info", STAMP]]
     given = {"message": "", "level": "error", "timestamp": "2026-01-02T03:04:05+01:00"}
-    assert upload(given, commit=SHA) == LogUpload(1, 0, [["", "error", "2026-01-02T03:04:05+01:00"]], SHA)
+    assert upload(given, commit=SHA) == LogUpload(1, 0, [["", "error", "2026-01-02T02:04:05.000Z"]], SHA)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +328,20 @@ def test_log_lines_have_defaults():
 )
 def test_a_timestamp_is_a_time(stamp):
     assert errors_of(lambda: upload({"message": "x", "timestamp": stamp})).keys() == {"lines[0].timestamp"}
+
+
+@pytest.mark.parametrize(
+    "stamp",
+    ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "0000-01-01T00:00:00Z", "2026-11-23T24:00:00Z"]
+    + ["2026-11-23T13:13:60Z", "2026-11-23T13:13:37.123456789Z", "2026-11-23T13:13:37+99:99", "1969-01-01T00:00:00Z"],
+)
+def test_a_time_at_the_edge_is_refused_or_kept_in_our_form(stamp):
+    try:
+        ((_, _, kept),) = upload({"message": "x", "timestamp": stamp}).lines
+    except ValidationError as error:
+        assert error.errors[0][0] == "lines[0].timestamp"
+    else:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", kept)
 
 
 def test_a_log_upload_is_checked_whole():
