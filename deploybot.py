@@ -80,12 +80,14 @@ IDLE_DEADLINE = 75  # seconds that a kept-alive connection may say nothing
 SEND_DEADLINE = 20  # seconds without progress after which a reader counts as gone
 STOP_DEADLINE = 4.0  # seconds that connections get to end at stop
 PULSE = 15.0  # seconds between the comments on a silent stream: what finds dead readers
+RETRY_AFTER = 5  # seconds
 GRACE = 60  # seconds that an agent gets to report a timeout before the controller ends the job itself
 POLL_INTERVAL = 5  # seconds between heartbeats of an agent that does not park
 FLUSH_INTERVAL = 10.0  # seconds between two writings of the agents' last contact
 HUB_EVENTS = 1024  # recent events kept in memory; a reader that is behind them reads the database
 HUB_BYTES = 8 * MIB
 READ_BYTES = 128 * KIB  # of events that one step of a reader takes: what a slow one holds
+PAGE_BYTES = 1 * MIB  # of events in one page of a log
 READERS = 4  # reading connections: more would only wait for the same two cores
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
@@ -104,7 +106,9 @@ T = TypeVar("T")
 
 
 class DeployBotError(Exception):
-    """What a caller can be told. `str(error)` says what is wrong and, where it can, what to do next."""
+    """What a caller can be told. `str(error)` says what is wrong and, where it can, what to do next; `more` is for programs."""
+
+    more: Mapping[str, Any] = {}
 
 
 class Malformed(DeployBotError):
@@ -117,6 +121,7 @@ class ValidationError(DeployBotError):
     def __init__(self, errors: list[tuple[str, str]]):
         super().__init__("; ".join(f"{field}: {message}" for field, message in errors))
         self.errors = errors
+        self.more = {"errors": [{"field": field, "message": message} for field, message in errors]}
 
 
 class NotFound(DeployBotError):
@@ -124,11 +129,11 @@ class NotFound(DeployBotError):
 
 
 class Conflict(DeployBotError):
-    """The state does not allow it. `data` goes into the answer (a log gap's `next_offset`)."""
+    """The state does not allow it. A gap in a log brings `next_offset`."""
 
-    def __init__(self, detail: str, **data: Any):
+    def __init__(self, detail: str, **more: Any):
         super().__init__(detail)
-        self.data = data
+        self.more = more
 
 
 class Unauthorized(DeployBotError):
@@ -144,11 +149,7 @@ class TooLarge(DeployBotError):
 
 
 class Unavailable(DeployBotError):
-    """Cannot be done now. `retry_after`: seconds."""
-
-    def __init__(self, detail: str, retry_after: int = 5):
-        super().__init__(detail)
-        self.retry_after = retry_after
+    """Cannot be done now, and may be in RETRY_AFTER seconds."""
 
 
 class StartError(DeployBotError):
@@ -165,6 +166,7 @@ class AppsError(DeployBotError):
     def __init__(self, problems: list[tuple[int, str]]):
         super().__init__("; ".join(f"line {line}: {message}" for line, message in problems))
         self.problems = problems
+        self.more = {"errors": [{"field": f"line {line}", "message": message} for line, message in problems]}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -1755,15 +1757,15 @@ class JobQueue:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def first_of(events: Iterable[Event]) -> tuple[list[Event], bool]:
-    """About READ_BYTES of them, at least one, and whether there may be more."""
+def first_of(events: Iterable[Event], budget: int = READ_BYTES) -> tuple[list[Event], bool]:
+    """About so many bytes of them, at least one, and whether there are more."""
     taken: list[Event] = []
     size = 0
     for event in events:
+        if size > budget:
+            return taken, True
         taken.append(event)
         size += event.size()
-        if size > READ_BYTES:
-            return taken, True
     return taken, False
 
 
@@ -2053,7 +2055,7 @@ class Agent:
     last_heartbeat: str
     contact: float = 0.0
     online: bool = True  # what it last said of itself
-    strays: frozenset[tuple[str, int]] = frozenset()  # (job id, attempt) that it was told it holds no more
+    told: frozenset[tuple[str, int]] = frozenset()  # (job id, attempt) that the last answer named as to be stopped
 
     def row(self) -> tuple[Any, ...]:
         return dataclasses.astuple(self)[:9]
@@ -2071,7 +2073,6 @@ class Lease:
     since: float  # monotonic: when it was claimed, or the controller started
     deadline: float  # monotonic: when the controller ends it itself
     cancel: bool = False
-    cancel_told: bool = False  # a parked heartbeat ended for it
     answered: int | None = None  # tick of Jobs at which the answer that carried it was written
 
 
@@ -2083,8 +2084,7 @@ class Order(NamedTuple):
     interval: int
 
 
-# The columns that a new job has not filled yet.
-NOTHING_YET: dict[str, Any] = dict.fromkeys((*Job._fields[14:23], "deployment_id", "session"))
+NO_JOB = Job._make([None] * len(Job._fields))
 
 
 def in_words(job: Job) -> str:
@@ -2202,7 +2202,9 @@ class Jobs:
             ticket = self.queue.ticket(agent.hostname)
             agent, again = self._current(agent_id, beat), False
             job = self._undelivered(agent, beat, arrived)
-            if job is None and not self._news(agent, beat):
+            if (
+                job is None and self._stops(agent, beat) <= agent.told
+            ):  # else it is told at once; once, or it would spin
                 entry = self.queue.take(agent.hostname, self._busy(agent, beat), ticket, deadline)
                 job = self._try(agent, entry, connected) if entry else None
                 again = (
@@ -2212,7 +2214,10 @@ class Jobs:
                     and not self.queue.closed
                 )
         self._touch(agent)
-        return Order(job, self._cancels(agent, beat), 0 if beat.wait and agent.online else POLL_INTERVAL)
+        agent.told = self._stops(agent, beat)
+        return Order(
+            job, sorted({job_id for job_id, _ in agent.told}), 0 if beat.wait and agent.online else POLL_INTERVAL
+        )
 
     def delivered(self, job: Job) -> None:
         """The answer that carries this job was written, or could not be: from now on a heartbeat without it asks for it again."""
@@ -2274,23 +2279,12 @@ class Jobs:
                 return job
         return None
 
-    def _strays(self, agent: Agent, beat: Heartbeat) -> frozenset[tuple[str, int]]:
-        """What the agent holds and should not: ended here, or another attempt by now."""
-        leases = {(lease.job_id, lease.attempt) for lease in self._leases_of(agent.hostname)}
-        return (beat.running or frozenset()) - leases
-
-    def _cancels(self, agent: Agent, beat: Heartbeat) -> list[str]:
-        """Jobs that the agent is to stop; from now on told."""
-        wanted = [lease for lease in self._leases_of(agent.hostname) if lease.cancel]
-        for lease in wanted:
-            lease.cancel_told = True
-        agent.strays = self._strays(agent, beat)
-        return [lease.job_id for lease in wanted] + [job for job, _ in agent.strays]
-
-    def _news(self, agent: Agent, beat: Heartbeat) -> bool:
-        """Whether there is something to stop that the agent was not told: each ends one parking."""
-        untold = any(lease.cancel and not lease.cancel_told for lease in self._leases_of(agent.hostname))
-        return untold or bool(self._strays(agent, beat) - agent.strays)
+    def _stops(self, agent: Agent, beat: Heartbeat) -> frozenset[tuple[str, int]]:
+        """(job id, attempt) that the agent is to stop: a cancel was asked for, or it is not the agent's (any more)."""
+        leases = self._leases_of(agent.hostname)
+        held = {(lease.job_id, lease.attempt) for lease in leases}
+        wanted = {(lease.job_id, lease.attempt) for lease in leases if lease.cancel}
+        return frozenset(wanted | ((beat.running or frozenset()) - held))
 
     def _busy(self, agent: Agent, beat: Heartbeat) -> frozenset[str] | None:
         """Apps that run on the host now; None where it may take no job."""
@@ -2400,6 +2394,10 @@ class Jobs:
 
     # -- what a person or a push asks for ----------------------------------------------------------------------------
 
+    def job(self, job_id: str) -> Job:
+        with self.store.read() as db:
+            return db.job(job_id)
+
     def submit(self, asked: JobRequest, principal: Principal) -> tuple[Job, bool, str | None]:
         """(job, whether it was made now, a warning or None)."""
         app = self._app_of(asked)
@@ -2421,25 +2419,12 @@ class Jobs:
         if existing:
             return existing, False
         now = self.clock.stamp()
-        job = Job(
-            id=self._new_id(),
-            repo=asked.repo,
-            ref=asked.ref,
-            host=asked.host,
-            app=app.name,
-            status=Status.PENDING,
-            reason=None,
-            hold=None,
-            metadata=dump(asked.metadata),
-            attempt=0,
-            retries=app.retries if asked.retries is None else asked.retries,
-            timeout=asked.timeout or app.timeout,
-            created_at=now,
-            queued_at=now,
-            created_by=by,
-            retry_of=retry_of,
-            spec=app.spec(),
-            **NOTHING_YET,
+        job = NO_JOB._replace(
+            **{name: getattr(asked, name) for name in ("repo", "ref", "host")},
+            **{"id": self._new_id(), "app": app.name, "status": Status.PENDING, "attempt": 0},
+            **{"metadata": dump(asked.metadata), "spec": app.spec(), "timeout": asked.timeout or app.timeout},
+            **{"retries": app.retries if asked.retries is None else asked.retries, "retry_of": retry_of},
+            **{"created_at": now, "queued_at": now, "created_by": by},
         )
         tx.add_job(job)
         self._announce(tx, job)
@@ -2729,17 +2714,13 @@ class Jobs:
         return found[-1].position if more else until, found
 
     def log_lines(self, job_id: str, after: int, limit: int) -> tuple[list[dict[str, Any]], int | None]:
-        """Lines after that position and, where there are more, the position to go on from. A page ends early at READ_BYTES."""
-        lines: list[dict[str, Any]] = []
-        size = 0
+        """Lines after that position and, where there are more, the position to go on from. A page ends early at PAGE_BYTES."""
         with self.store.read() as db:
             db.job(job_id)
-            for event in db.log_events(job_id, after):
-                if len(lines) >= limit or size > READ_BYTES:
-                    return lines[:limit], lines[:limit][-1]["position"]
-                lines += event.after(after).log_lines()
-                size += len(event.data)
-        return lines[:limit], lines[limit - 1]["position"] if len(lines) > limit else None
+            events, more = first_of(db.log_events(job_id, after), PAGE_BYTES)
+        lines = [line for event in events for line in event.after(after).log_lines()]
+        more = more or len(lines) > limit
+        return lines[:limit], lines[:limit][-1]["position"] if more else None
 
     # -- small parts that the use cases share ------------------------------------------------------------------------
 
@@ -2926,43 +2907,39 @@ def answer(status: int, value: Any, sent: Callable[[], None] | None = None) -> R
     return Response(status, (dump(value) + "\n").encode(), sent=sent)
 
 
-# From error to status and title; the first class that fits.
-STATUSES: tuple[tuple[type[DeployBotError], int, str], ...] = (
-    (Malformed, 400, "Not parseable"),
-    (ValidationError, 422, "Fields are wrong"),
-    (NotFound, 404, "Not found"),
-    (Conflict, 409, "Conflict"),
-    (Unauthorized, 401, "No valid token"),
-    (Forbidden, 403, "Not allowed"),
-    (TooLarge, 413, "Too large"),
-    (Unavailable, 503, "Not available now"),
-    (AppsError, 422, "apps.yaml is wrong"),
-)
-
-
-def problem(status: int, title: str, detail: str, more: Mapping[str, Any] = {}, headers: Any = ()) -> Response:
+def problem(status: int, title: str, detail: str, more: Mapping[str, Any], headers: Any) -> Response:
     """RFC 9457."""
     body = {"type": "about:blank", "title": title, "status": status, "detail": detail, **more}
     return Response(status, (dump(body) + "\n").encode("utf-8", "replace"), "application/problem+json", tuple(headers))
 
 
+class MethodNotAllowed(DeployBotError):
+    def __init__(self, allowed: list[str]):
+        super().__init__("this path takes " + " and ".join(allowed))
+        self.allowed = allowed
+
+
+# From error to status, title and headers; the first class that fits.
+STATUSES: tuple[tuple[type[DeployBotError], int, str, Mapping[str, str]], ...] = (
+    (Malformed, 400, "Not parseable", {}),
+    (Unauthorized, 401, "No valid token", {"WWW-Authenticate": "Bearer"}),
+    (Forbidden, 403, "Not allowed", {}),
+    (NotFound, 404, "Not found", {}),
+    (MethodNotAllowed, 405, "Method not allowed", {}),
+    (Conflict, 409, "Conflict", {}),
+    (TooLarge, 413, "Too large", {}),
+    (ValidationError, 422, "Fields are wrong", {}),
+    (AppsError, 422, "apps.yaml is wrong", {}),
+    (Unavailable, 503, "Not available now", {"Retry-After": str(RETRY_AFTER)}),
+)
+
+
 def problem_of(error: DeployBotError) -> Response:
     if isinstance(error, Refusal):
-        return problem(error.status, http.HTTPStatus(error.status).phrase, str(error))
-    status, title = next((status, title) for kind, status, title in STATUSES if isinstance(error, kind))
-    more: dict[str, Any] = {}
-    headers: list[tuple[str, str]] = []
-    if isinstance(error, ValidationError):
-        more["errors"] = [{"field": field, "message": message} for field, message in error.errors]
-    elif isinstance(error, AppsError):
-        more["errors"] = [{"field": f"line {line}", "message": message} for line, message in error.problems]
-    elif isinstance(error, Conflict):
-        more.update(error.data)
-    elif isinstance(error, Unauthorized):
-        headers.append(("WWW-Authenticate", "Bearer"))
-    elif isinstance(error, Unavailable):
-        headers.append(("Retry-After", str(error.retry_after)))
-    return problem(status, title, str(error), more, headers)
+        return problem(error.status, http.HTTPStatus(error.status).phrase, str(error), {}, ())
+    _, status, title, headers = next(row for row in STATUSES if isinstance(error, row[0]))
+    allow = [("Allow", ", ".join(error.allowed))] if isinstance(error, MethodNotAllowed) else []
+    return problem(status, title, str(error), error.more, [*headers.items(), *allow])
 
 
 class Route(NamedTuple):
@@ -2972,12 +2949,6 @@ class Route(NamedTuple):
     function: Callable[[Any, Request], Response | Stream]
     limit: int = MAX_BODY  # bytes of a body
     admit: Callable[[Any, Request], None] | None = None  # called before the body is read; raises where it need not be
-
-
-class MethodNotAllowed(DeployBotError):
-    def __init__(self, allowed: list[str]):
-        super().__init__("this path takes " + " and ".join(allowed))
-        self.allowed = allowed
 
 
 class Router:
@@ -3031,15 +3002,13 @@ class Dispatcher:
                 route.admit(self._api, request)
             request.body = read_body(route.limit)
             response = route.function(self._api, request)
-        except MethodNotAllowed as error:
-            response = problem(405, "Method not allowed", str(error), headers=[("Allow", ", ".join(error.allowed))])
         except DeployBotError as error:
             response = problem_of(error)
         except OSError:
             raise
         except Exception:
             log.exception("%s %s failed", request.method, pattern)
-            response = problem(500, "Internal error", "this is a fault of the controller: its log says more")
+            response = problem(500, "Internal error", "this is a fault of the controller: its log says more", {}, ())
         method = request.method if pattern != "none" else "other"
         self._metrics.count(
             "deploybot_http_requests_total", f'method="{method}",route="{pattern}",status="{response.status}"'
@@ -3259,7 +3228,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections: set[socket.socket] = set()
         # Connections that have not sent a whole head, oldest first; each is put in and taken out by its own thread.
         self.waiting: dict[socket.socket, None] = {}
-        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES
+        self._limit = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES)
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -3387,8 +3356,7 @@ def list_jobs(api: Controller, request: Request) -> Response:
 
 
 def get_job(api: Controller, request: Request) -> Response:
-    with api.store.read() as db:
-        return answer(200, {"job": db.job(job_id(request)).public()})
+    return answer(200, {"job": api.jobs.job(job_id(request)).public()})
 
 
 def cancel_job(api: Controller, request: Request) -> Response:
@@ -3417,9 +3385,9 @@ def read_logs(api: Controller, request: Request) -> Response | Stream:
     f = request.query((), ("after", "limit"))
     after = f.integer("after", 0, 1 << 53) or 0
     limit = f.done(f.integer("limit", 1, 10_000)) or 1000
-    lines, following = api.jobs.log_lines(job_id(request), after, limit)
     if "text/plain" in request.headers.get("accept", ""):
-        return Stream(log_text(api, job_id(request), after), "text/plain; charset=utf-8")
+        return Stream(log_text(api, api.jobs.job(job_id(request)).id, after), "text/plain; charset=utf-8")
+    lines, following = api.jobs.log_lines(job_id(request), after, limit)
     return answer(200, {"lines": lines, "next": following})
 
 
@@ -3432,12 +3400,8 @@ def list_hosts(api: Controller, request: Request) -> Response:
     return answer(200, {"hosts": api.jobs.hosts()})
 
 
-def drain_host(api: Controller, request: Request) -> Response:
-    return answer(200, {"host": api.jobs.drain(request.params[0].lower(), True)})
-
-
-def resume_host(api: Controller, request: Request) -> Response:
-    return answer(200, {"host": api.jobs.drain(request.params[0].lower(), False)})
+def drain_host(drained: bool) -> Callable[[Controller, Request], Response]:
+    return lambda api, request: answer(200, {"host": api.jobs.drain(request.params[0].lower(), drained)})
 
 
 def remove_host(api: Controller, request: Request) -> Response:
@@ -3600,8 +3564,8 @@ ROUTES = [
     Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, read_logs),
     Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, report_result),
     Route("GET", "/v1/hosts", Scope.VIEWER, list_hosts),
-    Route("POST", "/v1/hosts/{hostname}/drain", Scope.ADMIN, drain_host),
-    Route("POST", "/v1/hosts/{hostname}/resume", Scope.ADMIN, resume_host),
+    Route("POST", "/v1/hosts/{hostname}/drain", Scope.ADMIN, drain_host(True)),
+    Route("POST", "/v1/hosts/{hostname}/resume", Scope.ADMIN, drain_host(False)),
     Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, remove_host),
     Route("GET", "/v1/apps", Scope.VIEWER, list_apps),
     Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
@@ -3778,6 +3742,8 @@ def serve(arguments: list[str]) -> int:
     log.addHandler(handler)
     log.setLevel(config.log_level)
     os.umask(0o077)  # the database holds commands, which may hold secrets
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each agent that waits holds a connection
     signals = signal_pipe()
     daemon = Daemon(config)
     daemon.start()
