@@ -481,8 +481,8 @@ def unix_time(stamp: str) -> float:
 
 
 def is_stamp(text: str) -> str | None:
-    with contextlib.suppress(ValueError):
-        if STAMP.fullmatch(text) and datetime.datetime.fromisoformat(text):
+    with contextlib.suppress(ValueError, OverflowError):  # no such day, or a year that UTC pushes out of 1 to 9999
+        if STAMP.fullmatch(text) and rfc3339(unix_time(text)):
             return None
     return "must be a time as in RFC 3339"
 
@@ -3228,7 +3228,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._connections: set[socket.socket] = set()
         # Connections that have not sent a whole head, oldest first; each is put in and taken out by its own thread.
         self.waiting: dict[socket.socket, None] = {}
-        self._limit = max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE_FILES)
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._limit = sys.maxsize if files == resource.RLIM_INFINITY else max(16, files - SPARE_FILES)
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:

@@ -561,7 +561,13 @@ def test_the_webhook_answers_as_documented(api):
     push(api, secret="wrong", status=401)
     push(api, body=b"{", status=400)
     push(api, body=b'{"ref": 1, "repository": {}}', status=422)
-    api.ask("POST", "/v1/webhooks/github", headers={"Content-Length": str(25 * 2**20 + 1)}, role=None, status=413)
+    api.ask(
+        "POST",
+        "/v1/webhooks/github",
+        headers={"Content-Length": str(25 * 2**20 + 1), "X-Hub-Signature-256": "sha256=" + "0" * 64},
+        role=None,
+        status=413,
+    )
 
 
 def test_pages_and_operations_answer_as_documented(api):
