@@ -136,6 +136,7 @@ NOT_FROM_HERE = [
     {"x-forwarded-proto": "https"},
     {"x-forwarded-whatever": ""},
     {"via": "1.1 proxy"},
+    {"x-real-ip": "127.0.0.1"},
     {"origin": "https://evil.example.com"},
     {"origin": "null"},
     {"origin": "http://localhost:9999"},

@@ -125,3 +125,17 @@ def test_each_option_has_a_field_and_no_secret_is_an_option():
     fields = {field.name for field in dataclasses.fields(Config)}
     assert fields == {option.field for option in deploybot.OPTIONS} | set(deploybot.SECRETS)
     assert not {option.field for option in deploybot.OPTIONS} & set(deploybot.SECRETS)
+
+
+def test_an_empty_variable_is_not_set():
+    """As a line `DEPLOYBOT_PORT=` of .env leaves it."""
+    assert load({option.variable: "" for option in deploybot.OPTIONS}) == load()
+
+
+def test_a_token_is_what_a_header_can_carry():
+    for name in ("TOKEN", "AGENT_TOKEN", "READ_TOKEN"):
+        for value in ("two words", "a\tb", "é", "a\nb"):
+            assert f"DEPLOYBOT_{name}" in problems({f"DEPLOYBOT_{name}": value})[0]
+    assert (
+        load({"DEPLOYBOT_WEBHOOK_SECRET": "It's a Secret to Everybody"}).webhook_secret == "It's a Secret to Everybody"
+    )

@@ -127,3 +127,14 @@ def test_close_ends_every_wait_and_gives_what_is_left(pool):
 def test_many_short_lines_are_counted_as_what_they_cost_a_reader():
     """A thousand empty lines are few bytes in the database, and a thousand frames in memory."""
     assert event(1000, lines=1000, data="[]").size() > 100 * 1000
+
+
+def test_a_reader_far_behind_the_head_gets_all_of_the_window_in_parts_without_a_gap():
+    hub = EventHub(0, max_events=2000)
+    fill(hub, *[event(number, data="x" * 3000) for number in range(1, 1501)])
+    position, seen = 0, []
+    while position < hub.head:
+        part = positions(hub.since(position, 0))
+        seen += part
+        position = part[-1]
+    assert seen == list(range(1, 1501))
