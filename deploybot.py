@@ -939,26 +939,31 @@ class LocatedDecoder(json.JSONDecoder):
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=list, parse_int=small_integer)
-        parse = self.parse_object
-
-        def located(text_and_start: tuple[str, int], *rest: Any) -> tuple[Located, int]:
-            pairs, end = parse(text_and_start, *rest)
-            text, start = text_and_start
-            lines = [(key, text.count("\n", 0, at) + 1) for key, at in self._places(text, start, end, pairs)]
-            refuse_repeated(lines)
-            return Located(pairs, text.count("\n", 0, start) + 1, dict(lines)), end
-
-        self.parse_object = located
+        self._parse = self.parse_object
+        self.parse_object = self._located
         self.scan_once = json.scanner.py_make_scanner(self)
+
+    def decode(self, text: str) -> Any:  # type: ignore[override]
+        self._line_ends = [match.start() for match in re.finditer("\n", text)]
+        return super().decode(text)
+
+    def _line(self, at: int) -> int:
+        return bisect.bisect_left(self._line_ends, at) + 1
+
+    def _located(self, text_and_start: tuple[str, int], *rest: Any) -> tuple[Located, int]:
+        pairs, end = self._parse(text_and_start, *rest)
+        text, start = text_and_start
+        lines = [(key, self._line(at)) for key, at in self._places(text, start, end, pairs)]
+        refuse_repeated(lines)
+        return Located(pairs, self._line(start), dict(lines)), end
 
     @staticmethod
     def _places(text: str, start: int, end: int, pairs: list[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
         """Where each key stands, also one that stands twice."""
         at: dict[str, int] = {}
         for key, _ in pairs:
-            match = re.compile(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:").search(
-                text, at.get(key, start), end
-            )
+            pattern = re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:"
+            match = re.compile(pattern).search(text, at.get(key, start), end)
             at[key] = match.end() if match else start
             yield key, match.start() if match else start
 
