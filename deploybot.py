@@ -387,9 +387,12 @@ BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.l
 JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def dump(value: Any) -> str:
     """JSON without blanks."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return ENCODER.encode(value)
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1065,10 +1068,10 @@ def string(check: Callable[[str], str | None]) -> Callable[[Any], str]:
         if not isinstance(value, str):
             raise ValueError("must be a string")
         problem = check(value)
+        if problem and check is is_clone_url:  # the value may hold a password
+            raise ValueError(problem)
         if problem:
-            raise ValueError(
-                problem if check is is_clone_url else f"{value[:80]!r} {problem}"
-            )  # a URL may hold a password
+            raise ValueError(f"{value[:80]!r} {problem}")
         return value
 
     return read
