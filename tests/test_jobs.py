@@ -344,6 +344,22 @@ def test_6_only_for_heartbeats_that_came_after_the_answer(controller, monkeypatc
     assert controller.beat(agent, running=[])["job"] == job
 
 
+def test_6_a_heartbeat_that_was_parked_all_the_time_does_not_get_it_again(controller):
+    """It came before the answer was written, so its `running` says nothing of that job."""
+    agent = controller.register(slots=2)
+    waiting = [in_background(controller.beat, agent, running=[], wait=25) for _ in range(2)]
+    parked(controller, count=2)
+    controller.create()
+    (done,), (left,) = concurrent.futures.wait(waiting, 20, concurrent.futures.FIRST_COMPLETED)
+    job = done.result()["job"]
+    wait_for(lambda: controller.jobs._leases["web-01"][job["id"]].answered is not None)
+    parked(controller)
+    second = controller.create(repo="o/other")  # wakes it: it looks again
+    taken = left.result(20)["job"]
+    assert taken["id"] == second["id"]
+    assert controller.beat(agent, running=holding(taken))["job"] == job
+
+
 def test_6_a_claim_whose_connection_dropped_is_delivered_again(controller):
     """The client goes after the claim began: reset before the answer."""
     agent, job = controller.register(), controller.create()
@@ -441,6 +457,7 @@ def test_6_a_claim_of_the_older_session_is_refused_in_the_database(controller):
 
 def test_6_a_database_failure_while_claiming_puts_the_job_back(controller):
     agent, job = controller.register(), controller.create()
+    controller.create(ref="later")
     claim = controller.jobs._claim
 
     def fails(*args):
@@ -453,7 +470,7 @@ def test_6_a_database_failure_while_claiming_puts_the_job_back(controller):
     controller.jobs._claim = claim
     assert controller.job(job["id"])["attempt"] == 0
     taken = controller.beat(agent, running=[])["job"]
-    assert (taken["id"], taken["attempt"]) == (job["id"], 1)
+    assert (taken["id"], taken["attempt"]) == (job["id"], 1), "at its old place"
 
 
 # Cancel

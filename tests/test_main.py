@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SECRET, TOKENS, Controller, EventStream, wait_for
+from conftest import SECRET, TOKENS, Controller, wait_for
 
 import deploybot
 
@@ -126,7 +126,10 @@ def test_sigterm_ends_within_five_seconds(run):
     silent = socket.create_connection(("127.0.0.1", c.port))
     half = socket.create_connection(("127.0.0.1", c.port))
     half.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x")
-    streams = [EventStream(c, timeout=30) for _ in range(5)]
+    streams = [socket.create_connection(("127.0.0.1", c.port), timeout=30) for _ in range(5)]
+    for stream in streams:
+        stream.sendall(b"GET /v1/logs/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert stream.recv(12) == b"HTTP/1.1 200"
     with concurrent.futures.ThreadPoolExecutor(10) as pool:
         parked = [pool.submit(c.beat, agent, wait=25) for agent in agents]
         read = "\ndeploybot_http_connections "
@@ -135,9 +138,13 @@ def test_sigterm_ends_within_five_seconds(run):
         assert c.stop() == 0
         took = time.monotonic() - started
         assert all(answer.result(20)["acknowledged"] for answer in parked)
-    assert [list(stream) for stream in streams] == [[]] * 5, "each ended with its last chunk"
+    for stream in streams:
+        with stream, stream.makefile("rb") as rest:
+            assert rest.read().endswith(b"0\r\n\r\n"), "with its last chunk"
     assert took < STOP_LIMIT + 3
-    assert silent.recv(1) == b"" and half.recv(1) == b""
+    for connection in (silent, half):
+        with connection:
+            assert connection.recv(1) == b""
     assert c.said().splitlines()[-1].endswith("stopped") and "Traceback" not in c.said()
     c.start()
     assert c.job(running["id"])["status"] == "running"
