@@ -35,7 +35,7 @@ dist: python ## write dist/deploybot.py: the controller with its pages inside, o
 
 test: python ## run the tests, in a .venv that it makes
 	@$(call make_venv,$(VENV),yaml pytest,$(PYYAML) $(PYTEST))
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@if [ -n "$(ARGS)" ]; then $(VENV)/bin/python -m pytest $(ARGS); else PYTHON=$(VENV)/bin/python .ci/test; fi
 
 fmt: python ## format the Python files, sort their imports
 	@$(call make_venv,$(VENV)-check,ruff,$(RUFF))
