@@ -25,6 +25,7 @@ import datetime
 import difflib
 import email.utils
 import enum
+import errno
 import fcntl
 import fnmatch
 import functools
@@ -56,6 +57,9 @@ import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple, TypeVar
+
+if sys.version_info < (3, 11):
+    sys.exit("deploybot.py needs Python 3.11 or newer; this is " + sys.version.split()[0])
 
 VERSION = "0.1.0"
 
@@ -1082,7 +1086,7 @@ def strings(check: Callable[[str], str | None]) -> Callable[[Any], tuple[str, ..
 
     def read(value: Any) -> tuple[str, ...]:
         if not isinstance(value, list) or not value:
-            raise ValueError("must be a list with at least one entry")
+            raise ValueError("must be a list with at least one entry: [first, second]")
         return tuple(dict.fromkeys(map(string(check), value)))
 
     return read
@@ -1529,7 +1533,9 @@ class Store:
                 reader.execute("PRAGMA query_only = ON")
                 self._readers.put(reader)
             self.position = Queries(self._db).last_position()
-        except (OSError, sqlite3.Error) as error:
+        except OSError as error:
+            raise StartError(f"database {path}: {error.strerror}: {error.filename}") from None
+        except sqlite3.Error as error:
             raise StartError(f"database {path}: {error}") from None
         # Work that waits for a commit; appended by any thread, taken by the one that holds _writer.
         self._waiting: collections.deque[Work] = collections.deque()
@@ -2100,7 +2106,7 @@ def in_words(job: Job) -> str:
     if job.status == Status.RUNNING:
         return f"running (attempt {job.attempt})"
     code = f" {job.exit_code}" if job.reason == Reason.EXIT_CODE and job.exit_code is not None else ""
-    return f"{job.status} ({job.reason}{code})" if job.reason else job.status
+    return f"{job.status} ({job.reason}{code})" if job.reason and job.reason != job.status else job.status
 
 
 def tail_start(chunks: Iterable[tuple[int, int]], tail: int, head: int) -> int:
@@ -2450,6 +2456,10 @@ class Jobs:
             return f"no agent has registered as {job.host}{nearest(job.host, longer[:1] or hosts)}"
         if agent.drained:
             return f"{job.host} is drained: the job waits until ctl.py hosts resume {job.host}"
+        repos = [app.repo for app in self.apps.all]
+        if not asked.app and repos and not self.apps.of_repo(asked.repo):
+            hint = nearest(asked.repo, repos)
+            return f"apps.yaml has no app of {asked.repo}{hint} (it deploys without commands of its own)"
         if asked.app and not self.apps.named(asked.app):
             known = [app.name for app in self.apps.all]
             return (
@@ -2464,7 +2474,7 @@ class Jobs:
         def do(tx: Tx) -> tuple[list[str], str]:
             before = tx.delivery(delivery, body_sha256)
             if before:
-                return before
+                return before[0], f"taken before, nothing new is made: {before[1]} (ctl.py retry JOB deploys it again)"
             made: list[str] = []
             for app in apps:
                 for host in app.hosts:
@@ -3438,7 +3448,7 @@ def reload_apps(api: Controller, request: Request) -> Response:
     try:
         api.apps.load()
     except OSError as error:
-        raise AppsError([(0, f"{api.apps.path}: {error.strerror}")]) from None
+        raise Unavailable(f"{api.apps.path} cannot be read: {error.strerror}; the mapping in force stays") from None
     return answer(200, {"apps": len(api.apps.all), "message": f"{api.apps.path} is in force"})
 
 
@@ -3658,7 +3668,8 @@ class Daemon:
         try:
             self.server = Server((config.host, config.port), Dispatcher(self.api, ROUTES, auth, self.metrics))
         except OSError as error:
-            raise StartError(f"--host {config.host} --port {config.port}: {error.strerror}") from None
+            hint = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
+            raise StartError(f"--host {config.host} --port {config.port}: {error.strerror}{hint}") from None
         self.port = self.server.server_address[1]
 
     def _load_apps(self) -> None:
@@ -3676,7 +3687,9 @@ class Daemon:
         self._accepting = threading.Thread(target=self.server.serve_forever, args=(poll_interval,), daemon=True)
         self._accepting.start()
         mode = "open: requests from this machine need no token" if self.config.open else "closed"
-        log.info("DeployBot %s listens on %s port %s (%s)", VERSION, self.config.host, self.port, mode)
+        here = "localhost" if self.config.host in ("0.0.0.0", "::") else self.config.host
+        url = f"http://{f'[{here}]' if ':' in here else here}:{self.port}"
+        log.info("DeployBot %s listens on %s port %s (%s): %s", VERSION, self.config.host, self.port, mode, url)
 
     def reload(self) -> None:
         """On SIGHUP. A file with a mistake changes nothing."""

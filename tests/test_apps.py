@@ -460,8 +460,8 @@ def test_a_reload_of_a_file_that_is_gone_keeps_the_mapping_in_force(controller):
     controller.set_app(**ENTRY)
     controller.apps_file.unlink()
     status, answer = controller.call("POST", "/v1/reload")
-    assert status == 422
-    assert "No such file" in answer["errors"][0]["message"]
+    assert status == 503
+    assert "No such file" in answer["detail"] and str(controller.apps_file) in answer["detail"]
     controller.daemon.reload()
     assert len(controller.ok("GET", "/v1/apps")["apps"]) == 1
 

@@ -410,3 +410,14 @@ def test_a_host_is_bound_to_its_own_secret(make_controller):
     beat = {token: c.call("POST", path, {"status": "online"}, {"Authorization": f"Bearer {token}"})[0]
             for token in ("one", "two", "dbt_read", "nonsense")}  # fmt: skip
     assert beat == {"one": 401, "two": 200, "dbt_read": 403, "nonsense": 401}, "a replaced secret counts no more"
+
+
+def test_a_mistyped_repository_is_warned_of(make_controller):
+    """It deploys, as it may be meant; but without the commands of any app."""
+    controller = make_controller()
+    controller.set_app(name="hello", repo="myorg/hello", hosts=["web-01"])
+    controller.register("web-01")
+    asked = {"repo": "myorg/helo", "ref": "main", "host": "web-01"}
+    warning = controller.ok("POST", "/v1/jobs", asked)["warning"]
+    assert warning.startswith("apps.yaml has no app of myorg/helo; did you mean myorg/hello?")
+    assert "warning" not in controller.ok("POST", "/v1/jobs", {**asked, "repo": "myorg/Hello"})
