@@ -741,14 +741,22 @@ def watch(client, screen, jobs, show):
         raise
 
 
+def already(job):
+    """What to say of a deployment that is there already. A branch may have moved since its start; a full SHA stays."""
+    ref = cell(job["ref"])
+    if job["status"] != "running" or short_commit(ref) != ref:
+        return f"this deployment is {job['status']} already, --force makes a new one"
+    commit = f" (commit {short_commit(job['commit'])})" if job["commit"] else ""
+    return f"this deployment is running already, with {ref} as it was at its start{commit}; --force deploys {ref} as it is now"
+
+
 def conclude(client, screen, options, results):
     """Shows the answers to creations, {job, created, warning?} each; waits for the ends where the options say so."""
     for one in results:
         if one.get("warning"):
             screen.note(f"warning: {one['warning']}")
         if not one["created"]:
-            job = one["job"]
-            screen.note(f"{job['host']}: this deployment is {job['status']} already, --force makes a new one")
+            screen.note(f"{one['job']['host']}: {already(one['job'])}")
     made = [one["job"] for one in results]
     if not (options.follow or options.wait):
         screen.show({"results": results}, lambda: show_jobs(screen, made))

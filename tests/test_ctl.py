@@ -318,6 +318,24 @@ def test_deploy_again_is_the_same_job_unless_forced(run, agent):
     assert "pending already" in run(*DEPLOY).err
 
 
+def test_deploy_of_a_ref_that_runs_already_says_which_commit_that_is(run, controller, agent):
+    make(controller)
+    job = agent.take()
+    words = "web-01: this deployment is running already, with main as it was at its start{}; --force deploys main as it is now\n"
+    assert run(*DEPLOY).err == words.format("")
+    body = {"attempt": 1, "offset": 0, "lines": [{"message": "x"}], "commit": "69c854d2" + "0" * 32}
+    agent.call("POST", f"/v1/jobs/{job['id']}/logs", body)
+    assert run(*DEPLOY).err == words.format(" (commit 69c854d2)")
+
+
+def test_deploy_of_a_commit_that_runs_already_is_the_same_for_ever(run, controller, agent):
+    sha = "a" * 40
+    make(controller, ref=sha)
+    agent.take()
+    again = run("deploy", "--repo", "myorg/web", "--ref", sha, "--host", "web-01")
+    assert again.err == "web-01: this deployment is running already, --force makes a new one\n"
+
+
 def test_deploy_to_several_hosts_makes_a_job_each(run, controller):
     Agent(controller, "web-01"), Agent(controller, "web-02")
     result = run(*DEPLOY, "--host", "web-02", "--host", "web-01", "--json")
