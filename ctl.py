@@ -17,6 +17,9 @@ from collections import deque, namedtuple
 from contextlib import suppress
 from urllib.parse import quote, urlencode, urlsplit
 
+if sys.version_info < (3, 11):
+    sys.exit("ctl.py needs Python 3.11 or newer; this is " + sys.version.split()[0])
+
 VERSION = "0.1.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
 TOKEN_FILE = "data/admin.token"  # where a controller's first start writes it, seen from the folder it runs in
