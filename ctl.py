@@ -593,11 +593,26 @@ def show_jobs(screen, jobs):
     screen.table(headers, rows, shrink=("APP", "HOST", "REF"))
 
 
-def show_job(screen, client, job):
+def why_waits(client, host):
+    """What keeps a Host of the API from taking the next job; None where nothing is known to. `host` has a pending job."""
+    name, running, pending = host["hostname"], host["running"], host["pending"]
+    if host["agent_status"] == "unknown":
+        return f"no agent has registered as {name}"
+    if host["agent_status"] != "online":
+        return f"{name} is offline since {span(time.time() - seconds(host['last_seen']), 1)}"
+    if host["drained"]:
+        return f"{name} is drained ({client.command('hosts resume ' + name)})"
+    if not running or not pending:  # it is about to take one, or has just taken the last
+        return None
+    return f"{name} runs {running} job{'s' * (running > 1)}, {pending} wait{'s' * (pending == 1)} there"
+
+
+def show_job(screen, client, job, waits_for=None):
     metadata = ", ".join(f"{name}={value}" for name, value in (job["metadata"] or {}).items())
     pairs = [
         ("job", job["id"]),
         ("status", state(job)),
+        ("waits_for", waits_for),
         *[
             (name, job[name])
             for name in ("hold", "exit_code", "error", "app", "repo", "ref", "commit", "rolled_back_to", "host")
@@ -728,11 +743,32 @@ def find_job(client, text):
     return found[0]
 
 
-def watch(client, screen, jobs, show):
-    """Waits for the end of `jobs`, with their logs where `show`; the jobs as they ended."""
+def waiting(client, jobs):
+    """[(job, what it waits for)] of those of `jobs` that are pending and where that is known; no answer, none known."""
+    pending = [job for job in jobs if job["status"] == "pending" and not job["hold"]]
+    with suppress(Failure):
+        hosts = client.call("GET", "/v1/hosts")["hosts"] if pending else ()
+        reasons = {host["hostname"]: why_waits(client, host) for host in hosts}
+        return [(job, reasons[job["host"]]) for job in pending if reasons.get(job["host"])]
+    return []
+
+
+def tell_waiting(client, screen, results):
+    """Says once what jobs wait for: those that wait still, and where no warning has said so."""
+    warnings = " ".join(one.get("warning") or "" for one in results)
+    with suppress(Failure):
+        for job, reason in () if screen.as_json else waiting(client, [one["job"] for one in results]):
+            if reason.split(" (")[0] not in warnings and get_job(client, job["id"])["status"] == "pending":
+                screen.note(f"waits for: {reason}")
+
+
+def watch(client, screen, results, show):
+    """Waits for the end of the jobs of `results`, with their logs where `show`; the jobs as they ended."""
+    jobs = [one["job"] for one in results]
     view = LogView(screen, ("host",) if len(jobs) > 1 else (), events=False)
     tail = STREAM_TAIL_MOST if show else 0
     try:
+        tell_waiting(client, screen, results)
         streams = [Stream(client, {"job_id": job["id"], "tail": tail}, answered=True) for job in jobs]
         for event in merged(streams):
             if show or event.kind == "note":
@@ -764,7 +800,7 @@ def conclude(client, screen, options, results):
     if not (options.follow or options.wait):
         screen.show({"results": results}, lambda: show_jobs(screen, made))
         return DONE
-    ended = watch(client, screen, made, options.follow)
+    ended = watch(client, screen, results, options.follow)
     document = {"results": [{**one, "job": job} for one, job in zip(results, ended, strict=True)]}
     if screen.as_json and options.follow:
         screen.object_line({"event": "results", "data": document})
@@ -797,7 +833,8 @@ def retry(client, screen, options):
 
 def status(client, screen, options):
     job = find_job(client, options.job)
-    screen.show({"job": job}, lambda: show_job(screen, client, job))
+    waits = [] if screen.as_json else waiting(client, [job])
+    screen.show({"job": job}, lambda: show_job(screen, client, job, *(reason for _, reason in waits)))
     return DONE
 
 

@@ -432,6 +432,83 @@ def test_status_shows_a_job_by_the_start_of_its_id(run, controller, agent):
     assert json.loads(run("status", job["id"], "--json").out)["job"]["id"] == job["id"]
 
 
+def waits_for(run, job):
+    found = re.search(r"^waits for +(.+)$", run("status", job["id"]).out, re.MULTILINE)
+    return found and found[1]
+
+
+def test_status_says_what_a_pending_job_waits_for(run, controller):
+    job = make(controller)
+    assert waits_for(run, job) == "no agent has registered as web-01"
+    agent = Agent(controller)
+    assert waits_for(run, job) is None
+    run("hosts", "drain", "web-01")
+    assert waits_for(run, job) == "web-01 is drained (ctl.py hosts resume web-01)"
+    assert (
+        f"(ctl.py hosts resume web-01 --url {controller.url})\n"
+        in run("status", job["id"], "--url", controller.url).out
+    )
+    assert json.loads(run("status", job["id"], "--json").out).keys() == {"job"}
+    run("hosts", "resume", "web-01")
+    agent.take()
+    assert waits_for(run, job) is None
+    others = [make(controller, ref=ref) for ref in "abc"]
+    assert waits_for(run, others[1]) == "web-01 runs 1 job, 3 wait there"
+
+
+def test_a_host_that_is_offline_is_waited_for(monkeypatch):
+    host = {"hostname": "web-01", "agent_status": "offline", "last_seen": JOB["created_at"], "drained": True}
+    host |= {"running": 2, "pending": 1}
+    monkeypatch.setattr(time, "time", lambda: ctl.seconds(JOB["created_at"]) + 310)
+    client = ctl.Client("http://h", None, "")
+    assert ctl.why_waits(client, host) == "web-01 is offline since 5m"
+    online = {**host, "agent_status": "online", "drained": False}
+    assert ctl.why_waits(client, online) == "web-01 runs 2 jobs, 1 waits there"
+    assert ctl.why_waits(client, {**online, "pending": 0}) is None, "it has taken the job meanwhile"
+
+
+HOSTS = {
+    "hosts": [
+        {
+            "hostname": "web-01",
+            "agent_status": "unknown",
+            "last_seen": None,
+            "drained": False,
+            "running": 0,
+            "pending": 1,
+        }
+    ]
+}
+PENDING = {**JOB, "status": "pending", "attempt": 0, "started_at": None, "completed_at": None}
+
+
+@pytest.mark.parametrize("option", ["--wait", "--follow"])
+def test_who_waits_is_told_once_what_for(here, scripted, option):
+    made, job = as_json(201, {"job": PENDING, "created": True}), as_json(200, {"job": PENDING})
+    server = scripted(made, as_json(200, HOSTS), job, events(END), as_json(200, {"job": JOB}))
+    result = here(*DEPLOY, option, "--url", server.url)
+    assert (result.code, result.err) == (0, "waits for: no agent has registered as web-01\n")
+
+
+def test_what_a_job_waited_for_is_not_told_late_or_twice_or_to_programs(here, scripted):
+    made, job = {"job": PENDING, "created": True}, as_json(200, {"job": JOB})
+    taken = scripted(as_json(201, made), as_json(200, HOSTS), job, events(END), job)
+    assert here(*DEPLOY, "--wait", "--url", taken.url).err == ""
+    warned = as_json(201, {**made, "warning": "no agent has registered as web-01 (web-02?)"})
+    server = scripted(warned, as_json(200, HOSTS), events(END), job)
+    assert here(*DEPLOY, "--wait", "--url", server.url).err.count("\n") == 1
+    program = scripted(as_json(201, made), events(END), job)
+    assert here(*DEPLOY, "--wait", "--json", "--url", program.url).err == ""
+
+
+@pytest.mark.parametrize("after", [(), (as_json(200, HOSTS),)])
+def test_that_nobody_knows_what_a_job_waits_for_keeps_nothing_up(here, scripted, after):
+    busy, job = (503, {}, ""), as_json(200, {"job": JOB})
+    server = scripted(as_json(201, {"job": PENDING, "created": True}), *after, busy, events(END), job)
+    result = here(*DEPLOY, "--wait", "--url", server.url)
+    assert (result.code, result.err) == (0, "")
+
+
 def common_start(one, other):
     return one[: next(i for i in range(36) if one[i] != other[i])]
 
