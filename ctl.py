@@ -237,7 +237,7 @@ class Screen:
 
 
 def read_url(flag):
-    """The controller's address: http(s), no password, no query. A wrong one is not repeated: it may hold a secret."""
+    """The controller's address: http(s), no password, no path, no query. A wrong one is not repeated: it may hold a secret."""
     source = "--url" if flag else "DEPLOYBOT_URL"
     url = flag or os.environ.get("DEPLOYBOT_URL") or DEFAULT_URL
     try:
@@ -247,7 +247,10 @@ def read_url(flag):
         good = False
     if not good or parts.username is not None or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
         raise Failure(WRONG_USE, f"{source} is no controller's address: write it as {DEFAULT_URL}, without a password")
-    return url.rstrip("/")
+    root = f"{parts.scheme}://{parts.netloc}"
+    if parts.path.strip("/"):
+        raise Failure(WRONG_USE, f"{source} takes no path: {root}")
+    return root
 
 
 def is_loopback(url):
@@ -300,6 +303,9 @@ HINTS = {
     413: "send less",
     422: "mend what is named and run it again",
 }
+
+
+NO_TLS = "WRONG_VERSION_NUMBER"  # OpenSSL's word for an answer that is no TLS record, such as one of plain HTTP
 
 
 def reason_of(error):
@@ -394,6 +400,9 @@ class Client:
 
     def _unreached(self, target, error):
         why = reason_of(error)
+        if NO_TLS in why:
+            why, hint = "it speaks http there", f"try http{self.url.removeprefix('https')}"
+            return Failure(NOT_REACHED, f"cannot reach {target}: {why}: {hint}")
         hint = "start the controller there, or name another with --url or DEPLOYBOT_URL"
         if "certificate" in why:
             hint = "name the file of its CA in SSL_CERT_FILE"

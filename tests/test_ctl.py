@@ -827,6 +827,25 @@ def test_wrong_use_is_2_in_one_line(here, argv):
     assert "secret" not in result.err
 
 
+@pytest.mark.parametrize("path", ["/v1/", "/docs", "/v1/jobs?"])
+def test_a_url_takes_no_path(here, monkeypatch, path):
+    refused = "takes no path: http://localhost:18090\n"
+    assert here("jobs", "--url", "http://localhost:18090" + path) == (ctl.WRONG_USE, "", f"ctl.py: --url {refused}")
+    monkeypatch.setenv("DEPLOYBOT_URL", "http://localhost:18090" + path)
+    assert here("jobs").err == f"ctl.py: DEPLOYBOT_URL {refused}"
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1//", "http://h:1?", "http://h:1/#"])
+def test_what_is_empty_behind_the_host_is_left_out(url):
+    assert ctl.read_url(url) == "http://h:1"
+
+
+def test_https_to_a_plain_port_says_to_try_http(run, controller):
+    result = run("jobs", "--url", controller.url.replace("http", "https"))
+    assert (result.code, result.out) == (ctl.NOT_REACHED, "")
+    assert result.err.endswith(f": it speaks http there: try {controller.url}\n") and "SSL" not in result.err
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
