@@ -41,6 +41,7 @@ RECENT_JOBS = 20  # whose logs `logs` looks through when no job is named
 SHORT_ID = 13  # characters: the 48 bits of time of a UUIDv7
 CANDIDATES = 5
 SHORT_COMMIT = 8
+MAX_TIMEOUT = 7 * 86400  # seconds that a job may run, as the controller has it
 EVENTS_AHEAD = 1000  # read, and not yet printed
 
 
@@ -1020,6 +1021,15 @@ def whole(least):
     return number
 
 
+def job_time(text):
+    """A type for how long a job may run, as apps.yaml takes it: 30s, 5m, 2h, 1d or plain seconds; in seconds."""
+    found = re.fullmatch(r"([0-9]{1,6})([smhd]?)", text)
+    length = int(found[1]) * dict(UNITS)[found[2] or "s"] if found else 0
+    if not 1 <= length <= MAX_TIMEOUT:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time from 1s to 7d: write 30s, 5m, 2h, 1d or plain seconds")
+    return length
+
+
 def pair(text):
     key, sign, value = text.partition("=")
     if not key or not sign:
@@ -1042,7 +1052,7 @@ DEPLOY = (
     ("--host", {"required": True, "action": "append", "help": "again for each further host: a job each"}),
     ("--app", {"help": "default: the only app of that repository"}),
     ("--force", {"action": "store_true", "help": "a new job, also while the same is pending or running"}),
-    ("--timeout", {"type": whole(1), "metavar": "SECONDS", "help": "default: the app's, or an hour"}),
+    ("--timeout", {"type": job_time, "metavar": "TIME", "help": "30s, 5m, 2h, 1d (default: the app's, or an hour)"}),
     ("--retries", {"type": whole(0), "metavar": "N", "help": "attempts after one that was lost (or the app's)"}),
     ("--metadata", {"type": pair, "action": "append", "metavar": "KEY=VALUE", "help": "kept with the job; repeatable"}),
 )

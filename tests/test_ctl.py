@@ -827,6 +827,20 @@ def test_wrong_use_is_2_in_one_line(here, argv):
     assert "secret" not in result.err
 
 
+@pytest.mark.parametrize(
+    ("text", "length"),
+    [("30s", 30), ("5m", 300), ("2h", 7200), ("1d", 86400), ("90", 90), ("1", 1), ("7d", 604800), ("604800", 604800)],
+)
+def test_a_timeout_has_a_unit_or_is_in_seconds(run, controller, text, length):
+    assert json.loads(run(*DEPLOY, "--timeout", text, "--json").out)["results"][0]["job"]["timeout"] == length
+
+
+@pytest.mark.parametrize("text", ["0", "0m", "8d", "604801", "1.5m", "5 m", "5M", "200ms", "1h30m", "-5", "m", "", "٣"])
+def test_a_timeout_that_is_none_says_how_to_write_one(here, text):
+    result = here(*DEPLOY, f"--timeout={text}")
+    assert result.code == ctl.WRONG_USE and "write 30s, 5m, 2h, 1d or plain seconds" in result.err
+
+
 @pytest.mark.parametrize("path", ["/v1/", "/docs", "/v1/jobs?"])
 def test_a_url_takes_no_path(here, monkeypatch, path):
     refused = "takes no path: http://localhost:18090\n"
