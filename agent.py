@@ -1796,9 +1796,18 @@ class Agent:
         if self._identity is not None and refusal.status == 409:
             log.error("another agent registered as %s after this one: %s", self._config.hostname, refusal)
             return True
-        self._complain(f"the controller refused: {refusal}")
+        said = self._advice(refusal) if self._identity is None else None
+        self._complain(f"the controller refused: {said or refusal}")
         self._identity = None
         return False
+
+    def _advice(self, refusal: Refused) -> str | None:
+        """What to do about a registration that was refused, where that is known."""
+        if refusal.status == 401 and self._config.token is None:
+            return f"401: no token: set {TOKEN_VARIABLE} (the value is in the controller's settings)"
+        if refusal.status == 401:
+            return f"401: {TOKEN_VARIABLE} is not the controller's: the right value is in the controller's settings"
+        return None
 
     def _register(self) -> None:
         """With the enrolment token, or as whoever this host already is. Raises Refused or Unreachable."""
@@ -1812,7 +1821,7 @@ class Agent:
             self._sign_in = self._config.token
             answer = self._heart.call("POST", "/v1/agents/register", body)
         except Refused as refusal:
-            if refusal.status != 401:
+            if refusal.status not in (401, 403):  # 403: a token for something else, as the one for reading
                 raise
             self._sign_in = self._secret
             answer = self._heart.call("POST", "/v1/agents/register", body)

@@ -1168,6 +1168,27 @@ def test_a_host_that_is_known_registers_without_the_enrolment_token(lone, script
     assert [token[:11] for *_, token in server.asked[::2]] == ["dbt_revoked", ""]
 
 
+def refused(one, caplog):
+    """What a refused registration says in the agent's own log."""
+    with pytest.raises(agent.Refused) as caught:
+        one._register()
+    assert one._is_newer(caught.value) is False
+    return caplog.messages[-1].removeprefix("the controller refused: ")
+
+
+@pytest.mark.parametrize(
+    ("token", "status", "said"),
+    [
+        (None, 401, "401: no token: set DEPLOYBOT_AGENT_TOKEN (the value is in the controller's settings)"),
+        ("dbt_wrong", 401, "401: DEPLOYBOT_AGENT_TOKEN is not the controller's: the right value is in the controller's settings"),
+        ("dbt_read", 403, "401: DEPLOYBOT_AGENT_TOKEN is not the controller's: the right value is in the controller's settings"),
+    ],
+)  # fmt: skip
+def test_a_refused_token_says_what_to_do(lone, scripted, caplog, token, status, said):
+    server = scripted(lambda path, body, sent: (status if sent == token else 401, {"detail": "no"}, {}))
+    assert refused(lone(server.url, token=token).agent, caplog) == said
+
+
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_host_that_was_removed_registers_anew(lone, scripted, status):
     ids = iter(("a1", "a2"))
