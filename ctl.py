@@ -47,15 +47,15 @@ EVENTS_AHEAD = 1000  # read, and not yet printed
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Failure
-# Owns: what can go wrong, as one line and an exit code. Ignores: who catches it (main).
+# Owns: what can go wrong, as a line (a list may follow) and an exit code. Ignores: who catches it (main).
 
 
 class Failure(Exception):
-    """Ends the program with `code` and the line `text`; `again` says that asking again may help."""
+    """Ends the program with `code`, the line `text` and each of `items` under it; `again`: asking again may help."""
 
-    def __init__(self, code, text, again=False):
+    def __init__(self, code, text, again=False, items=()):
         super().__init__(text)
-        self.code, self.text, self.again = code, text, again
+        self.code, self.text, self.again, self.items = code, text, again, items
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -342,6 +342,10 @@ class Client:
     def health(self):
         """(status, object) of GET /health, which is 503 with the same object when something is wrong."""
         return self._object("GET", self.target("/health"), good=(200, 503))
+
+    def reload(self):
+        """(status, object) of POST /v1/reload, which is 422 with `errors` when apps.yaml has mistakes."""
+        return self._object("POST", self.target("/v1/reload"), good=(200, 422))
 
     def stream(self, query, last_id):
         """An open answer of the event stream, 200 or 204; its reads fail after STREAM_SILENCE_S without a byte."""
@@ -902,7 +906,10 @@ def apps(client, screen, options):
 
 
 def reload(client, screen, options):
-    answer = client.call("POST", "/v1/reload")
+    code, answer = client.reload()
+    if code == 422:
+        mistakes = [f"{one['field']}: {one['message']}" for one in answer["errors"]]
+        raise Failure(REFUSED, f"the mapping in force at {client.url} stays, apps.yaml is wrong:", items=mistakes)
     screen.show(answer, lambda: screen.line(f"{clean(answer['message'])}, apps: {cell(answer['apps'])}"))
     return DONE
 
@@ -1138,9 +1145,9 @@ def run(argv):
         raise Failure(NOT_REACHED, f"{url} answered what was not expected ({why}): {hint}, {VERSION}") from None
 
 
-def complain(text):
+def complain(text, items=()):
     with suppress(OSError):  # nobody is left to be told
-        print(f"ctl.py: {clean(text)}", file=sys.stderr, flush=True)
+        print("\n".join([f"ctl.py: {clean(text)}", *map(clean, items)]), file=sys.stderr, flush=True)
 
 
 def abandon_stdout():
@@ -1149,13 +1156,13 @@ def abandon_stdout():
 
 
 def outcome(argv):
-    """`run`, with what goes wrong told in a line; the exit code."""
+    """`run`, with what goes wrong told; the exit code."""
     try:
         return run(argv)
     except SystemExit as end:  # argparse, after --help and --version
         return end.code or DONE
     except Failure as failure:
-        complain(failure.text)
+        complain(failure.text, failure.items)
         return failure.code
     except KeyboardInterrupt:
         return INTERRUPTED

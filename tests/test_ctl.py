@@ -793,10 +793,22 @@ def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, con
     assert json.loads(run("reload", "--json").out)["apps"] == 1
     assert [one["name"] for one in json.loads(run("apps", "--json").out)["apps"]] == ["web"]
     assert re.search(r"^web +myorg/web +web-01 +- .* default branch$", run("apps").out, re.MULTILINE)
-    controller.apps_file.write_text('{"apps": [\n {"name": "web", "repo": "no repo", "hosts": ["web-01"]}\n]}')
+    controller.apps_file.write_text(
+        '{"apps": [\n {"name": "web", "repo": "no repo", "hosts": ["web-01"],\n "no": 1}\n]}'
+    )
     result = run("reload")
-    assert result.code == ctl.REFUSED and "line " in result.err and result.err.count("\n") == 1
+    assert (result.code, result.out) == (ctl.REFUSED, "")
+    first, *mistakes = result.err.splitlines()
+    assert first == f"ctl.py: the mapping in force at {controller.url} stays, apps.yaml is wrong:"
+    assert len(mistakes) == 2 and all(re.match(r"line \d: \w+: ", line) for line in mistakes)
     assert [one["name"] for one in json.loads(run("apps", "--json").out)["apps"]] == ["web"]
+
+
+def test_a_mistake_of_the_mapping_is_a_line_without_controls(here, scripted):
+    wrong = problem(
+        422, "no", errors=[{"field": "line 3", "message": "a\x1b[2J\nb"}, {"field": "line 9", "message": "c"}]
+    )
+    assert here("reload", "--url", scripted(wrong).url).err.splitlines()[1:] == ["line 3: a b", "line 9: c"]
 
 
 def test_apps_of_a_controller_without_any(run):
