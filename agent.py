@@ -25,6 +25,11 @@ works in this folder.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # before the imports that an older one does not have
+    sys.exit(f"agent.py needs Python 3.11 or newer; this is {sys.version_info[0]}.{sys.version_info[1]}")
+
 import argparse
 import codecs
 import contextlib
@@ -46,7 +51,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 import urllib.parse

@@ -1,5 +1,6 @@
 """agent.py: first its parts on their own, then whole agents against a real controller and real git repositories."""
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -136,6 +137,18 @@ class Host:
 @pytest.fixture
 def host(tmp_path, env, source):
     return Host(tmp_path / "work", env, source)
+
+
+# An older Python
+
+
+def test_an_older_python_is_told_so_before_anything_is_imported(monkeypatch):
+    source, names = (ROOT / "agent.py").read_text(), {}
+    ast.parse(source, feature_version=(3, 9))  # it gets as far as that line
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13, "final", 0))
+    with pytest.raises(SystemExit, match=r"^agent.py needs Python 3.11 or newer; this is 3.10$"):
+        exec(compile(source, "agent.py", "exec"), names)
+    assert set(names) == {"__builtins__", "__doc__", "annotations", "sys"}
 
 
 # Config
