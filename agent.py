@@ -280,6 +280,7 @@ OPTIONS = (
     ("--log-level", "DEPLOYBOT_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR (INFO)"),
 )
 TOKEN_VARIABLE = "DEPLOYBOT_AGENT_TOKEN"
+GIT_PROTOCOLS = ("file", "git", "http", "https", "ssh")  # what git fetches over; not ext, which runs any command
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 
 
@@ -346,8 +347,9 @@ def load_config(argv: list[str], env: dict[str, str]) -> Config:
     problems = [problem] if (problem := url_problem(url)) else []
     if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", hostname):
         problems.append(f"--hostname: {one_line(hostname)!r} is no host name (RFC 1123)")
-    if not re.fullmatch(r"[a-z0-9+.-]+(:[a-z0-9+.-]+)*", protocols):
-        problems.append("--git-protocols: must be names with colons between them, as https:ssh")
+    if not set(protocols.split(":")) <= set(GIT_PROTOCOLS):
+        known = ", ".join(GIT_PROTOCOLS)
+        problems.append(f"--git-protocols: must be some of {known}, with colons between them, as https:ssh")
     if not re.fullmatch(r"[0-9]{1,2}", slots) or not 1 <= int(slots) <= 64:
         problems.append("--slots: must be 1 to 64")
     if level.upper() not in LOG_LEVELS:
@@ -1004,6 +1006,7 @@ GIT_SETTINGS = (
 LFS_SETTINGS = (
     "filter.lfs.process=git-lfs filter-process", "filter.lfs.smudge=git-lfs smudge -- %f", "filter.lfs.required=true",
 )  # fmt: skip
+NOT_ALLOWED = re.compile(rf"transport '({'|'.join(GIT_PROTOCOLS)})' not allowed")
 # Branches and tags, and nothing else: a forge also serves the commits of forks, by SHA and under refs/pull.
 REFSPECS = ("+refs/heads/*:refs/heads/*", "+refs/tags/*:refs/tags/*")
 
@@ -1156,7 +1159,9 @@ class Mirror:
         variables = {**self._env, "GIT_DIR": str(self._path), **(env or {})}
         code = self._run(["git", *settings, *args], cwd or self._path, variables, said)
         if code != 0:
-            raise GitError(f"git {args[0]} ended with exit code {code}: {said.text() or 'no message'}")
+            hint = "; allow it with --git-protocols / DEPLOYBOT_GIT_PROTOCOLS on the agent"
+            more = hint if NOT_ALLOWED.search(said.text()) else ""
+            raise GitError(f"git {args[0]} ended with exit code {code}: {said.text() or 'no message'}{more}")
         return said.text()
 
 

@@ -174,6 +174,12 @@ def test_every_problem_is_named_at_once(tmp_path):
         assert name in problems
 
 
+@pytest.mark.parametrize("protocols", ["ftp", "https:ext", "https,ssh", "ssh:"])
+def test_a_protocol_that_git_does_not_speak_is_refused_with_those_it_does(protocols):
+    with pytest.raises(agent.ConfigError, match=r"^--git-protocols: must be some of file, git, http, https, ssh, with"):
+        agent.load_config([], {"DEPLOYBOT_GIT_PROTOCOLS": protocols, "PATH": os.environ["PATH"]})
+
+
 @pytest.mark.parametrize("url", ["http://user:secret@host", "http://", "host:8080", "http://h:port", "http://h/?a=b"])
 def test_urls_that_are_none_are_refused_without_their_secret(url):
     with pytest.raises(agent.ConfigError) as caught:
@@ -450,6 +456,14 @@ def test_only_the_allowed_protocols_are_spoken(host, tmp_path, url):
     result = host.deploy(clone_url=url) if " " not in url else {"reason": "fetch_failed", "error": "not allowed"}
     assert result["reason"] == "fetch_failed" and "not allowed" in result["error"]
     assert not list(tmp_path.rglob("canary"))
+
+
+def test_a_protocol_that_could_be_allowed_comes_with_the_setting(host):
+    host.machine.git_protocols = "ssh"
+    hint = "; allow it with --git-protocols / DEPLOYBOT_GIT_PROTOCOLS on the agent"
+    for url, protocol in (("file:///nowhere", "file"), ("https://127.0.0.1:1/x.git", "https")):
+        assert host.deploy(clone_url=url)["error"].endswith(f"transport '{protocol}' not allowed{hint}")
+    assert hint not in host.deploy(clone_url="ext::true")["error"]
 
 
 def test_blobs_come_when_they_are_needed_where_the_remote_can_do_that(host):
