@@ -51,9 +51,12 @@ EVENTS_AHEAD = 1000  # read, and not yet printed
 
 
 class Failure(Exception):
-    """Ends the program with `code`, the line `text` and each of `items` under it; `again`: asking again may help."""
+    """Ends the program with `code`, the line `text` and each of `items` under it.
 
-    def __init__(self, code, text, again=False, items=()):
+    `again`: why, in a few words, where asking again may help.
+    """
+
+    def __init__(self, code, text, again="", items=()):
         super().__init__(text)
         self.code, self.text, self.again, self.items = code, text, again, items
 
@@ -411,13 +414,13 @@ class Client:
         hint = "start the controller there, or name another with --url or DEPLOYBOT_URL"
         if "certificate" in why:
             hint = "name the file of its CA in SSL_CERT_FILE"
-        return Failure(NOT_REACHED, f"cannot reach {target} ({why}): {hint}", again=True)
+        return Failure(NOT_REACHED, f"cannot reach {target} ({why}): {hint}", again=why)
 
     def _refused(self, response, method, target):
         status, said = response.status, clean(problem_of(response)).rstrip(".")
         code = REFUSED if 400 <= status < 500 else NOT_REACHED
         text = f"{status} from {method} {target}: {said}: {self._hint(status, response.headers)}"
-        return Failure(code, text, again=status == 429 or status >= 500)
+        return Failure(code, text, again=f"{status} {said}" if status == 429 or status >= 500 else "")
 
     def _hint(self, status, headers):
         if status < 400:
@@ -511,7 +514,7 @@ class Stream:
                 if not self.answered or not failure.again:
                     raise
                 if self.lost is None:
-                    yield Event("note", f"connection lost, trying again: {failure.text}")
+                    yield Event("note", f"connection lost, trying again: {self.client.url} ({failure.again})")
                 self.lost = failure
             if not self.backoff.wait():
                 raise self.lost
@@ -543,7 +546,7 @@ class Stream:
             yield from iter(lambda: response.read1(SSE_READ_BYTES), b"")
         except (OSError, HTTPException) as error:
             why = reason_of(error)
-        raise Failure(NOT_REACHED, f"{self.client.target('/v1/logs/stream', self.query)} ({why})", again=True)
+        raise Failure(NOT_REACHED, f"{self.client.url} ({why})", again=why)
 
 
 def pump(stream, events):
@@ -583,10 +586,15 @@ def merged(streams):
 # Owns: what people see of jobs, hosts, apps and log lines. Ignores: where they came from.
 
 
+def beyond(job, name):
+    """Its reason or error where that says more than the status: those of a cancelled job may be "cancelled" too."""
+    return None if job[name] == job["status"] else job[name]
+
+
 def state(job):
-    """running; running, cancel asked for; failed (timeout); ..."""
-    asked = job["cancel_requested_at"] and job["status"] not in ENDED
-    return job["status"] + (f" ({job['reason']})" if job["reason"] else ", cancel asked for" if asked else "")
+    """running; running, cancel asked for; failed (timeout); cancelled; ..."""
+    asked, reason = job["cancel_requested_at"] and job["status"] not in ENDED, beyond(job, "reason")
+    return job["status"] + (f" ({reason})" if reason else ", cancel asked for" if asked else "")
 
 
 def show_jobs(screen, jobs):
@@ -602,7 +610,7 @@ def show_jobs(screen, jobs):
             short_commit(job["ref"]),
             short_commit(job["commit"]),
         ]
-        rows.append([*what, ago(job["created_at"]), took(job), job["reason"] or job["hold"]])
+        rows.append([*what, ago(job["created_at"]), took(job), beyond(job, "reason") or job["hold"]])
     headers = ["JOB", "STATUS", "APP", "HOST", "REF", "COMMIT", "CREATED", "TOOK", "REASON"]
     screen.table(headers, rows, shrink=("APP", "HOST", "REF"))
 
@@ -627,10 +635,9 @@ def show_job(screen, client, job, waits_for=None):
         ("job", job["id"]),
         ("status", state(job)),
         ("waits_for", waits_for),
-        *[
-            (name, job[name])
-            for name in ("hold", "exit_code", "error", "app", "repo", "ref", "commit", "rolled_back_to", "host")
-        ],
+        *[(name, job[name]) for name in ("hold", "exit_code")],
+        ("error", beyond(job, "error")),
+        *[(name, job[name]) for name in ("app", "repo", "ref", "commit", "rolled_back_to", "host")],
         ("attempt", f"{job['attempt']} of {job['retries'] + 1}" if job["retries"] else job["attempt"]),
         ("created", f"{ago(job['created_at'])} by {job['created_by'] or '-'}"),
         ("started", job["started_at"] and ago(job["started_at"])),
@@ -645,10 +652,11 @@ def show_job(screen, client, job, waits_for=None):
 def show_outcome(screen, client, job):
     """The end of a deployment in a line, and what one needs to know where it failed."""
     commit = f", commit {cell(short_commit(job['commit']))}" if job["commit"] else ""
-    screen.line(f"{screen.status(job['status'])}: {cell(job['app'])} on {cell(job['host'])}{commit}, took {took(job)}")
+    ran = f", took {took(job)}" if job["started_at"] else ""
+    screen.line(f"{screen.status(job['status'])}: {cell(job['app'])} on {cell(job['host'])}{commit}{ran}")
     if job["status"] != "success":
         for name in ("reason", "error", "exit_code", "rolled_back_to"):
-            if job[name] is not None:
+            if beyond(job, name) is not None:
                 screen.line(f"  {name.replace('_', ' ')}: {cell(job[name])}")
         screen.line(f"  log: {client.command('logs --job ' + job['id'])}")
 
@@ -746,14 +754,14 @@ def find_job(client, text):
         raise Failure(WRONG_USE, f"{text!r} is no start of a job's id (hex and dashes): `ctl.py jobs` lists them")
     if len(prefix) == 36:
         return get_job(client, prefix)
-    query = {"id": prefix, "limit": CANDIDATES}
-    found, target = client.call("GET", "/v1/jobs", query)["jobs"], client.target("/v1/jobs", query)
+    found = client.call("GET", "/v1/jobs", {"id": prefix, "limit": CANDIDATES})["jobs"]
     if not found:
-        raise Failure(REFUSED, f"no job's id starts with {prefix} ({target}): `ctl.py jobs` lists them")
+        raise Failure(REFUSED, f"no job's id starts with {prefix} ({client.url}): `ctl.py jobs` lists them")
     if len(found) > 1:
-        names = ", ".join(f"{job['id']} ({job['app']} on {job['host']})" for job in found)
-        more = " and maybe more" if len(found) == CANDIDATES else ""
-        raise Failure(WRONG_USE, f"{prefix} is the start of {names}{more} ({target}): give more of the id")
+        items = [f"{job['id']}  {job['app']} on {job['host']}, {ago(job['created_at'])}" for job in found]
+        more = " or more" if len(found) == CANDIDATES else ""
+        text = f"{prefix} is the start of {len(found)}{more} jobs' ids ({client.url}), give more of one:"
+        raise Failure(WRONG_USE, text, items=items)
     return found[0]
 
 

@@ -517,7 +517,10 @@ def test_an_ambiguous_start_lists_the_candidates(run, controller):
     first, second = make(controller, "a"), make(controller, "b")
     result = run("cancel", common_start(first["id"], second["id"]))
     assert result.code == ctl.WRONG_USE
-    assert first["id"] in result.err and second["id"] in result.err and result.err.count("\n") == 1
+    said, *candidates = result.err.splitlines()
+    assert f" is the start of 2 jobs' ids ({controller.url}), give more of one:" in said
+    ids = [re.fullmatch(r"(\S{36})  myorg--web on web-01, \d+s ago", line)[1] for line in candidates]
+    assert ids == [second["id"], first["id"]]
     assert controller.call("GET", f"/v1/jobs/{first['id']}")[1]["job"]["status"] == "pending"
 
 
@@ -528,6 +531,7 @@ def test_a_job_that_is_not_there_is_refused(run, controller, verb, name):
     result = run(verb, name)
     assert result.code == ctl.REFUSED
     assert controller.url in result.err and result.err.count("\n") == 1 and result.out == ""
+    assert "limit=" not in result.err
 
 
 @pytest.mark.parametrize("name", ["", "../hosts", "xyz", "0" * 37])
@@ -730,6 +734,27 @@ def test_cancel(run, controller, agent):
     agent.end({**running, "attempt": 1}, "failed", exit_code=1)
     result = run("cancel", running["id"])
     assert result.code == ctl.REFUSED and "failed" in result.err
+
+
+def test_a_cancelled_job_is_called_so_once(run, controller, agent):
+    pending, running = make(controller, "a", host="web-02"), make(controller, "b")
+    assert run("cancel", pending["id"]).out.splitlines()[0] == "cancelled: myorg--web on web-02"
+    agent.end(agent.take(), "cancelled", error="cancelled", reason="cancelled")
+    shown = run("logs", "-f", "--job", running["id"])
+    assert re.fullmatch(r"cancelled: myorg--web on web-01, took \w+\n  log: .+\n", shown.out)
+    assert [line.count("cancelled") for line in shown.err.splitlines() if "cancelled" in line] == [1]
+    for job in (pending, running):
+        assert run("status", job["id"]).out.count("cancelled") == 1
+    assert [row.count("cancelled") for row in run("jobs").out.splitlines()] == [0, 1, 1]
+
+
+def test_what_is_said_beyond_cancelled_is_shown(here, scripted):
+    job = {**JOB, "status": "cancelled", "reason": "cancelled", "error": "the agent was stopped"}
+    server = scripted(as_json(200, {"job": job}))
+    for verb in ("status", "cancel"):
+        assert "the agent was stopped" in here(verb, JOB["id"], "--url", server.url).out
+    named = scripted(as_json(200, {"job": {**JOB, "app": "success", "ref": "success", "host": "success"}}))
+    assert len(re.findall(" success$", here("status", JOB["id"], "--url", named.url).out, re.MULTILINE)) == 4
 
 
 def test_retry_is_a_new_job_of_an_ended_one(run, controller, agent):
@@ -1061,6 +1086,9 @@ def test_a_broken_stream_goes_on_where_it_was(here, scripted, at_once, breakage)
     assert result.code == 0
     assert result.out.splitlines()[:4] == ["line 1", "line 2", "line 3", "line 4"]
     assert [line.split()[1] for line in result.err.splitlines()] == ["lost,", "again"] * 2
+    lost = [line.partition("again: ")[2] for line in result.err.splitlines()[::2]]
+    why = "Connection reset by peer" if breakage else "the controller ended the stream"
+    assert lost == [f"{server.url} (503 Service Unavailable)", f"{server.url} ({why})"]
     resumed = [headers.get("last-event-id") for _, path, headers, _ in server.requests if "stream" in path]
     assert resumed == [None, None, "e-2", "e-2", "e-2"]
 
