@@ -34,6 +34,7 @@ import argparse
 import codecs
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -41,6 +42,7 @@ import json
 import logging
 import os
 import platform
+import pwd
 import queue
 import random
 import re
@@ -141,6 +143,14 @@ class StepFailed(Exception):
         super().__init__(detail)
         self.reason = reason
         self.exit_code = exit_code
+
+
+def unexpected(error: Exception, job_id: str) -> StepFailed:
+    """What ends a job that no step of it foresaw: a folder without the right to write is the host's matter, no mistake of ours."""
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
+        return StepFailed("rejected", f"cannot write {error.filename}: {error.strerror}")
+    log.error("job %s failed in the agent", job_id, exc_info=error)
+    return StepFailed(None, f"{type(error).__name__}: {error}"[:ERROR_LIMIT])
 
 
 def timestamp(now: float) -> str:
@@ -1306,8 +1316,8 @@ class Deployment:
         except GitError as failure:
             reason, error = "fetch_failed", str(failure)
         except Exception as failure:
-            log.exception("job %s failed in the agent", self._job.key.job_id)
-            error = f"{type(failure).__name__}: {failure}"
+            step = unexpected(failure, self._job.key.job_id)
+            reason, error = step.reason, str(step)
         result = {"status": status, "reason": reason, "exit_code": exit_code, "error": error and error[:ERROR_LIMIT]}
         return {**result, "commit": self._resolved.commit or None, "rolled_back_to": self._rolled_back_to}
 
@@ -1914,11 +1924,9 @@ class Agent:
     def _result_of(self, run: Run, work: Callable[[Deployment], dict]) -> dict:
         try:
             return work(self._deployment(run))
-        except StepFailed as failure:
-            return {"status": "failed", "reason": failure.reason, "error": str(failure)}
         except Exception as failure:
-            log.exception("job %s failed in the agent", run.key.job_id)
-            return {"status": "failed", "error": f"{type(failure).__name__}: {failure}"[:ERROR_LIMIT]}
+            step = failure if isinstance(failure, StepFailed) else unexpected(failure, run.key.job_id)
+            return {"status": "failed", "reason": step.reason, "error": str(step)}
 
     def _deployment(self, run: Run) -> Deployment:
         job = parse_job(run.entry.data["job"])
@@ -1959,10 +1967,20 @@ def catch_signals(agent: Agent) -> None:
         signal.signal(signum, lambda *_: agent.events.put("signal"))
 
 
+def user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"user {os.geteuid()}"
+
+
 def lock_workdir(folder: Path) -> int | None:
-    """Two agents in one folder would take each other's running jobs for those of a dead one."""
-    (folder / ".agent").mkdir(parents=True, exist_ok=True, mode=0o700)
-    return take_lock(folder / ".agent" / "lock")
+    """Two agents in one folder would take each other's running jobs for those of a dead one. Raises ConfigError."""
+    try:
+        (folder / ".agent").mkdir(parents=True, exist_ok=True, mode=0o700)
+        return take_lock(folder / ".agent" / "lock")
+    except OSError as error:
+        raise ConfigError([f"--workdir {folder}: cannot be written by {user_name()} ({error.strerror})"]) from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pwd
 import re
 import signal
 import socket
@@ -206,6 +207,16 @@ def test_help_names_each_flag_with_its_variable():
     text = agent.build_parser().format_help()
     for flag, variable, _ in agent.OPTIONS:
         assert flag in text and f"[{variable}]" in text.replace("\n", " ").replace("  ", "")
+
+
+def test_a_working_folder_that_cannot_be_written_is_named_with_its_setting(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "file" / "work"
+    assert agent.main(["--workdir", str(folder)]) == agent.EXIT_USAGE
+    said = (
+        f"agent.py: --workdir {folder}: cannot be written by {pwd.getpwuid(os.geteuid()).pw_name} (Not a directory)\n"
+    )
+    assert capsys.readouterr().err == said
 
 
 # Models
@@ -651,6 +662,26 @@ def test_current_leads_somewhere_at_every_moment(host):
     over.set()
     watcher.join()
     assert not missing and folder.active() == releases[1]
+
+
+def seal(monkeypatch, folder):
+    """No one makes a folder in this one, root neither."""
+    make = os.mkdir
+
+    def mkdir(path, *args, **kwargs):
+        if Path(path).parent == folder:
+            raise PermissionError(13, "Permission denied", str(path))
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+
+
+def test_a_release_folder_that_cannot_be_written_is_named(host, monkeypatch):
+    host.deploy()
+    seal(monkeypatch, host.app / "releases")
+    result = host.deploy()
+    assert result["reason"] == "rejected"
+    assert re.fullmatch(rf"cannot write {host.app}/releases/\S+: Permission denied", result["error"])
 
 
 # Steps
@@ -1134,6 +1165,19 @@ def test_a_job_that_the_agent_does_not_take_is_answered(host, lone):
     [run] = one.agent._holding()
     assert (run.entry.result["status"], run.entry.result["reason"]) == ("failed", "rejected")
     assert "app" in run.entry.result["error"]
+
+
+def test_an_app_folder_that_cannot_be_made_is_named(host, lone, monkeypatch):
+    one = lone()
+    seal(monkeypatch, host.app)
+    one.take(host.job())
+    [run] = one.agent._holding()
+    expected = {
+        "status": "failed",
+        "reason": "rejected",
+        "error": f"cannot write {host.app}/releases: Permission denied",
+    }
+    assert run.entry.result == expected
 
 
 def test_a_job_does_not_start_when_it_cannot_be_tracked(host, lone, monkeypatch, tmp_path, env):
