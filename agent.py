@@ -506,6 +506,7 @@ class Spool:
         self._partial_since: float | None = None  # when the line that has no newline yet began
         self._taken = 0  # bytes of output so far
         self._closed = False
+        self.last = ""  # the newest line of output: of a command that did not start it has the cause
         self._since: float | None = None  # when the oldest line came that no batch has seen
         self._writer = open(path, "ab", buffering=0)  # noqa: SIM115 - both live as long as the spool
         self._reader = open(path, "rb")  # noqa: SIM115
@@ -533,6 +534,7 @@ class Spool:
         self._taken += len(data)
         messages = self._cutter.feed(data[:room])
         self._store(messages)
+        self.last = messages[-1] if messages else self.last
         if messages or self._partial_since is None:
             self._partial_since = self._clock()
         if self._taken >= OUTPUT_LIMIT:
@@ -1254,6 +1256,8 @@ CAUSES = {
     "timeout": ("failed", "timeout", "the timeout of {timeout:g} s is over"),
 }
 CONVENTION = ".deploybot/deploy"
+# Exit codes of a shell for a command that does not start.
+NOT_STARTED = {126: "is it executable?", 127: "is it there, and what its #! line names?"}
 
 
 @dataclass
@@ -1419,16 +1423,18 @@ class Deployment:
     def _script(self, name: str, command: Command, cwd: Path, env: dict[str, str]) -> None:
         """Raises StepFailed or Stopped. What was pushed comes in the environment, never in the command."""
         argv = command if isinstance(command, list) else ["/bin/sh", "-c", command]
+        self._spool.last = ""
         self._spool.say(f"running {name}")  # not the command itself: it may hold a secret, and more people read logs
         try:
             code = self._runner.run(argv, cwd, env, self._spool, self._limits)
         except OSError as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126  # as a shell says it
-            self._spool.say(f"{name} does not start: {error.strerror}: {argv[0]}", "error")
+            self._spool.last = f"{argv[0]}: {error.strerror}"
         finally:
             self._spool.end_output()
         if code != 0:
-            raise StepFailed("exit_code", f"{name} ended with exit code {code}", code)
+            cause = f": {self._spool.last}; {NOT_STARTED[code]}" if code in NOT_STARTED and self._spool.last else ""
+            raise StepFailed("exit_code", f"{name} ended with exit code {code}{one_line(cause)}", code)
 
     def _run_git(self, argv: list[str], cwd: Path, env: dict[str, str], sink: Any) -> int:
         return self._runner.run(argv, cwd, env, sink, self._limits)
@@ -1916,7 +1922,8 @@ class Agent:
                 log.error("the result of job %s is not on disk: %s", run.key.job_id, one_line(error))
             if result["status"] != "success":
                 run.spool.say(f"{result['status']}: {result.get('error')}", "error")
-            log.info("job %s: %s", run.key.job_id, result["status"])
+            words = [one_line(run.entry.data["job"].get("app")), result["status"], result.get("reason")]
+            log.info("job %s: %s", run.key.job_id, " ".join(filter(None, words)))
         run.spool.close()
         run.ended.set()
         self.events.put("ended")

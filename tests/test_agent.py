@@ -752,6 +752,24 @@ def test_exit_codes_are_those_of_a_shell(host, command, code):
     assert (result["reason"], result["exit_code"]) == ("exit_code", code)
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "cause", "hint"),
+    [
+        (["./page.txt"], 126, "./page.txt: Permission denied", "is it executable?"),
+        (["./none"], 127, "./none: No such file or directory", "is it there, and what its #! line names?"),
+        ("echo before; ./page.txt", 126, "./page.txt: Permission denied", "is it executable?"),
+        ("echo before; no-such", 127, "not found", "is it there, and what its #! line names?"),
+    ],
+)
+def test_the_error_of_a_command_that_does_not_start_has_the_cause(host, command, code, cause, hint):
+    error = host.deploy(build=command)["error"]
+    assert error.startswith(f"build ended with exit code {code}: ") and error.endswith(f"{cause}; {hint}")
+
+
+def test_an_exit_code_of_126_without_a_word_gets_no_cause_of_an_earlier_command(host):
+    assert host.deploy(build="echo built", activate="exit 126")["error"] == "activate ended with exit code 126"
+
+
 def test_scripts_see_their_variables_and_no_secret_of_the_agent(host, env):
     env |= {"DEPLOYBOT_AGENT_TOKEN": "dbt_secret", "DEPLOYBOT_URL": "x", "NOTIFY_SOCKET": "x", "KEPT": "y"}
     commit = host.source.git("rev-parse", "main")
@@ -1165,6 +1183,16 @@ def test_a_job_that_the_agent_does_not_take_is_answered(host, lone):
     [run] = one.agent._holding()
     assert (run.entry.result["status"], run.entry.result["reason"]) == ("failed", "rejected")
     assert "app" in run.entry.result["error"]
+
+
+def test_the_agents_own_log_says_how_a_job_ended(host, lone, caplog):
+    caplog.set_level("INFO")
+    one = lone()
+    good, bad = host.job(), host.job(build="exit 3")
+    for data in (good, bad):
+        one.take(data)
+    assert f"job {good['id']}: web success" in caplog.messages
+    assert f"job {bad['id']}: web failed exit_code" in caplog.messages
 
 
 def test_an_app_folder_that_cannot_be_made_is_named(host, lone, monkeypatch):
