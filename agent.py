@@ -1832,6 +1832,10 @@ class Agent:
             return f"401: no token: set {TOKEN_VARIABLE} (the value is in the controller's settings)"
         if refusal.status == 401:
             return f"401: {TOKEN_VARIABLE} is not the controller's: the right value is in the controller's settings"
+        if owner := re.search(r"belongs to (another host|\S+)[,:]", str(refusal)):
+            whose = owner[1] if owner[1] == "another host" else f"the host {owner[1]}"
+            way_out = f"use another --workdir for {self._config.hostname}, or remove {self._state}"
+            return f"{refusal.status}: this folder belongs to {whose}: {way_out}"
         return None
 
     def _register(self) -> None:

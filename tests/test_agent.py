@@ -1288,6 +1288,18 @@ def test_a_refused_token_says_what_to_do(lone, scripted, caplog, token, status, 
     assert refused(lone(server.url, token=token).agent, caplog) == said
 
 
+@pytest.mark.parametrize(
+    ("token", "owner"), [(None, "403: this folder belongs to the host vm"), ("dbt_agent", "409: this folder belongs to another host")]
+)  # fmt: skip
+def test_a_folder_of_another_host_is_named_with_the_ways_out(host, lone, make_controller, caplog, token, owner):
+    closed = make_controller(open=False, token="dbt_admin", agent_token="dbt_agent")
+    one = lone(closed.url, token=token).agent
+    digest = hashlib.sha256(one._secret.encode()).hexdigest()
+    closed.register("vm", token_sha256=digest)
+    way_out = f"use another --workdir for h, or remove {host.machine.workdir}/.agent"
+    assert refused(one, caplog) == f"{owner}: {way_out}"
+
+
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_host_that_was_removed_registers_anew(lone, scripted, status):
     ids = iter(("a1", "a2"))
