@@ -324,8 +324,10 @@ def url_problem(url: str) -> str | None:
         port, parts = 0, urllib.parse.urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         return "--url: must be http://HOST[:PORT] or https://HOST[:PORT]"
-    if parts.username or parts.query or parts.fragment:
+    if "@" in parts.netloc or parts.query or parts.fragment:
         return f"--url: takes no user, query or fragment (the token belongs into {TOKEN_VARIABLE})"
+    if parts.path.strip("/"):
+        return f"--url takes no path: {parts.scheme}://{parts.netloc}"
     return None
 
 
@@ -1466,9 +1468,8 @@ class Controller:
 
     def __init__(self, url: str, token: Callable[[], str | None], timeout: float = ANSWER_TIMEOUT) -> None:
         parts = urllib.parse.urlsplit(url)
-        self._prefix = parts.path.rstrip("/")
         self._token, self._timeout = token, timeout
-        self._address = (parts.hostname, parts.port)
+        self._address, self._netloc = (parts.hostname, parts.port), parts.netloc
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
         self._connection: http.client.HTTPConnection | None = None
         self._interrupted = threading.Event()
@@ -1484,7 +1485,12 @@ class Controller:
                 self.close()
                 # A kept connection may have been closed meanwhile: that alone is no failure yet.
                 if not reused or isinstance(error, TimeoutError) or self._interrupted.is_set():
-                    raise Unreachable(one_line(error) or type(error).__name__) from error
+                    raise Unreachable(self._cause(error)) from error
+
+    def _cause(self, error: Exception) -> str:
+        if getattr(error, "reason", None) == "WRONG_VERSION_NUMBER":
+            return f"it speaks http there: try http://{self._netloc}"
+        return one_line(error) or type(error).__name__
 
     def _exchange(self, method: str, path: str, data: bytes, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
         connection = self._connection = self._connection or self._connect()
@@ -1496,7 +1502,7 @@ class Controller:
         headers = {"Content-Type": "application/json", "User-Agent": f"deploybot-agent/{VERSION}"}
         if token := self._token():
             headers["Authorization"] = f"Bearer {token}"
-        connection.request(method, self._prefix + path, data, headers)
+        connection.request(method, path, data, headers)
         response = connection.getresponse()
         answer = response.read(ANSWER_LIMIT)
         if not response.isclosed():

@@ -157,11 +157,11 @@ def test_an_older_python_is_told_so_before_anything_is_imported(monkeypatch):
 
 def test_flags_win_over_variables_and_variables_over_defaults(tmp_path):
     config = agent.load_config(
-        ["--url", "https://deploy.example.com/x", "--slots=3"],
+        ["--url", "https://deploy.example.com/", "--slots=3"],
         {"DEPLOYBOT_URL": "http://ignored", "DEPLOYBOT_HOSTNAME": "web-01", "DEPLOYBOT_WORKDIR": str(tmp_path)},
     )
     assert config == agent.Config(
-        "https://deploy.example.com/x", "web-01", tmp_path, "https:ssh", 3, False, "INFO", None
+        "https://deploy.example.com/", "web-01", tmp_path, "https:ssh", 3, False, "INFO", None
     )
 
 
@@ -181,11 +181,19 @@ def test_a_protocol_that_git_does_not_speak_is_refused_with_those_it_does(protoc
         agent.load_config([], {"DEPLOYBOT_GIT_PROTOCOLS": protocols, "PATH": os.environ["PATH"]})
 
 
-@pytest.mark.parametrize("url", ["http://user:secret@host", "http://", "host:8080", "http://h:port", "http://h/?a=b"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://user:secret@host", "http://:secret@host/x", "http://", "host:8080", "http://h:port", "http://h/?a=b"],
+)
 def test_urls_that_are_none_are_refused_without_their_secret(url):
     with pytest.raises(agent.ConfigError) as caught:
         agent.load_config(["--url", url], {})
     assert "secret" not in str(caught.value)
+
+
+def test_a_url_with_a_path_is_refused_with_the_one_to_give():
+    with pytest.raises(agent.ConfigError, match=r"^--url takes no path: http://host:8080$"):
+        agent.load_config(["--url=http://host:8080/v1/"], dict(os.environ))
 
 
 def test_a_host_without_git_is_told_so(tmp_path):
@@ -1066,13 +1074,13 @@ def scripted():
 
 
 def ask(server, **kwargs):
-    return agent.Controller(server.url + "/prefix/", lambda: "dbt_x", **kwargs).call("POST", "/v1/x", {"a": 1})
+    return agent.Controller(server.url + "/", lambda: "dbt_x", **kwargs).call("POST", "/v1/x", {"a": 1})
 
 
 def test_an_answer_is_the_object_of_a_request_that_carries_the_token(scripted):
     server = scripted(lambda *asked: (200, {"b": 2}, {}))
     assert ask(server) == {"b": 2}
-    assert server.asked == [("/prefix/v1/x", {"a": 1}, "dbt_x")]
+    assert server.asked == [("/v1/x", {"a": 1}, "dbt_x")]
 
 
 def test_one_connection_serves_many_calls_and_a_closed_one_is_no_failure(scripted):
@@ -1128,6 +1136,12 @@ def test_a_controller_that_is_not_there_and_one_that_says_nothing(scripted):
     over.set()
     with pytest.raises(agent.Unreachable, match="refused"):
         agent.Controller("http://127.0.0.1:1", lambda: None).call("POST", "/", {})
+
+
+def test_https_to_a_controller_that_speaks_http_is_told_apart(scripted):
+    address = scripted(lambda *asked: (200, {}, {})).url.removeprefix("http://")
+    with pytest.raises(agent.Unreachable, match=f"^it speaks http there: try http://{address}$"):
+        agent.Controller(f"https://{address}", lambda: None).call("POST", "/", {})
 
 
 class Lone:
