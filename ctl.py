@@ -18,7 +18,8 @@ from contextlib import suppress
 from urllib.parse import quote, urlencode, urlsplit
 
 if sys.version_info < (3, 11):
-    sys.exit("ctl.py needs Python 3.11 or newer; this is " + sys.version.split()[0])
+    print("ctl.py needs Python 3.11 or newer; this is " + sys.version.split()[0], file=sys.stderr)
+    sys.exit(2)
 
 VERSION = "0.1.0"
 DEFAULT_URL = "http://127.0.0.1:8080"

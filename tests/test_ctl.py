@@ -1368,14 +1368,15 @@ def test_it_starts_as_a_script_as_a_module_and_from_anywhere(start, tmp_path):
         assert (out, err) == (f"ctl.py {ctl.VERSION}\n", "")
 
 
-def test_an_older_python_is_told_in_a_sentence(monkeypatch):
+def test_an_older_python_is_told_in_a_sentence(monkeypatch, capsys):
     head = CTL.read_text().partition("\nVERSION = ")[0]
     exec(head, {})
     monkeypatch.setattr(sys, "version_info", (3, 10, 13))
     monkeypatch.setattr(sys, "version", "3.10.13 (main)")
     with pytest.raises(SystemExit) as end:
         exec(head, {})
-    assert end.value.code == "ctl.py needs Python 3.11 or newer; this is 3.10.13"
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "ctl.py needs Python 3.11 or newer; this is 3.10.13\n"
 
 
 def test_what_is_slow_to_import_waits_until_it_is_needed(start):
