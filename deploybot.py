@@ -2434,11 +2434,21 @@ class Jobs:
             return existing, False
         now = self.clock.stamp()
         job = NO_JOB._replace(
-            **{name: getattr(asked, name) for name in ("repo", "ref", "host")},
-            **{"id": self._new_id(), "app": app.name, "status": Status.PENDING, "attempt": 0},
-            **{"metadata": dump(asked.metadata), "spec": app.spec(), "timeout": asked.timeout or app.timeout},
-            **{"retries": app.retries if asked.retries is None else asked.retries, "retry_of": retry_of},
-            **{"created_at": now, "queued_at": now, "created_by": by},
+            id=self._new_id(),
+            repo=asked.repo,
+            ref=asked.ref,
+            host=asked.host,
+            app=app.name,
+            status=Status.PENDING,
+            attempt=0,
+            metadata=dump(asked.metadata),
+            spec=app.spec(),
+            timeout=asked.timeout or app.timeout,
+            retries=app.retries if asked.retries is None else asked.retries,
+            created_at=now,
+            queued_at=now,
+            created_by=by,
+            retry_of=retry_of,
         )
         tx.add_job(job)
         self._announce(tx, job)
@@ -2987,7 +2997,8 @@ class Router:
 
     def find(self, method: str, path: str) -> tuple[Route, tuple[str, ...]]:
         """The route and the segments that its pattern left open. Raises NotFound or MethodNotAllowed."""
-        methods, params = self._fixed.get(path), ()
+        methods = self._fixed.get(path)
+        params: tuple[str, ...] = ()
         if methods is None:
             for expression, found in self._patterns:
                 match = expression.fullmatch(path)
