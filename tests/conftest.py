@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import time
 import urllib.parse
 
@@ -15,6 +16,9 @@ import deploybot
 # Settings of whoever runs the tests are none of the programs that they start.
 for name in [name for name in os.environ if name.startswith("DEPLOYBOT_")]:
     del os.environ[name]
+
+# A shell that starts the tests in the background lets them ignore Ctrl-C, and so would the programs that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SECRET = "It's a Secret to Everybody"
 TOKENS = {"token": "dbt_admin", "agent_token": "dbt_agent", "read_token": "dbt_read"}
