@@ -1098,9 +1098,8 @@ class Mirror:
             return
         try:
             self._update_submodules(folder, place)
-        except (
-            GitError
-        ):  # a clone that was interrupted, or that is of another place, stays broken until it is made anew
+        except GitError:
+            # A clone that was interrupted, or that is of another place, stays broken until it is made anew.
             remove_tree(self._path / "modules")
             self._read_tree(commit, folder, place)
             self._update_submodules(folder, place)

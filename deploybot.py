@@ -2213,25 +2213,26 @@ class Jobs:
             self._settle(agent, beat)
         job, again = None, agent.online
         while again:
-            ticket = self.queue.ticket(agent.hostname)
-            agent, again = self._current(agent_id, beat), False
-            job = self._undelivered(agent, beat, arrived)
-            if (
-                job is None and self._stops(agent, beat) <= agent.told
-            ):  # else it is told at once; once, or it would spin
-                entry = self.queue.take(agent.hostname, self._busy(agent, beat), ticket, deadline)
-                job = self._try(agent, entry, connected) if entry else None
-                again = (
-                    job is None
-                    and connected()
-                    and (entry is not None or time.monotonic() < deadline)
-                    and not self.queue.closed
-                )
+            job, again = self._look(agent, beat, arrived, deadline, connected)
         self._touch(agent)
         agent.told = self._stops(agent, beat)
-        return Order(
-            job, sorted({job_id for job_id, _ in agent.told}), 0 if beat.wait and agent.online else POLL_INTERVAL
-        )
+        interval = 0 if beat.wait and agent.online else POLL_INTERVAL
+        return Order(job, sorted({job_id for job_id, _ in agent.told}), interval)
+
+    def _look(
+        self, agent: Agent, beat: Heartbeat, arrived: int, deadline: float, connected: Callable[[], bool]
+    ) -> tuple[Job | None, bool]:
+        """One look at what there is for the agent, parked until there may be something: (a job or None, whether to look again)."""
+        ticket = self.queue.ticket(agent.hostname)  # before all else that is looked at
+        agent = self._current(agent.id, beat)
+        job = self._undelivered(agent, beat, arrived)
+        untold = self._stops(agent, beat) - agent.told
+        if job or untold:  # what it is to stop is told at once; but once, or the agent would spin
+            return job, False
+        entry = self.queue.take(agent.hostname, self._busy(agent, beat), ticket, deadline)
+        job = self._try(agent, entry, connected) if entry else None
+        in_time = entry is not None or time.monotonic() < deadline
+        return job, job is None and in_time and connected() and not self.queue.closed
 
     def delivered(self, job: Job) -> None:
         """The answer that carries this job was written, or could not be: from now on a heartbeat without it asks for it again."""
@@ -2274,7 +2275,7 @@ class Jobs:
                 error = "the agent was restarted and knows nothing of this job"
                 self._close(lease, Status.FAILED, Reason.AGENT_CRASHED, error, may_retry=True)
 
-    def _undelivered(self, agent: Agent, beat: Heartbeat, arrived: float) -> Job | None:
+    def _undelivered(self, agent: Agent, beat: Heartbeat, arrived: int) -> Job | None:
         """A job whose answer got lost on its way: claimed by this session, answered before this call came, and not held."""
         if beat.running is None:
             return None
@@ -2323,7 +2324,8 @@ class Jobs:
         row = tx.agent_of(agent.hostname)
         if row is None:
             raise NotFound(f"no agent {agent.id}: register again")
-        if Agent(*row).session != agent.session:
+        registered = Agent(*row)
+        if registered.session != agent.session:
             raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
         try:
             job = tx.job(job_id)
@@ -2332,7 +2334,7 @@ class Jobs:
         if job.status != Status.PENDING or job.hold is not None:
             return None
         running = tx.running_apps(agent.hostname)
-        if app in running or len(running) >= agent.slots or Agent(*row).drained:
+        if app in running or len(running) >= registered.slots or registered.drained:
             tx.after(self.queue.put, agent.hostname, job_id, app)
             return None
         claimed = tx.change_job(
@@ -2827,9 +2829,8 @@ class Jobs:
 # ----------------------------------------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")  # origin form alone (RFC 9112, 3.2.1)
-HEADER = re.compile(
-    rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)"
-)  # a colon right after the name (5.1)
+# A colon right after the name, and no control character but a tab in the value (RFC 9112, 5.1).
+HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
 BARE_LF = re.compile(rb"(?<!\r)\n")
 ONCE = ("host", "content-length", "authorization", "content-type", "expect", "last-event-id", "origin")
 

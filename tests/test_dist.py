@@ -90,17 +90,17 @@ def as_pattern(page):
     return re.escape(parts[0]) + "".join(f"(?P<n{i}>[A-Za-z0-9_+/=-]+)" + re.escape(p) for i, p in enumerate(parts[1:]))
 
 
-@pytest.mark.parametrize(
-    "path, source",
-    [
-        ("/", "www/dashboard.html"),
-        ("/docs", "www/docs.html"),
-        ("/redoc", "www/docs.html"),
-        ("/openapi.json", "openapi.json"),
-        ("/agent.py", "agent.py"),
-        ("/ctl.py", "ctl.py"),
-    ],
-)
+SOURCES = [
+    ("/", "www/dashboard.html"),
+    ("/docs", "www/docs.html"),
+    ("/redoc", "www/docs.html"),
+    ("/openapi.json", "openapi.json"),
+    ("/agent.py", "agent.py"),
+    ("/ctl.py", "ctl.py"),
+]
+
+
+@pytest.mark.parametrize("path, source", SOURCES)
 def test_one_file_serves_what_the_sources_say(alone, path, source):
     status, headers, body = get(alone, path)
     assert status == 200
@@ -151,17 +151,7 @@ def test_a_built_file_is_no_source_for_another(tmp_path):
     assert "exactly once" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "path, missing",
-    [
-        ("/", "www/dashboard.html"),
-        ("/docs", "www/docs.html"),
-        ("/redoc", "www/docs.html"),
-        ("/openapi.json", "openapi.json"),
-        ("/agent.py", "agent.py"),
-        ("/ctl.py", "ctl.py"),
-    ],
-)
+@pytest.mark.parametrize("path, missing", SOURCES)
 def test_the_plain_file_alone_says_which_file_is_missing(bare, path, missing):
     _, _, body = get(bare, path)
     assert missing in body
