@@ -50,6 +50,7 @@ import signal
 import socket
 import socketserver
 import sqlite3
+import ssl
 import struct
 import sys
 import threading
@@ -78,6 +79,9 @@ MAX_ERROR = 4 * KIB  # characters of a job's error
 MAX_TIMEOUT = 7 * 86400  # seconds that a job may run
 MAX_RETRIES = 100
 MAX_RUNNING = 256  # jobs that one heartbeat names
+MAX_FAILED_SIGN_INS = 10  # a minute from one address
+MAX_RATE_KEYS = 10_000  # addresses or tokens that a rate limit remembers
+MAX_PUSHES_AT_ONCE = 2  # bodies over MAX_BODY in memory: each may hold MAX_PUSH
 HEAD_DEADLINE = 10.0  # seconds from the first byte of a head to its last
 BODY_DEADLINE = 20.0  # seconds for a body
 IDLE_DEADLINE = 75  # seconds that a kept-alive connection may say nothing
@@ -88,6 +92,12 @@ RETRY_AFTER = 5  # seconds
 GRACE = 60  # seconds that an agent gets to report a timeout before the controller ends the job itself
 POLL_INTERVAL = 5  # seconds between heartbeats of an agent that does not park
 FLUSH_INTERVAL = 10.0  # seconds between two writings of the agents' last contact
+SESSION_LIFETIME = 7 * 86400  # seconds that a browser stays signed in
+DELIVERY_DAYS = 30  # days that a delivery is remembered: GitHub redelivers for three
+RETENTION_PAUSE = 3600.0  # seconds between two walks over the old jobs
+RETENTION_BUDGET = 0.1  # seconds of one sweep that go into removing
+RETENTION_JOBS = 50  # jobs that one transaction of retention looks at
+RETENTION_EVENTS = 1000  # events that it removes: nobody waits for long behind it
 HUB_EVENTS = 1024  # recent events kept in memory; a reader that is behind them reads the database
 HUB_BYTES = 8 * MIB
 READ_BYTES = 128 * KIB  # of events that one step of a reader takes: what a slow one holds
@@ -150,6 +160,14 @@ class Forbidden(DeployBotError):
 
 class TooLarge(DeployBotError):
     """More bytes than the limit."""
+
+
+class TooMany(DeployBotError):
+    """More calls than the limit; `retry_after`: seconds until there is room again."""
+
+    def __init__(self, detail: str, retry_after: int):
+        super().__init__(detail)
+        self.more = {"retry_after": retry_after}
 
 
 class Unavailable(DeployBotError):
@@ -225,6 +243,33 @@ def flag(text: str) -> bool:
     return one_of("true", "false", "1", "0", "yes", "no", "")(text) in ("true", "1", "yes")
 
 
+def whole(text: str) -> int:
+    """Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
+        raise ValueError("must be a whole number, 0 or more")
+    return int(text)
+
+
+def size(text: str) -> int:
+    """Bytes of `10MiB`, `512KiB`, `1GiB` or a plain number of bytes. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,12})(KiB|MiB|GiB)?", text, re.ASCII)
+    if not match or not int(match[1]):
+        raise ValueError("must be a size such as 512KiB, 10MiB or 1GiB")
+    return int(match[1]) * {None: 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}[match[2]]
+
+
+def optional_path(text: str) -> pathlib.Path | None:
+    return pathlib.Path(text) if text else None
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+def networks(text: str) -> tuple[Network, ...]:
+    """Addresses and networks with commas between them. Raises ValueError."""
+    return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",") if word.strip())
+
+
 class Option(NamedTuple):
     name: str  # the flag --a-b, the variable DEPLOYBOT_A_B and the field a_b of Config
     parse: Callable[[str], Any]
@@ -250,12 +295,18 @@ OPTIONS = (
     Option("agent-timeout", duration, "60s", "without contact for so long, a host is shown offline"),
     Option("lost-after", duration, "10m", "without contact for so long, a running job is ended as agent_lost"),
     Option("pending-expiry", duration, "24h", "a job that waits for longer is ended as expired"),
+    Option("retention-days", whole, "90", "ended jobs, their logs and audit rows are removed after so long; 0: never"),
+    Option("log-limit", size, "10MiB", "what is kept of the log of one job"),
+    Option("rate-limit", whole, "0", "writes a minute that one token may make, agents' calls aside; 0: no limit"),
+    Option("trusted-proxy", networks, "", "addresses or networks of proxies whose X-Forwarded-For and -Proto count"),
+    Option("tls-cert", optional_path, "", "PEM file of the certificate and its chain; read again on SIGHUP"),
+    Option("tls-key", optional_path, "", "PEM file of its key"),
     Option("open", flag, "false", "requests from this machine need no token; never behind a proxy"),
 )
 SECRETS = {
     "webhook_secret": "what GitHub signs its pushes with; two, comma separated, while you change it",
     "token": "for everything; without it the first start makes one and writes admin.token beside the database",
-    "agent_token": "for agents alone: register, heartbeat, logs, result",
+    "agent_token": "for enrolment alone: an agent registers with it, and goes on with a secret of its own",
     "read_token": "for reading alone",
 }
 
@@ -291,6 +342,12 @@ class Config:
     agent_timeout: float
     lost_after: float
     pending_expiry: float
+    retention_days: int
+    log_limit: int  # bytes
+    rate_limit: int  # a minute
+    trusted_proxy: tuple[Network, ...]
+    tls_cert: pathlib.Path | None
+    tls_key: pathlib.Path | None
     open: bool
     webhook_secret: str | None = dataclasses.field(default=None, repr=False)
     token: str | None = dataclasses.field(default=None, repr=False)
@@ -317,6 +374,8 @@ class Config:
                     check_token(values[name])
             except (ValueError, OSError) as error:
                 problems.append(f"DEPLOYBOT_{name.upper()}: {error}")
+        if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
+            problems.append("--tls-cert and --tls-key belong together: set both or none")
         if problems:
             raise StartError(*problems)
         return cls(**values)
@@ -358,8 +417,19 @@ class Scope(enum.StrEnum):
 
     PUBLIC = "public"
     VIEWER = "viewer"
+    OPERATOR = "operator"
     AGENT = "agent"
     ADMIN = "admin"
+
+
+# What each role may call, beside what is public.
+GRANTS = {
+    Scope.PUBLIC: frozenset(()),
+    Scope.VIEWER: frozenset((Scope.VIEWER,)),
+    Scope.OPERATOR: frozenset((Scope.VIEWER, Scope.OPERATOR)),
+    Scope.AGENT: frozenset((Scope.AGENT,)),
+    Scope.ADMIN: frozenset((Scope.VIEWER, Scope.OPERATOR, Scope.AGENT, Scope.ADMIN)),
+}
 
 
 class Level(enum.StrEnum):
@@ -380,6 +450,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
 ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
 ID_START = re.compile(r"[0-9a-f-]{1,36}", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
+TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", re.ASCII)
 SESSION = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
 OUR_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII)
@@ -776,6 +847,7 @@ class Event:
     attempt: int
     offset: int  # of its first line
     data: str  # JSON: [[message, level, time], ...] of a log, the job of a job
+    log_bytes: int = 0  # of the job's log up to here
     frame: bytes | None = None  # in memory alone: what the readers of a stream get, written by the first of them
 
     def row(self) -> tuple[Any, ...]:
@@ -822,19 +894,84 @@ class EventFilter(NamedTuple):
 
 
 class Principal(NamedTuple):
-    """Who asks. `host`: the only host that it may speak for, None for any."""
+    """Who asks, and from where. `host`, `app`: the only ones that it may speak for, or deploy; None for any."""
 
     name: str
     scope: Scope
     host: str | None = None
+    app: str | None = None
+    digest: str = ""  # SHA-256 of the token, where that can be revoked
+    is_own: bool = False  # came with the secret that the host itself made
+    address: str = ""
 
     def may(self, scope: Scope) -> bool:
-        return self.scope is Scope.ADMIN or scope in (Scope.PUBLIC, self.scope)
+        return scope is Scope.PUBLIC or scope in GRANTS[self.scope]
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
-        if self.host is not None and self.host != host:
-            raise Forbidden(f"this token belongs to {self.host}, not to {host}")
+        if self.scope is Scope.ADMIN or self.host == host:
+            return
+        if self.host is None:
+            raise Forbidden(
+                "an enrolment token may only register: go on with the host's own secret, or with the `token` that register answers"
+            )
+        raise Forbidden(f"this token belongs to {self.host}, not to {host}")
+
+    def sees(self, app: str) -> None:
+        """Raises Forbidden."""
+        if self.app not in (None, app):
+            raise Forbidden(f"this token is for the app {self.app} alone")
+
+
+class TokenRequest(NamedTuple):
+    role: Scope
+    name: str | None
+    host: str | None
+    app: str | None
+    expires_in: int | None  # seconds
+
+    @classmethod
+    def parse(cls, data: Any) -> TokenRequest:
+        f = Fields(data, cls._fields)
+        role = f.choice("role", [scope for scope in Scope if scope is not Scope.PUBLIC], required=True)
+        asked = cls(
+            role,
+            f.text("name", matches(TOKEN_NAME, "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")),
+            f.text("host", is_host, fold=True),
+            f.text("app", is_app),
+            f.integer("expires_in", 60, 10 * 365 * 86400),
+        )
+        if asked.host and role != Scope.AGENT:
+            f.wrong("host", "is for tokens of the role agent alone")
+        if asked.app and role not in (Scope.OPERATOR, Scope.VIEWER):
+            f.wrong("app", "is for tokens of the roles operator and viewer alone")
+        return f.done(asked)
+
+
+class Token(NamedTuple):
+    """A row of `tokens`, in the order of its columns. A browser's sign-in is one too, with a `parent`."""
+
+    id: str
+    name: str
+    role: str
+    host: str | None
+    app: str | None
+    sha256: str
+    parent: str | None  # SHA-256 of the token that somebody signed in with: this one ends with it
+    created_at: str
+    created_by: str
+    expires_at: str | None
+    last_used_at: str | None
+
+    def public(self) -> dict[str, Any]:
+        shown = self._asdict()
+        del shown["sha256"], shown["parent"]
+        return shown
+
+    def principal(self) -> Principal:
+        """A signed-in browser acts in the name of the token that it signed in with."""
+        name = self.created_by if self.parent else self.name
+        return Principal(name, Scope(self.role), self.host, self.app, self.sha256)
 
 
 class Clock:
@@ -905,6 +1042,7 @@ class App(NamedTuple):
     deploy: list[str] | str | None = None
     timeout: int = 3600  # seconds
     retries: int = 0  # attempts after one that an agent lost
+    webhook_secrets: tuple[str, ...] = ()  # that sign its pushes; none: the one of the whole controller
 
     def spec(self) -> str:
         """What the agent needs, as JSON: frozen into each job when it is made."""
@@ -1129,6 +1267,10 @@ def count(value: Any) -> int:
     return value
 
 
+def is_path(text: str) -> str | None:
+    return None if 0 < len(text) <= 4096 and text.isprintable() else "must be the path of a file"
+
+
 APP_KEYS: dict[str, Callable[[Any], Any]] = {
     "name": string(is_app),
     "repo": string(is_repo),
@@ -1141,13 +1283,15 @@ APP_KEYS: dict[str, Callable[[Any], Any]] = {
     "deploy": command,
     "timeout": seconds,
     "retries": count,
+    "webhook_secret_file": string(is_path),
 }
 
 
 class AppReader:
-    """Reads the document of apps.yaml; gathers every mistake with its line."""
+    """Reads the document of apps.yaml; gathers every mistake with its line. `folder`: what its paths are relative to."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: pathlib.Path) -> None:
+        self.folder = folder
         self.problems: list[tuple[int, str]] = []
 
     def read(self, document: Any) -> tuple[App, ...]:
@@ -1192,9 +1336,25 @@ class AppReader:
             self.problems.append(
                 (entry.line_of("deploy"), "deploy: stands instead of build and activate; keep one form")
             )
+        values["webhook_secrets"] = self._secrets(entry, values.pop("webhook_secret_file", None))
         if len(self.problems) > before:
             return None
         return App(**{"clone_url": default_clone_url(values["repo"]), **values})
+
+    def _secrets(self, entry: Located, file: str | None) -> tuple[str, ...]:
+        """The secrets in that file, a line each."""
+        if file is None:
+            return ()
+        try:
+            text = (self.folder / file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
+            self.problems.append((entry.line_of("webhook_secret_file"), f"webhook_secret_file: {file[:80]}: {why}"))
+            return ()
+        found = tuple(line.strip() for line in text.splitlines() if line.strip())
+        if not found:
+            self.problems.append((entry.line_of("webhook_secret_file"), f"webhook_secret_file: {file[:80]} is empty"))
+        return found
 
     def _checked(self, entry: Located, key: str) -> Any:
         try:
@@ -1210,7 +1370,7 @@ def read_apps(path: pathlib.Path) -> tuple[App, ...]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise AppsError([(error.object[: error.start].count(b"\n") + 1, "is not UTF-8")]) from None
-    return AppReader().read(parse_apps_text(text))
+    return AppReader(path.parent).read(parse_apps_text(text))
 
 
 class Apps:
@@ -1282,12 +1442,30 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) STRICT""",
         "CREATE INDEX deliveries_body ON deliveries (body_sha256)",
     ),
+    (
+        """CREATE TABLE tokens (
+            id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, role TEXT NOT NULL, host TEXT, app TEXT, sha256 TEXT NOT NULL UNIQUE,
+            parent TEXT, created_at TEXT NOT NULL, created_by TEXT NOT NULL, expires_at TEXT, last_used_at TEXT
+        ) STRICT""",
+        """CREATE TABLE audit (
+            id INTEGER PRIMARY KEY, at TEXT NOT NULL, who TEXT NOT NULL, address TEXT NOT NULL, action TEXT NOT NULL,
+            target TEXT NOT NULL, detail TEXT NOT NULL
+        ) STRICT""",
+        # The newest push that was taken of each ref: an older one that comes late must not replace it.
+        """CREATE TABLE pushes (
+            repo TEXT NOT NULL, ref TEXT NOT NULL, pushed_at INTEGER, before TEXT NOT NULL, PRIMARY KEY (repo, ref)
+        ) STRICT, WITHOUT ROWID""",
+        # What retention keeps of each app on each host: the last successes.
+        "CREATE INDEX jobs_success ON jobs (app, host, id) WHERE status = 'success'",
+        "ALTER TABLE events ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0",
+    ),
 )
 
 JOB_COLUMNS = ", ".join(f'"{name}"' for name in Job._fields)
-EVENT_COLUMNS = 'position, lines, kind, job_id, host, app, attempt, "offset", data'
+EVENT_COLUMNS = 'position, lines, kind, job_id, host, app, attempt, "offset", data, log_bytes'
 INSERT_JOB = f"INSERT INTO jobs ({JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
-INSERT_EVENT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+INSERT_EVENT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+AUDIT_COLUMNS = ("id", "at", "who", "address", "action", "target", "detail")
 
 
 class Queries:
@@ -1400,13 +1578,14 @@ class Queries:
         sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE job_id = ? AND kind = 'log' AND position > ? ORDER BY position"
         return (Event(*row) for row in self._db.execute(sql, (job_id, after)))
 
-    def log_end(self, job_id: str, attempt: int) -> int:
-        """The offset after the last stored line of that attempt."""
+    def log_end(self, job_id: str, attempt: int) -> tuple[int, int]:
+        """(the offset after the last stored line of that attempt, bytes of the log of the job)."""
         row = self.one(
-            "SELECT attempt, \"offset\" + lines FROM events WHERE job_id = ? AND kind = 'log' ORDER BY position DESC LIMIT 1",
+            "SELECT attempt, \"offset\" + lines, log_bytes FROM events WHERE job_id = ? AND kind = 'log'"
+            " ORDER BY position DESC LIMIT 1",
             job_id,
         )
-        return row[1] if row and row[0] == attempt else 0
+        return (row[1] if row[0] == attempt else 0, row[2]) if row else (0, 0)
 
     def last_position_of(self, job_id: str, kind: str) -> int:
         row = self.one("SELECT max(position) FROM events WHERE job_id = ? AND kind = ?", job_id, kind)
@@ -1432,6 +1611,32 @@ class Queries:
         """(app, host) to (job id, commit, time)."""
         found = self.rows('SELECT app, host, job_id, "commit", deployed_at FROM releases')
         return {(app, host): (job, commit, at) for app, host, job, commit, at in found}
+
+    def newest_push(self, repo: str, ref: str) -> tuple[int | None, str] | None:
+        """(pushed_at, the commit that it came after) of the newest push that was taken."""
+        return self.one("SELECT pushed_at, before FROM pushes WHERE repo = ? AND ref = ?", repo.lower(), ref)
+
+    def tokens(self) -> list[Token]:
+        return [Token._make(row) for row in self.rows("SELECT * FROM tokens ORDER BY id")]
+
+    def audit(self, equal: Mapping[str, str], before: int | None, limit: int) -> list[dict[str, Any]]:
+        """Newest first. `equal`: column to value, columns of ours alone."""
+        where = "".join(f" AND {column} = ?" for column in equal)
+        sql = f"SELECT * FROM audit WHERE id < ?{where} ORDER BY id DESC LIMIT ?"
+        found = self.rows(sql, (1 << 62) if before is None else before, *equal.values(), limit)
+        return [dict(zip(AUDIT_COLUMNS, row, strict=True)) for row in found]
+
+    def old_jobs(self, after: str, oldest_id: str, limit: int) -> list[tuple[str, str | None, bool]]:
+        """(id, end, whether it is among the last two successes of its app on its host) of jobs between the ids, oldest first."""
+        kept = (
+            "SELECT count(*) < 2 FROM (SELECT 1 FROM jobs AS newer INDEXED BY jobs_success WHERE newer.status = 'success'"
+            " AND newer.app = jobs.app AND newer.host = jobs.host AND newer.id > jobs.id LIMIT 2)"
+        )
+        return self.rows(
+            f"SELECT id, completed_at, CASE WHEN status = 'success' THEN ({kept}) ELSE 0 END FROM jobs"
+            " WHERE id > ? AND id < ? ORDER BY id LIMIT ?",
+            *(after, oldest_id, limit),
+        )
 
     def delivery(self, delivery_id: str, body_sha256: str) -> tuple[list[str], str] | None:
         """What a delivery of that id, or of that body, made. The id is not signed, so the body counts as well."""
@@ -1467,9 +1672,9 @@ class Tx(Queries):
         ).fetchone()
         return Job._make(row) if row else None
 
-    def add_event(self, job: Job, kind: str, lines: int, offset: int, data: str) -> Event:
+    def add_event(self, job: Job, kind: str, lines: int, offset: int, data: str, log_bytes: int = 0) -> Event:
         self.position += lines
-        event = Event(self.position, lines, kind, job.id, job.host, job.app, job.attempt, offset, data)
+        event = Event(self.position, lines, kind, job.id, job.host, job.app, job.attempt, offset, data, log_bytes)
         self._do(INSERT_EVENT, *event.row())
         return event
 
@@ -1502,6 +1707,46 @@ class Tx(Queries):
         self._do(
             "INSERT INTO deliveries VALUES (?, ?, ?, ?, ?)", delivery_id, body_sha256, received_at, dump(jobs), message
         )
+
+    def put_push(self, repo: str, ref: str, pushed_at: int | None, before: str) -> None:
+        self._do("INSERT OR REPLACE INTO pushes VALUES (?, ?, ?, ?)", repo.lower(), ref, pushed_at, before)
+
+    def audited(self, at: str, by: Principal, action: str, target: str, detail: str = "") -> None:
+        """Who did it, and from where: in the transaction that does it."""
+        self._do("INSERT INTO audit VALUES (NULL, ?, ?, ?, ?, ?, ?)", at, by.name, by.address, action, target, detail)
+
+    def add_token(self, token: Token) -> None:
+        self._do("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *token)
+
+    def remove_token(self, sha256: str) -> None:
+        """And the sign-ins made with it."""
+        self._do("DELETE FROM tokens WHERE sha256 = ? OR parent = ?", sha256, sha256)
+
+    def used_tokens(self, at: str, digests: Iterable[str]) -> None:
+        self._db.executemany(
+            "UPDATE tokens SET last_used_at = ? WHERE sha256 = ?", [(at, digest) for digest in digests]
+        )
+
+    def remove_events(self, job_id: str, limit: int) -> int:
+        """The oldest of a job, up to `limit`; how many."""
+        some = "SELECT position FROM events WHERE job_id = ? ORDER BY position LIMIT ?"
+        rows = self._do(f"DELETE FROM events WHERE position IN ({some}) RETURNING position", job_id, limit).fetchall()
+        if rows:
+            through = max(int(self.meta("removed_through")), *(row[0] for row in rows))
+            self._do("UPDATE meta SET value = ? WHERE name = 'removed_through'", str(through))
+        return len(rows)
+
+    def remove_job(self, job_id: str) -> None:
+        self._do("DELETE FROM jobs WHERE id = ?", job_id)
+
+    def remove_oldest(self, table: str, column: str, before: str, limit: int) -> int:
+        """Rows of a table that grows at its end; how many went."""
+        some = f"SELECT rowid FROM {table} ORDER BY rowid LIMIT ?"
+        return self._do(f"DELETE FROM {table} WHERE rowid IN ({some}) AND {column} < ?", limit, before).rowcount
+
+    def give_back(self, pages: int) -> None:
+        """Free pages to the file system (auto_vacuum is INCREMENTAL)."""
+        self._do(f"PRAGMA incremental_vacuum({pages})").fetchall()
 
 
 class Work:
@@ -1887,31 +2132,208 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class RateLimit:
+    """At most so many events a minute for each key, counted in minutes that begin with the first."""
+
+    def __init__(self, limit: int, clock: Clock):
+        self._limit, self._clock = limit, clock
+        self._lock = threading.Lock()  # guards _minutes
+        self._minutes: dict[str, tuple[float, int]] = {}  # key to (end of its minute, events); the oldest first
+
+    def add(self, key: str, what: str) -> None:
+        """Raises TooMany."""
+        now = self._clock.monotonic()
+        with self._lock:
+            end, count = self._minutes.get(key, (0.0, 0))
+            if now >= end:
+                self._minutes.pop(key, None)
+                end, count = now + 60.0, 0
+            if len(self._minutes) >= MAX_RATE_KEYS:
+                self._minutes.pop(next(iter(self._minutes)))
+            self._minutes[key] = end, count + 1
+        if count >= self._limit:
+            raise TooMany(f"more than {self._limit} {what} in a minute", math.ceil(end - now))
+
+
+def network_of(address: str) -> str:
+    """What one caller has for sure: an IPv4 address, or the /64 of an IPv6 one."""
+    return ":".join(ipaddress.IPv6Address(address).exploded.split(":")[:4]) if ":" in address else address
+
+
+COOKIE = "deploybot_session"
+COOKIE_VALUE = re.compile(rf"(?:\A|;)[ \t]*{COOKIE}=([\w-]{{1,128}})(?:;|\Z)", re.ASCII)
+TAKEN_NAMES = ("admin", "agents", "reader", "local", "github")
+
+
+def new_secret() -> str:
+    return "dbt_" + secrets.token_urlsafe(32)
+
+
 class Auth:
-    """Bearer tokens (RFC 6750) to principals. Tokens are known by their SHA-256, so a look-up tells nothing by its time."""
+    """Tokens (RFC 6750) to principals. All are known by their SHA-256, in memory, so a look-up tells nothing by its time and
+    asks no database; those made over the API stand in `tokens` as well."""
 
-    def __init__(self, tokens: Mapping[str, Principal], open_mode: bool, host_of_secret: Callable[[str], str | None]):
-        self._known = {sha256(token): principal for token, principal in tokens.items()}
-        self._open = open_mode
-        self._host_of_secret = host_of_secret
+    def __init__(
+        self,
+        configured: Mapping[str, Principal],
+        open_mode: bool,
+        host_of_secret: Callable[[str], str | None],
+        store: Store,
+        clock: Clock,
+    ):
+        self._configured = {sha256(token): principal for token, principal in configured.items()}
+        self._open, self._host_of_secret, self._store, self._clock = open_mode, host_of_secret, store, clock
+        self._failed = RateLimit(MAX_FAILED_SIGN_INS, clock)
+        self._new_id = TimeOrderedIds(clock, None)
+        # By SHA-256. Changed after a commit alone, by the thread that holds Store._writer; read without a lock.
+        with store.read() as db:
+            self._tokens = {token.sha256: token for token in db.tokens()}
+        self._principals = {digest: token.principal() for digest, token in self._tokens.items()}
+        self._used: set[str] = set()  # SHA-256 of tokens whose last use is not in the database yet
+        self._flushed = clock.monotonic()
 
-    def principal(self, authorization: str | None, is_local: Callable[[], bool]) -> Principal:
-        """Raises Unauthorized. A token that is sent counts, also where none is needed."""
-        if authorization is None:
-            if self._open and is_local():
-                return Principal("local", Scope.ADMIN)
+    # -- who asks ------------------------------------------------------------------------------------------------------
+
+    def principal(self, headers: Mapping[str, str], address: str, is_local: Callable[[], bool]) -> Principal:
+        """Raises Unauthorized, and TooMany where too many tokens from that address were none. A token that is sent counts,
+        also where none is needed."""
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        if not kind:
+            found = COOKIE_VALUE.search(headers.get("cookie", ""))
+            principal = self.find(sha256(found[1])) if found else None  # one that ran out is none
+            if principal or (self._open and is_local()):
+                return principal or Principal("local", Scope.ADMIN)
             raise Unauthorized(NO_TOKEN)
-        kind, _, token = authorization.partition(" ")
         if kind.lower() != "bearer":
             raise Unauthorized(NO_TOKEN)
-        digest = sha256(token.strip())
-        found = self._known.get(digest)
-        if found:
+        return self.of_token(token.strip(), address)
+
+    def of_token(self, token: str, address: str) -> Principal:
+        """As principal(). The answer is the same for a token that never was, that ran out and that was revoked."""
+        principal = self.find(sha256(token))
+        if principal is None:
+            self._failed.add(network_of(address), "tokens from your address were not valid")
+            raise Unauthorized("this token is not valid (any more)")
+        return principal
+
+    def find(self, digest: str) -> Principal | None:
+        """Whose token has this SHA-256, if it counts now."""
+        found = self._configured.get(digest)
+        if found is not None:
             return found
         host = self._host_of_secret(digest)
-        if host is None:
-            raise Unauthorized("this token is not valid (any more)")
-        return Principal(f"agent:{host}", Scope.AGENT, host)
+        if host is not None:
+            return Principal(f"agent:{host}", Scope.AGENT, host, is_own=True)
+        token = self._tokens.get(digest)
+        if token is None or not self._counts(token):
+            return None
+        self._used.add(digest)
+        return self._principals.get(digest)
+
+    def _counts(self, token: Token) -> bool:
+        if token.expires_at is not None and token.expires_at <= self._clock.stamp():
+            return False
+        return token.parent is None or self.find(token.parent) is not None
+
+    def still(self, principal: Principal) -> bool:
+        """Whether the token that was good when a long call began still is."""
+        return not principal.digest or self.find(principal.digest) is not None
+
+    def expiry(self, principal: Principal) -> str | None:
+        token = self._tokens.get(principal.digest)
+        return token.expires_at if token else None
+
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def tokens(self) -> list[Token]:
+        """Oldest first, without the sign-ins of browsers."""
+        return sorted(token for token in list(self._tokens.values()) if token.parent is None)
+
+    def create(self, asked: TokenRequest, by: Principal) -> tuple[Token, str]:
+        """The new token, and its secret, which is told this once. Raises Conflict for a name in use."""
+
+        def do(tx: Tx, secret: str) -> Token:
+            token = self._token(asked, sha256(secret), None, by.name)
+            if token.name in TAKEN_NAMES or any(token.name == other.name for other in tx.tokens()):
+                raise Conflict(f"there is a token named {token.name}: choose another name, or revoke that one first")
+            only = f" for {asked.host or asked.app}" if asked.host or asked.app else ""
+            self._add(tx, token, by, "token.create", f"{asked.role}{only}, expires {token.expires_at or 'never'}")
+            return token
+
+        secret = new_secret()
+        return self._store.write(lambda tx: do(tx, secret)), secret
+
+    def sign_in(self, text: str, address: str) -> tuple[Token, str]:
+        """A token of its own for a browser, and its secret. Raises Forbidden for the tokens of agents."""
+        by = self.of_token(text, address)._replace(address=address)
+        if not by.may(Scope.VIEWER):
+            raise Forbidden(f"a token of the role {by.scope} cannot sign in")
+        asked = TokenRequest(by.scope, None, None, by.app, SESSION_LIFETIME)
+        secret = new_secret()
+        used = self._tokens.get(sha256(text))
+        parent = used.parent if used and used.parent else sha256(text)
+        token = self._token(asked, sha256(secret), parent, by.name)
+        if (ends := self.expiry(by)) is not None:
+            token = token._replace(expires_at=min(ends, token.expires_at or ends))
+        self._store.write(lambda tx: self._add(tx, token, by, "session.create", ""))
+        return token, secret
+
+    def _token(self, asked: TokenRequest, digest: str, parent: str | None, by: str) -> Token:
+        new = self._new_id()
+        ends = None if asked.expires_in is None else self._clock.stamp(ago=-asked.expires_in)
+        name = asked.name or (f"session-{new}" if parent else f"{asked.role}-{new[-6:]}")
+        return Token(new, name, asked.role, asked.host, asked.app, digest, parent, self._clock.stamp(), by, ends, None)
+
+    def _add(self, tx: Tx, token: Token, by: Principal, action: str, detail: str) -> None:
+        tx.add_token(token)
+        tx.audited(token.created_at, by, action, token.name, detail)
+        tx.after(self._remember, token)
+
+    def revoke(self, token_id: str, by: Principal) -> Token:
+        """Raises NotFound."""
+        token = next((token for token in list(self._tokens.values()) if token.id == token_id), None)
+        if token is None:
+            raise NotFound(f"no token {token_id[:100]}")
+        self._store.write(lambda tx: self._remove(tx, token, by, "token.revoke"))
+        return token
+
+    def sign_out(self, by: Principal) -> None:
+        token = self._tokens.get(by.digest)
+        if token and token.parent:
+            self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
+
+    def _remove(self, tx: Tx, token: Token, by: Principal, action: str) -> None:
+        tx.remove_token(token.sha256)
+        tx.audited(self._clock.stamp(), by, action, token.name)
+        tx.after(self._forget, token)
+
+    def _remember(self, token: Token) -> None:
+        self._principals[token.sha256] = token.principal()
+        self._tokens[token.sha256] = token
+
+    def _forget(self, token: Token) -> None:
+        for other in [other for other in self._tokens.values() if token.sha256 in (other.sha256, other.parent)]:
+            del self._tokens[other.sha256], self._principals[other.sha256]
+
+    def sweep(self) -> None:
+        """Writes down which tokens were used, and forgets the sign-ins that ran out."""
+        now = self._clock.monotonic()
+        if now - self._flushed < FLUSH_INTERVAL:
+            return
+        self._flushed, used, self._used = now, self._used, set()
+        at = self._clock.stamp()
+        over = [token for token in list(self._tokens.values()) if token.parent and not self._counts(token)]
+
+        def do(tx: Tx) -> None:
+            tx.used_tokens(at, used)
+            for digest in used & self._tokens.keys():
+                tx.after(self._tokens.__setitem__, digest, self._tokens[digest]._replace(last_used_at=at))
+            for token in over:
+                tx.remove_token(token.sha256)
+                tx.after(self._forget, token)
+
+        if used or over:
+            self._store.write(do)
 
 
 PROXIED = ("forwarded", "via", "x-real-ip")  # with X-Forwarded-*: what proxies add
@@ -1947,7 +2369,7 @@ def first_token(path: pathlib.Path) -> tuple[str, bool]:
     try:
         token = path.read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        token = "dbt_" + secrets.token_urlsafe(32)
+        token = new_secret()
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(token + "\n")
         return token, True
@@ -1967,11 +2389,16 @@ def signature_of(secret: str, body: bytes) -> str:
     return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
 
 
-def is_signed(setting: str, body: bytes, signature: str) -> bool:
-    """`setting`: one secret, or two with a comma while one is being replaced."""
+def secrets_in(setting: str | None) -> tuple[str, ...]:
+    """One secret, or two with a comma while one is being replaced."""
+    return tuple(secret.strip() for secret in (setting or "").split(",") if secret.strip())
+
+
+def signers_of(body: bytes, signature: str, known: Iterable[str]) -> frozenset[str]:
+    """Those of the secrets that the body was signed with; all are tried, so the time tells nothing."""
     given = signature.encode("utf-8", "replace")
-    expected = [signature_of(secret.strip(), body).encode() for secret in setting.split(",") if secret.strip()]
-    return any([hmac.compare_digest(one, given) for one in expected])
+    tried = [(secret, hmac.compare_digest(signature_of(secret, body).encode(), given)) for secret in known]
+    return frozenset(secret for secret, is_it in tried if is_it)
 
 
 def said(data: Any, name: str, limit: int) -> str:
@@ -1990,10 +2417,13 @@ class Push(NamedTuple):
 
     repo: str
     branch: str | None  # None: not a branch
-    commit: str | None  # None: the branch was deleted
+    commit: str | None  # None: the ref was deleted
     message: str
     pusher: str
     default_branch: str | None
+    ref: str
+    before: str  # the commit that the ref named before
+    pushed_at: int | None  # Unix time
 
     @classmethod
     def parse(cls, data: Any) -> Push:
@@ -2003,8 +2433,11 @@ class Push(NamedTuple):
         repo = repository.text("full_name", is_repo, required=True)
         f.errors += repository.errors
         branch = ref.removeprefix("refs/heads/") if ref.startswith("refs/heads/") else None
-        deleted = f.boolean("deleted")
-        commit = None if deleted else f.text("after", matches(COMMIT, "a commit"), required=True)
+        commit = None if f.boolean("deleted") else f.text("after", matches(COMMIT, "a commit"), required=True)
+        if commit and ref.startswith("refs/tags/"):  # `after` may be the tag's own object
+            tagged = said(data.get("head_commit"), "id", 64)
+            commit = tagged if COMMIT.fullmatch(tagged) else commit
+        at = data.get("repository", {}).get("pushed_at") if isinstance(data.get("repository"), dict) else None
         if branch is not None and is_ref(branch):
             f.wrong("ref", "must be a ref as git names them")
         return f.done(
@@ -2015,8 +2448,20 @@ class Push(NamedTuple):
                 said(data.get("head_commit"), "message", 1000),
                 said(data.get("pusher"), "name", 100),
                 said(data.get("repository"), "default_branch", 255) or None,
+                ref[:255],
+                said(data, "before", 64),
+                at if type(at) is int else None,
             )
         )
+
+    def is_older(self, newest: tuple[int | None, str] | None) -> bool:
+        """Than the newest push that was taken of this ref: GitHub's deliveries come in any order."""
+        if newest is None:
+            return False
+        pushed_at, before = newest
+        if pushed_at is not None and self.pushed_at is not None and pushed_at != self.pushed_at:
+            return self.pushed_at < pushed_at
+        return before == self.commit  # the one that was taken came after this one
 
     def wanted_by(self, app: App) -> bool:
         """Whether this app deploys this branch."""
@@ -2136,6 +2581,8 @@ class Jobs:
         self._leases: dict[str, dict[str, Lease]] = {}  # host to job id to lease
         self._flushed = clock.monotonic()
         self._ticks = itertools.count(1)  # orders the coming of heartbeats and the writing of answers
+        self._retained = ""  # the last job that the walk over the old ones looked at
+        self._retention_due = clock.monotonic()
         self._seen: set[str] = set()  # ids of agents whose contact is not in the database yet
         with store.read() as db:
             self._new_id = TimeOrderedIds(clock, db.last_job_id())
@@ -2146,31 +2593,39 @@ class Jobs:
 
     def recover(self) -> None:
         """Rebuilds memory from the database: agents, leases, which start anew, and the queue in its old order."""
-        now = self.clock.monotonic()
         with self.store.read() as db:
             for row in db.agents():
-                agent = Agent(*row)
-                agent.contact = now - max(0.0, self.clock.now() - unix_time(agent.last_heartbeat))
-                self._remember(agent)
+                self._remember(self._agent_of(row))
             for job in db.running_jobs():
                 self._lease(job, answered=0)
             for host, job_id, app in db.waiting():
                 self.queue.put(host, job_id, app)
 
+    def _agent_of(self, row: tuple[Any, ...]) -> Agent:
+        agent = Agent(*row)
+        agent.contact = self.clock.monotonic() - max(0.0, self.clock.now() - unix_time(agent.last_heartbeat))
+        return agent
+
     # -- agents --------------------------------------------------------------------------------------------------------
 
-    def register(self, asked: Registration, principal: Principal) -> Agent:
-        """A new session for that host; its id stays. Raises Conflict where another secret is bound to the host."""
-        principal.speaks_for(asked.hostname)
+    def register(self, asked: Registration, principal: Principal, secret: str | None = None) -> Agent:
+        """A new session for that host; its id stays. Raises Conflict where another secret is bound to the host.
+
+        `secret`: one that the controller made for it, where the agent makes none.
+        """
+        if principal.host is not None:
+            principal.speaks_for(asked.hostname)
 
         def do(tx: Tx) -> Agent:
             row = tx.agent_of(asked.hostname)
             old = Agent(*row) if row else None
             bound = old.token_sha256 if old else None
-            if bound and bound != asked.token_sha256 and principal.scope is Scope.AGENT and principal.host is None:
+            enrols = principal.scope is Scope.AGENT and not principal.is_own
+            known = asked.token_sha256 == bound or (asked.token_sha256 is None and principal.host is not None)
+            if enrols and bound and not known:
                 raise Conflict(
                     f"{asked.hostname} is registered with a secret of its own: "
-                    f"start the agent with its old working directory, or run ctl.py hosts remove {asked.hostname}"
+                    f"start the agent with its old working directory, or run ctl.py hosts reset {asked.hostname}"
                 )
             if any(host != asked.hostname for host in tx.hosts_of_secret(asked.token_sha256)):
                 raise Conflict("token_sha256 belongs to another host: each host makes a secret of its own")
@@ -2182,12 +2637,14 @@ class Jobs:
                 slots=asked.slots,
                 session=secrets.token_hex(16),
                 drained=old.drained if old else 0,
-                token_sha256=asked.token_sha256 or bound,
+                token_sha256=asked.token_sha256 or (sha256(secret) if secret else bound),
                 registered_at=old.registered_at if old else now,
                 last_heartbeat=now,
                 contact=self.clock.monotonic(),
             )
             tx.put_agent(*agent.row())
+            if old is None or agent.token_sha256 != bound:
+                tx.audited(now, principal, "host.enrol", agent.hostname)
             tx.after(self._remember, agent)
             tx.after(self.queue.wake, agent.hostname)  # a parked heartbeat of the older session learns of the newer
             return agent
@@ -2363,17 +2820,31 @@ class Jobs:
             if upload.commit and upload.commit != job.commit:
                 job = tx.change_job(job, commit=upload.commit) or job
                 self._announce(tx, job)
-            end = tx.log_end(job.id, job.attempt)
+            end, log_bytes = tx.log_end(job.id, job.attempt)
+            last = upload.offset + len(upload.lines)
+            if end and log_bytes >= self.config.log_limit:  # it said so already: what follows is taken and dropped
+                return max(end, last), job.cancel_requested_at is not None
             if upload.offset > end:
                 raise Conflict(f"lines before offset {upload.offset} are missing: send from {end}", next_offset=end)
-            fresh = upload.lines[end - upload.offset :]
+            fresh, log_bytes = self._within_limit(upload.lines[end - upload.offset :], log_bytes)
             if fresh:
-                event = tx.add_event(job, "log", len(fresh), end, dump(fresh))
+                event = tx.add_event(job, "log", len(fresh), end, dump(fresh), log_bytes)
                 tx.after(self.hub.publish, event)
                 tx.after(self.metrics.count, "deploybot_log_lines_total", "", len(fresh))
-            return end + len(fresh), job.cancel_requested_at is not None
+            return max(end, last), job.cancel_requested_at is not None
 
         return self.store.write(do)
+
+    def _within_limit(self, lines: list[list[str]], log_bytes: int) -> tuple[list[list[str]], int]:
+        """Those that the log of a job still takes, then a line that says so; and the bytes of the log with them."""
+        limit = self.config.log_limit
+        ends = list(itertools.accumulate((len(line[0].encode()) + 1 for line in lines), initial=log_bytes))
+        fit = bisect.bisect_right(ends, limit) - 1
+        if fit >= len(lines):
+            return lines, ends[-1]
+        shown = f"{limit // MIB} MiB" if limit % MIB == 0 else f"{limit} bytes"
+        note = f"[the log of this job has reached its limit of {shown}: what follows is not kept]"
+        return [*lines[: max(fit, 0)], [note, "warning", self.clock.stamp()]], max(limit, log_bytes)
 
     def finish(self, job_id: str, result: Result, principal: Principal) -> Job:
         """running -> an end. The same result again answers the same; anything else of an ended job raises Conflict."""
@@ -2417,8 +2888,26 @@ class Jobs:
     def submit(self, asked: JobRequest, principal: Principal) -> tuple[Job, bool, str | None]:
         """(job, whether it was made now, a warning or None)."""
         app = self._app_of(asked)
-        job, created = self.store.write(lambda tx: self._submit(tx, asked, app, principal.name))
+        self._check_allowed(principal, app.name, asked.host)
+
+        def do(tx: Tx) -> tuple[Job, bool]:
+            job, created = self._submit(tx, asked, app, principal.name)
+            if created:
+                self._audit(tx, principal, "job.create", job)
+            return job, created
+
+        job, created = self.store.write(do)
         return job, created, self._warning(job, asked)
+
+    def _check_allowed(self, principal: Principal, name: str, host: str) -> None:
+        """The token of one app deploys what apps.yaml says of it, where apps.yaml says. Raises Forbidden."""
+        principal.sees(name)
+        app = self.apps.named(name)
+        if principal.app and (app is None or host not in app.hosts):
+            raise Forbidden(f"this token is for {name} alone, and apps.yaml does not name it on {host}")
+
+    def _audit(self, tx: Tx, principal: Principal, action: str, job: Job) -> None:
+        tx.audited(self.clock.stamp(), principal, action, job.id, f"{job.app} {job.ref} on {job.host}")
 
     def _app_of(self, asked: JobRequest) -> App:
         """The app that the request names; the only one of the repository; else one by convention. Raises ValidationError."""
@@ -2479,33 +2968,49 @@ class Jobs:
             )
         return None
 
-    def push(self, push: Push, delivery: str, body_sha256: str) -> tuple[list[str], str]:
-        """Jobs for a signed push, stored in one transaction with its delivery: (ids, message). The same delivery answers the same."""
-        apps = [app for app in self.apps.of_repo(push.repo) if push.commit and push.wanted_by(app)]
+    def push(
+        self, push: Push, delivery: str, body_sha256: str, signers: frozenset[str], address: str
+    ) -> tuple[list[str], str]:
+        """Jobs for a signed push, stored in one transaction with its delivery: (ids, message). The same delivery answers the same.
+
+        `signers`: the secrets that the body was signed with; an app with a secret of its own takes no other.
+        """
+        default = secrets_in(self.config.webhook_secret)
+        trusting = [app for app in self.apps.of_repo(push.repo) if signers.intersection(app.webhook_secrets or default)]
+        apps = [app for app in trusting if push.commit and push.wanted_by(app)]
+        github = Principal("github", Scope.PUBLIC, address=address)
 
         def do(tx: Tx) -> tuple[list[str], str]:
             before = tx.delivery(delivery, body_sha256)
             if before:
                 return before[0], f"taken before, nothing new is made: {before[1]} (ctl.py retry JOB deploys it again)"
             made: list[str] = []
-            for app in apps:
+            late = push.is_older(tx.newest_push(push.repo, push.ref))
+            for app in () if late else apps:
                 for host in app.hosts:
                     job, created = self._submit(tx, push.request(app, host), app, "github")
                     made += [job.id] if created else []
-            message = self._push_message(push, apps, len(made))
+            message = self._push_message(push, apps, len(made), bool(trusting), late)
             if apps:  # else a redelivery counts, once apps.yaml says more
                 tx.add_delivery(delivery, body_sha256, self.clock.stamp(), made, message)
+                tx.audited(self.clock.stamp(), github, "push", push.repo, f"{push.branch} {push.commit}: {message}")
+            if apps and not late:
+                tx.put_push(push.repo, push.ref, push.pushed_at, push.before)
             return made, message
 
         return self.store.write(do)
 
-    def _push_message(self, push: Push, apps: list[App], made: int) -> str:
+    def _push_message(self, push: Push, apps: list[App], made: int, is_trusted: bool, is_late: bool) -> str:
         if push.commit is None:
             return "ignored: the ref was deleted"
         if push.branch is None:
             return "ignored: not a branch"
         if not self.apps.of_repo(push.repo):
             return f"ignored: no app of apps.yaml has the repository {push.repo}"
+        if not is_trusted:
+            return f"ignored: it is signed with another secret than those of the apps of {push.repo}"
+        if is_late and apps:
+            return f"ignored: a newer push to {push.branch} was taken before"
         if not apps:
             return f"ignored: no app of {push.repo} deploys pushes to {push.branch}"
         names = ", ".join(app.name for app in apps)
@@ -2513,15 +3018,17 @@ class Jobs:
             "" if made else ": the same deployment is under way"
         )
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str, principal: Principal) -> Job:
         """A pending job ends at once; a running one is stopped by its agent, which reports. Raises Conflict for an ended one."""
 
         def do(tx: Tx) -> Job:
             job = tx.job(job_id)
+            principal.sees(job.app)
             if job.status == Status.CANCELLED or (job.status == Status.RUNNING and job.cancel_requested_at):
                 return job
             if job.status in ENDED:
                 raise Conflict(f"job {job.id} cannot be cancelled: {in_words(job)}")
+            self._audit(tx, principal, "job.cancel", job)
             now = self.clock.stamp()
             if job.status == Status.PENDING:
                 tx.after(self.queue.remove, job.host, {job.id})
@@ -2540,12 +3047,16 @@ class Jobs:
 
         def do(tx: Tx) -> tuple[Job, bool]:
             job = tx.job(job_id)
+            self._check_allowed(principal, job.app, job.host)
             if job.status not in ENDED:
                 raise Conflict(f"job {job.id} cannot be retried: {in_words(job)}")
             asked = JobRequest(
                 job.repo, job.ref, job.host, job.app, json.loads(job.metadata), False, job.timeout, job.retries
             )
-            return self._submit(tx, asked, self._app_of(asked), principal.name, retry_of=job.id)
+            again, created = self._submit(tx, asked, self._app_of(asked), principal.name, retry_of=job.id)
+            if created:
+                self._audit(tx, principal, "job.retry", again)
+            return again, created
 
         return self.store.write(do)
 
@@ -2584,7 +3095,7 @@ class Jobs:
     def is_online(self, agent: Agent) -> bool:
         return agent.online and self.clock.monotonic() - agent.contact <= self.config.agent_timeout
 
-    def drain(self, hostname: str, drained: bool) -> dict[str, Any]:
+    def drain(self, hostname: str, drained: bool, principal: Principal) -> dict[str, Any]:
         """A drained host takes no new job; what runs there goes on."""
 
         def remember() -> None:
@@ -2595,12 +3106,29 @@ class Jobs:
         def do(tx: Tx) -> None:
             if not tx.set_drained(hostname, drained):
                 self._no_host(hostname)
+            tx.audited(self.clock.stamp(), principal, "host.drain" if drained else "host.resume", hostname)
             tx.after(remember)
 
         self.store.write(do)
         return self.hosts(hostname)[0]
 
-    def remove_host(self, hostname: str) -> None:
+    def reset_host(self, hostname: str, principal: Principal) -> dict[str, Any]:
+        """Unbinds its secret and ends its session: its agent has to register with an enrolment token."""
+
+        def do(tx: Tx) -> None:
+            row = tx.agent_of(hostname)
+            if row is None:
+                self._no_host(hostname)
+            agent = dataclasses.replace(self._agent_of(row), token_sha256=None, session="", online=False)
+            tx.put_agent(*agent.row())
+            tx.audited(self.clock.stamp(), principal, "host.reset", hostname)
+            tx.after(self._remember, agent)
+            tx.after(self.queue.wake, hostname)
+
+        self.store.write(do)
+        return self.hosts(hostname)[0]
+
+    def remove_host(self, hostname: str, principal: Principal) -> None:
         """Its agent must register anew; jobs that wait for the host wait on. Raises Conflict while one runs there."""
 
         def do(tx: Tx) -> None:
@@ -2609,6 +3137,7 @@ class Jobs:
             if tx.running_apps(hostname):
                 raise Conflict(f"{hostname} runs a job: wait for its end or cancel it first")
             tx.remove_agent(hostname)
+            tx.audited(self.clock.stamp(), principal, "host.remove", hostname)
             tx.after(self._forget, hostname)
 
         self.store.write(do)
@@ -2632,6 +3161,42 @@ class Jobs:
         self._expire()
         if now - self._flushed >= FLUSH_INTERVAL:
             self.flush_contacts()
+        if self.config.retention_days and now >= self._retention_due:
+            self._retain()
+
+    def _retain(self) -> None:
+        """Removes what is old for RETENTION_BUDGET; at the end of the walk, pauses until the next."""
+        stop = time.monotonic() + RETENTION_BUDGET
+        while time.monotonic() < stop:
+            if not self.store.write(self._remove_some):
+                self._retained, self._retention_due = "", self.clock.monotonic() + RETENTION_PAUSE
+                return
+
+    def _remove_some(self, tx: Tx) -> bool:
+        """One slice: ended jobs and their events, oldest first. Whether there may be more to remove."""
+        age = self.config.retention_days * 86400
+        before = self.clock.stamp(ago=age)
+        jobs = tx.old_jobs(self._retained, TimeOrderedIds.floor(max(0.0, self.clock.now() - age)), RETENTION_JOBS)
+        left, walked = RETENTION_EVENTS, self._retained
+        for job_id, ended, is_kept in jobs:
+            if ended is not None and ended < before and not is_kept:
+                left -= tx.remove_events(job_id, left)
+                if left <= 0:  # it may have more
+                    break
+                tx.remove_job(job_id)
+            walked = job_id
+        more = len(jobs) == RETENTION_JOBS or left <= 0
+        for table, column, oldest in (
+            ("audit", "at", before),
+            ("deliveries", "received_at", self.clock.stamp(ago=DELIVERY_DAYS * 86400)),
+        ):
+            more = tx.remove_oldest(table, column, oldest, RETENTION_EVENTS) == RETENTION_EVENTS or more
+        tx.give_back(RETENTION_EVENTS)
+        tx.after(self._remember_removal, walked, int(tx.meta("removed_through")))
+        return more
+
+    def _remember_removal(self, walked: str, removed_through: int) -> None:
+        self._retained, self.removed_through = walked, removed_through
 
     def flush_contacts(self) -> None:
         self._flushed = self.clock.monotonic()
@@ -2852,7 +3417,9 @@ class Request:
     path: str
     query_text: str
     headers: dict[str, str]  # by name in lower case
-    peer: str
+    peer: str  # who connected
+    address: str  # who asked: another one than the peer behind a trusted proxy
+    secure: bool  # came over TLS, of ours or of a trusted proxy
     connected: Callable[[], bool]
     body: bytes = b""
     params: tuple[str, ...] = ()
@@ -2913,6 +3480,34 @@ def content_length(headers: Mapping[str, str]) -> int:
     return int(text)
 
 
+def is_one_of(address: str, trusted: Iterable[Network]) -> bool:
+    with contextlib.suppress(ValueError):
+        found = ipaddress.ip_address(address)
+        return any(found in network for network in trusted)
+    return False
+
+
+def forwarded(peer: str, headers: Mapping[str, str], trusted: tuple[Network, ...]) -> tuple[str, bool]:
+    """(who asked, whether over TLS) as a trusted proxy says; what others say of it counts for nothing."""
+    if not trusted or not is_one_of(peer, trusted):
+        return peer, False
+    hops = [hop.strip() for hop in headers.get("x-forwarded-for", "").split(",")]
+    others = [hop for hop in hops if hop and not is_one_of(hop, trusted)]
+    secure = headers.get("x-forwarded-proto", "").lower() == "https"
+    try:
+        return (str(ipaddress.ip_address(others[-1])) if others else peer), secure
+    except ValueError:  # what the proxy passed on is no address
+        return peer, secure
+
+
+def refuse_other_sites(request: Request) -> None:
+    """A browser says which page a write comes from; ours come from our own. Raises Forbidden."""
+    origin = request.headers.get("origin")
+    is_ours = origin is None or origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
+    if not is_ours or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise Forbidden("this call comes from another site's page")
+
+
 @dataclasses.dataclass(slots=True)
 class Response:
     status: int
@@ -2957,6 +3552,7 @@ STATUSES: tuple[tuple[type[DeployBotError], int, str, Mapping[str, str]], ...] =
     (MethodNotAllowed, 405, "Method not allowed", {}),
     (Conflict, 409, "Conflict", {}),
     (TooLarge, 413, "Too large", {}),
+    (TooMany, 429, "Too many", {}),
     (ValidationError, 422, "Fields are wrong", {}),
     (AppsError, 422, "apps.yaml is wrong", {}),
     (Unavailable, 503, "Not available now", {"Retry-After": str(RETRY_AFTER)}),
@@ -2967,8 +3563,9 @@ def problem_of(error: DeployBotError) -> Response:
     if isinstance(error, Refusal):
         return problem(error.status, http.HTTPStatus(error.status).phrase, str(error), {}, ())
     _, status, title, headers = next(row for row in STATUSES if isinstance(error, row[0]))
-    allow = [("Allow", ", ".join(error.allowed))] if isinstance(error, MethodNotAllowed) else []
-    return problem(status, title, str(error), error.more, [*headers.items(), *allow])
+    more = [("Allow", ", ".join(error.allowed))] if isinstance(error, MethodNotAllowed) else []
+    more += [("Retry-After", str(error.more["retry_after"]))] if isinstance(error, TooMany) else []
+    return problem(status, title, str(error), error.more, [*headers.items(), *more])
 
 
 class Route(NamedTuple):
@@ -2978,6 +3575,7 @@ class Route(NamedTuple):
     function: Callable[[Any, Request], Response | Stream]
     limit: int = MAX_BODY  # bytes of a body
     admit: Callable[[Any, Request], None] | None = None  # called before the body is read; raises where it need not be
+    for_app: bool = False  # may be called with the token of one app; the function sees to it that it stays with that
 
 
 class Router:
@@ -3017,8 +3615,11 @@ class Router:
 class Dispatcher:
     """From a request to its answer: route, token, body, function; every error becomes a problem."""
 
-    def __init__(self, api: Any, routes: Iterable[Route], auth: Auth, metrics: Metrics):
+    def __init__(
+        self, api: Any, routes: Iterable[Route], auth: Auth, metrics: Metrics, writes: RateLimit | None = None
+    ):
         self._api, self._router, self._auth, self._metrics = api, Router(routes), auth, metrics
+        self._writes = writes
 
     def respond(self, request: Request, read_body: Callable[[int], bytes]) -> Response | Stream:
         """`read_body(limit)` is called once path and token are accepted. Raises OSError where the client goes away."""
@@ -3026,10 +3627,7 @@ class Dispatcher:
         try:
             route, request.params = self._router.find(request.method, request.path)
             pattern = route.pattern
-            if route.scope is not Scope.PUBLIC:
-                request.principal = self._admit(request, route.scope)
-            if route.admit:
-                route.admit(self._api, request)
+            self._admit(request, route)
             request.body = read_body(route.limit)
             response = route.function(self._api, request)
         except DeployBotError as error:
@@ -3045,13 +3643,23 @@ class Dispatcher:
         )
         return response
 
-    def _admit(self, request: Request, scope: Scope) -> Principal:
-        principal = self._auth.principal(
-            request.headers.get("authorization"), lambda: is_from_here(request.peer, request.headers)
-        )
-        if not principal.may(scope):
-            raise Forbidden(f"this call needs a token of the role {scope}; this one has {principal.scope}")
-        return principal
+    def _admit(self, request: Request, route: Route) -> None:
+        """Raises what refuses a request before its body is read."""
+        if route.method != "GET":
+            refuse_other_sites(request)
+        if route.scope is not Scope.PUBLIC:
+            principal = self._auth.principal(
+                request.headers, request.address, lambda: is_from_here(request.peer, request.headers)
+            )
+            request.principal = principal._replace(address=request.address)
+            if not principal.may(route.scope):
+                raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {principal.scope}")
+            if principal.app and not route.for_app:
+                raise Forbidden(f"this token is for the app {principal.app} alone")
+            if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
+                self._writes.add(principal.name, "writes came with this token")
+        if route.admit:
+            route.admit(self._api, request)
 
 
 @functools.lru_cache(maxsize=2)
@@ -3066,6 +3674,18 @@ def header_value(value: str) -> str:
     return value
 
 
+# Ends a side of a connection, also for a thread that does not own it: that of SSLSocket would drop the state of TLS.
+end_of = socket.socket.shutdown
+
+
+def tls_context(cert: pathlib.Path, key: pathlib.Path) -> ssl.SSLContext:
+    """TLS 1.2 and newer (the defaults of `ssl`) with this certificate. Raises OSError, of which ssl.SSLError is one."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(cert, key, password=lambda: "")  # an encrypted key would ask at the terminal
+    return context
+
+
 class Handler(socketserver.BaseRequestHandler):
     """One connection: reads strictly, answers each request with one write, keeps the connection where both sides may."""
 
@@ -3076,15 +3696,35 @@ class Handler(socketserver.BaseRequestHandler):
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", IDLE_DEADLINE, 0))
         self.request.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_DEADLINE, 0))
+        self._is_tls = isinstance(self.request, ssl.SSLSocket)
+        peer = self.client_address[0]
+        self._peer = peer.removeprefix("::ffff:") if "." in peer else peer
         self._buffer = b""  # what came after the last request
         self._unread = 0  # bytes of the current body that nobody has read
         self._minor = 1
         self._expects = False
+        self._holds_place = False  # for a large body in memory
 
     def handle(self) -> None:
         with contextlib.suppress(OSError):  # a client that goes away is no error
+            if self._is_tls:
+                self._shake_hands()
             while self._serve_one():
                 pass
+
+    def _shake_hands(self) -> None:
+        """In this thread, so that a client that says nothing keeps nobody else waiting. OpenSSL takes no notice of SO_RCVTIMEO, so
+        a TLS connection always has a timeout."""
+        self.server.waiting[self.request] = None
+        self.request.settimeout(HEAD_DEADLINE)
+        self.request.do_handshake()  # type: ignore[attr-defined]
+        self.request.settimeout(SEND_DEADLINE)
+
+    def finish(self) -> None:
+        if self._is_tls:  # tells its reader that this is the end, and waits for no answer
+            with contextlib.suppress(OSError, ValueError):
+                self.request.settimeout(0)
+                self.request.unwrap()  # type: ignore[attr-defined]
 
     def _serve_one(self) -> bool:
         """Whether the connection goes on."""
@@ -3102,8 +3742,15 @@ class Handler(socketserver.BaseRequestHandler):
             self._linger()
             return False
         path, _, query = target.partition("?")
-        request = Request(method, path, query, headers, self.client_address[0], self._connected)
-        response = self.server.dispatcher.respond(request, self._read_body)
+        address, secure = forwarded(self._peer, headers, self.server.trusted)
+        request = Request(method, path, query, headers, self._peer, address, secure or self._is_tls, self._connected)
+        try:
+            response = self.server.dispatcher.respond(request, self._read_body)
+        finally:
+            request.body = b""
+            if self._holds_place:
+                self._holds_place = False
+                self.server.places.release()
         wishes = headers.get("connection", "").lower().replace(" ", "").split(",")
         keep = self._minor == 1 and "close" not in wishes
         keep = keep and not self._unread and not self.server.stopping
@@ -3154,41 +3801,50 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _receive(self, size: int, deadline: float) -> bytes:
         """With a deadline (monotonic, 0 for none) raises TimeoutError; without, BlockingIOError after IDLE_DEADLINE."""
-        if not deadline:
+        if not deadline and not self._is_tls:
             return self.request.recv(size)
-        remaining = deadline - time.monotonic()
+        remaining = deadline - time.monotonic() if deadline else IDLE_DEADLINE
         if remaining <= 0:
             raise TimeoutError
         self.request.settimeout(remaining)
         try:
             return self.request.recv(size)
+        except TimeoutError:
+            raise TimeoutError if deadline else BlockingIOError from None
         finally:
-            self.request.settimeout(None)
+            self.request.settimeout(SEND_DEADLINE if self._is_tls else None)
 
     def _read_body(self, limit: int) -> bytes:
         """Raises TooLarge, Refusal at the deadline, ConnectionError where the client goes away."""
         if self._unread > limit:
             raise TooLarge(f"the body has {self._unread} bytes; {limit} are the most")
+        if self._unread > MAX_BODY and not self._holds_place:
+            self._holds_place = self.server.places.acquire(blocking=False)
+            if not self._holds_place:
+                raise Unavailable("too many large bodies at once: send it again in a moment")
         if self._expects and self._minor == 1 and self._unread > len(self._buffer):
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        parts, missing = [self._buffer[: self._unread]], self._unread - len(self._buffer)
+        body = bytearray(self._buffer[: self._unread])
         self._buffer = self._buffer[self._unread :]
         deadline = time.monotonic() + BODY_DEADLINE
-        while missing > 0:
+        while (missing := self._unread - len(body)) > 0:
             try:
                 chunk = self._receive(min(missing, 256 * KIB), deadline)
             except TimeoutError:
                 raise Refusal(408, f"the body did not come within {BODY_DEADLINE:.0f} s") from None
             if not chunk:
                 raise ConnectionError("the client ended within its body")
-            parts.append(chunk)
-            missing -= len(chunk)
+            body += chunk
         self._unread = 0
-        return b"".join(parts)
+        return bytes(body)
 
     def _connected(self) -> bool:
         """False once the client has ended its side."""
         try:
+            if self._is_tls:  # its end comes behind a message of TLS, so there is something to read
+                poll = select.poll()
+                poll.register(self.request, getattr(select, "POLLRDHUP", 0))
+                return not poll.poll(0)
             return self.request.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
         except BlockingIOError:
             return True
@@ -3234,7 +3890,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _linger(self) -> None:
         """Lets the answer arrive: to close with unread input would reset the connection and lose it."""
-        self.request.shutdown(socket.SHUT_WR)
+        end_of(self.request, socket.SHUT_WR)
         deadline, left = time.monotonic() + 2.0, MAX_PUSH
         with contextlib.suppress(TimeoutError):
             while left > 0 and (chunk := self._receive(64 * KIB, deadline)):
@@ -3248,7 +3904,11 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, address: tuple[str, int], dispatcher: Dispatcher):
+    def __init__(
+        self, address: tuple[str, int], dispatcher: Dispatcher, tls: ssl.SSLContext | None, trusted: tuple[Network, ...]
+    ):
+        self.tls, self.trusted = tls, trusted
+        self.places = threading.BoundedSemaphore(MAX_PUSHES_AT_ONCE)
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self.dispatcher = dispatcher
@@ -3266,6 +3926,12 @@ class Server(http.server.ThreadingHTTPServer):
         """Without the look-up of our own name in DNS that HTTPServer does."""
         socketserver.TCPServer.server_bind(self)
 
+    def get_request(self) -> tuple[Any, Any]:
+        connection, address = super().get_request()
+        if self.tls:  # says nothing yet: the handshake is the worker's
+            connection = self.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        return connection, address
+
     def process_request(self, request: Any, client_address: Any) -> None:
         if self.connections() >= self._limit and not self._evict():
             super().shutdown_request(request)
@@ -3282,7 +3948,7 @@ class Server(http.server.ThreadingHTTPServer):
         with contextlib.suppress(StopIteration, RuntimeError, OSError):  # it may end itself meanwhile
             oldest = next(iter(self.waiting))
             self.waiting.pop(oldest, None)
-            oldest.shutdown(socket.SHUT_RDWR)
+            end_of(oldest, socket.SHUT_RDWR)
             return True
         return False
 
@@ -3308,11 +3974,11 @@ class Server(http.server.ThreadingHTTPServer):
         with self._ended:
             for connection in self._connections:
                 with contextlib.suppress(OSError):
-                    connection.shutdown(socket.SHUT_RD)  # an idle one ends now, a working one after its answer
+                    end_of(connection, socket.SHUT_RD)  # an idle one ends now, a working one after its answer
             if not self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2):
                 for connection in self._connections:  # its reader does not read
                     with contextlib.suppress(OSError):
-                        connection.shutdown(socket.SHUT_RDWR)
+                        end_of(connection, socket.SHUT_RDWR)
                 self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2)
 
 
@@ -3330,6 +3996,7 @@ class Controller:
     clock: Clock
     store: Store
     jobs: Jobs
+    auth: Auth
     apps: Apps
     metrics: Metrics
     started: float  # monotonic
@@ -3345,11 +4012,16 @@ def job_id(request: Request) -> str:
 
 
 def register_agent(api: Controller, request: Request) -> Response:
-    agent = api.jobs.register(Registration.parse(request.json()), request.principal)
+    asked = Registration.parse(request.json())
+    secret = None
+    if asked.token_sha256 is None and request.principal.scope is Scope.AGENT and request.principal.host is None:
+        secret = new_secret()  # for an agent that makes none: it is told this once
+    agent = api.jobs.register(asked, request.principal, secret)
     shown = {
         name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")
     }
-    return answer(200, {**shown, "capabilities": json.loads(agent.capabilities), "status": "online"})
+    told = {"token": secret} if secret else {}
+    return answer(200, {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told})
 
 
 def heartbeat(api: Controller, request: Request) -> Response:
@@ -3369,12 +4041,20 @@ def create_job(api: Controller, request: Request) -> Response:
     return answer(201, {"job": job.public(), "created": created, **({"warning": warning} if warning else {})})
 
 
+def visible_app(f: Fields, principal: Principal) -> str | None:
+    """The app that a reader asks for; with the token of one app, that one. Raises Forbidden."""
+    app = f.text("app", is_app)
+    if app is not None:
+        principal.sees(app)
+    return app or principal.app
+
+
 def list_jobs(api: Controller, request: Request) -> Response:
     f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
     equal = {
         "status": f.choice("status", Status),
         "host": f.text("host", is_host, fold=True),
-        "app": f.text("app", is_app),
+        "app": visible_app(f, request.principal),
         "repo": f.text("repo", is_repo),
     }
     starts = f.text("id", matches(ID_START, "the start of a job's id"), fold=True)
@@ -3386,12 +4066,18 @@ def list_jobs(api: Controller, request: Request) -> Response:
     return answer(200, {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None})
 
 
+def visible_job(api: Controller, request: Request) -> Job:
+    job = api.jobs.job(job_id(request))
+    request.principal.sees(job.app)
+    return job
+
+
 def get_job(api: Controller, request: Request) -> Response:
-    return answer(200, {"job": api.jobs.job(job_id(request)).public()})
+    return answer(200, {"job": visible_job(api, request).public()})
 
 
 def cancel_job(api: Controller, request: Request) -> Response:
-    return answer(200, {"job": api.jobs.cancel(job_id(request)).public()})
+    return answer(200, {"job": api.jobs.cancel(job_id(request), request.principal).public()})
 
 
 def retry_job(api: Controller, request: Request) -> Response:
@@ -3417,8 +4103,8 @@ def read_logs(api: Controller, request: Request) -> Response | Stream:
     after = f.integer("after", 0, 1 << 53) or 0
     limit = f.done(f.integer("limit", 1, 10_000)) or 1000
     if "text/plain" in request.headers.get("accept", ""):
-        return Stream(log_text(api, api.jobs.job(job_id(request)).id, after), "text/plain; charset=utf-8")
-    lines, following = api.jobs.log_lines(job_id(request), after, limit)
+        return Stream(log_text(api, visible_job(api, request).id, after), "text/plain; charset=utf-8")
+    lines, following = api.jobs.log_lines(visible_job(api, request).id, after, limit)
     return answer(200, {"lines": lines, "next": following})
 
 
@@ -3432,12 +4118,69 @@ def list_hosts(api: Controller, request: Request) -> Response:
 
 
 def drain_host(drained: bool) -> Callable[[Controller, Request], Response]:
-    return lambda api, request: answer(200, {"host": api.jobs.drain(request.params[0].lower(), drained)})
+    return lambda api, request: answer(
+        200, {"host": api.jobs.drain(request.params[0].lower(), drained, request.principal)}
+    )
+
+
+def reset_host(api: Controller, request: Request) -> Response:
+    return answer(200, {"host": api.jobs.reset_host(request.params[0].lower(), request.principal)})
 
 
 def remove_host(api: Controller, request: Request) -> Response:
-    api.jobs.remove_host(request.params[0].lower())
+    api.jobs.remove_host(request.params[0].lower(), request.principal)
     return answer(200, {"hostname": request.params[0].lower(), "removed": True})
+
+
+def create_token(api: Controller, request: Request) -> Response:
+    token, secret = api.auth.create(TokenRequest.parse(request.json()), request.principal)
+    return answer(201, {"token": token.public(), "secret": secret})
+
+
+def list_tokens(api: Controller, request: Request) -> Response:
+    return answer(200, {"tokens": [token.public() for token in api.auth.tokens()]})
+
+
+def revoke_token(api: Controller, request: Request) -> Response:
+    return answer(200, {"token": api.auth.revoke(request.params[0], request.principal).public()})
+
+
+def who_asks(api: Controller, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
+    who = principal or request.principal
+    expires_at = api.auth.expiry(who)
+    shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": expires_at}
+    response = answer(200, shown)
+    response.headers = (("Set-Cookie", cookie),) if cookie else ()
+    return response
+
+
+def cookie_of(request: Request, secret: str, seconds: int) -> str:
+    """RFC 6265. SameSite: no other site's page brings it along; HttpOnly: no script reads it."""
+    secure = "; Secure" if request.secure else ""
+    return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
+
+
+def sign_in(api: Controller, request: Request) -> Response:
+    f = Fields(request.json(), ("token",))
+    text = f.done(f.text("token", lambda text: None if text.strip() else "must not be empty", required=True))
+    token, secret = api.auth.sign_in(text.strip(), request.address)
+    return who_asks(api, request, token.principal(), cookie_of(request, secret, SESSION_LIFETIME))
+
+
+def sign_out(api: Controller, request: Request) -> Response:
+    with contextlib.suppress(Unauthorized):  # it ran out already
+        api.auth.sign_out(api.auth.principal(request.headers, request.address, lambda: False))
+    return Response(200, b"{}\n", headers=(("Set-Cookie", cookie_of(request, "", 0)),))
+
+
+def list_audit(api: Controller, request: Request) -> Response:
+    f = request.query(("who", "action"), ("limit", "before"))
+    equal = {name: f.text(name, lambda text: None if len(text) <= 200 else "is too long") for name in ("who", "action")}
+    before = f.integer("before", 1, 1 << 53)
+    limit = f.done(f.integer("limit", 1, 1000)) or 100
+    with api.store.read() as db:
+        rows = db.audit({name: value for name, value in equal.items() if value}, before, limit + 1)
+    return answer(200, {"audit": rows[:limit], "next": rows[limit - 1]["id"] if len(rows) > limit else None})
 
 
 def app_shown(app: App, releases: Mapping[tuple[str, str], tuple[str, str | None, str]]) -> dict[str, Any]:
@@ -3453,7 +4196,8 @@ def app_shown(app: App, releases: Mapping[tuple[str, str], tuple[str, str | None
 def list_apps(api: Controller, request: Request) -> Response:
     with api.store.read() as db:
         releases = db.releases()
-    return answer(200, {"apps": [app_shown(app, releases) for app in api.apps.all]})
+    only = request.principal.app
+    return answer(200, {"apps": [app_shown(app, releases) for app in api.apps.all if only in (None, app.name)]})
 
 
 def reload_apps(api: Controller, request: Request) -> Response:
@@ -3461,6 +4205,8 @@ def reload_apps(api: Controller, request: Request) -> Response:
         api.apps.load()
     except OSError as error:
         raise Unavailable(f"{api.apps.path} cannot be read: {error.strerror}; the mapping in force stays") from None
+    found = f"{len(api.apps.all)} apps"
+    api.store.write(lambda tx: tx.audited(api.clock.stamp(), request.principal, "reload", str(api.apps.path), found))
     return answer(200, {"apps": len(api.apps.all), "message": f"{api.apps.path} is in force"})
 
 
@@ -3477,12 +4223,14 @@ def frame(event: Event, epoch: str) -> bytes:
     return event.frame
 
 
-def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None) -> Iterator[bytes]:
+def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None, principal: Principal) -> Iterator[bytes]:
     """The body of a stream: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
     yield f"retry: 2000\nid: {api.jobs.epoch}-{position}\n\n".encode()  # who loses us before the first event comes back here
     if gap:
         yield f"event: gap\ndata: {dump({'detail': gap})}\n\n".encode()
     for reached, events in api.jobs.follow(wanted, position, api.pulse):
+        if not api.auth.still(principal):  # revoked meanwhile
+            return
         frames = b"".join(frame(event, api.jobs.epoch) for event in events)
         yield frames or f": nothing new\nid: {api.jobs.epoch}-{reached}\n\n".encode()
         if wanted.job_id is not None:
@@ -3496,26 +4244,38 @@ def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None) ->
 def stream_logs(api: Controller, request: Request) -> Response | Stream:
     f = request.query(("host", "app", "job_id"), ("tail",))
     wanted = EventFilter(
-        f.text("host", is_host, fold=True), f.text("app", is_app), f.text("job_id", matches(ID, "a job's id"))
+        f.text("host", is_host, fold=True),
+        visible_app(f, request.principal),
+        f.text("job_id", matches(ID, "a job's id")),
     )
     tail = f.done(f.integer("tail", 0, 1000))
+    if wanted.job_id is not None:
+        request.principal.sees(api.jobs.job(wanted.job_id).app)
     position, gap = api.jobs.stream_start(wanted, request.headers.get("last-event-id"), 50 if tail is None else tail)
     if position is None:
         return Response(204)
     # nginx would gather a stream in its buffer: X-Accel-Buffering says not to
-    return Stream(sse(api, wanted, position, gap), "text/event-stream", (("X-Accel-Buffering", "no"),))
+    return Stream(
+        sse(api, wanted, position, gap, request.principal), "text/event-stream", (("X-Accel-Buffering", "no"),)
+    )
+
+
+def webhook_secrets(api: Controller) -> set[str]:
+    """Of the controller and of the apps."""
+    return {*secrets_in(api.config.webhook_secret), *(one for app in api.apps.all for one in app.webhook_secrets)}
 
 
 def admit_webhook(api: Controller, request: Request) -> None:
     """Refuses what cannot be signed well, before 25 MiB of it are read."""
-    if not api.config.webhook_secret:
+    if not webhook_secrets(api):
         raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
     if not re.fullmatch(r"sha256=[0-9a-f]{64}", request.headers.get("x-hub-signature-256", "")):
         raise Unauthorized("X-Hub-Signature-256 is missing or malformed: is a secret set in GitHub's settings?")
 
 
 def github_webhook(api: Controller, request: Request) -> Response:
-    if not is_signed(api.config.webhook_secret or "", request.body, request.headers["x-hub-signature-256"]):
+    signers = signers_of(request.body, request.headers["x-hub-signature-256"], webhook_secrets(api))
+    if not signers:
         api.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
         raise Unauthorized("X-Hub-Signature-256 does not match the body: is the secret in GitHub's settings the same?")
     kind = request.headers.get("x-github-event", "push")
@@ -3524,7 +4284,8 @@ def github_webhook(api: Controller, request: Request) -> Response:
         return answer(200, {"received": True, "jobs_created": [], "message": message})
     push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
     digest = hashlib.sha256(request.body).hexdigest()
-    made, message = api.jobs.push(push, (request.headers.get("x-github-delivery") or digest)[:200], digest)
+    delivery = (request.headers.get("x-github-delivery") or digest)[:200]
+    made, message = api.jobs.push(push, delivery, digest, signers, request.address)
     api.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
     return answer(200, {"received": True, "jobs_created": made, "message": message})
 
@@ -3586,21 +4347,29 @@ def file(name: str, content_type: str) -> Callable[[Controller, Request], Respon
 ROUTES = [
     Route("POST", "/v1/agents/register", Scope.AGENT, register_agent),
     Route("POST", "/v1/agents/{id}/heartbeat", Scope.AGENT, heartbeat),
-    Route("POST", "/v1/jobs", Scope.ADMIN, create_job),
-    Route("GET", "/v1/jobs", Scope.VIEWER, list_jobs),
-    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, get_job),
-    Route("POST", "/v1/jobs/{id}/cancel", Scope.ADMIN, cancel_job),
-    Route("POST", "/v1/jobs/{id}/retry", Scope.ADMIN, retry_job),
+    Route("POST", "/v1/jobs", Scope.OPERATOR, create_job, for_app=True),
+    Route("GET", "/v1/jobs", Scope.VIEWER, list_jobs, for_app=True),
+    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, get_job, for_app=True),
+    Route("POST", "/v1/jobs/{id}/cancel", Scope.OPERATOR, cancel_job, for_app=True),
+    Route("POST", "/v1/jobs/{id}/retry", Scope.OPERATOR, retry_job, for_app=True),
     Route("POST", "/v1/jobs/{id}/logs", Scope.AGENT, append_logs),
-    Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, read_logs),
+    Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, read_logs, for_app=True),
     Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, report_result),
+    Route("GET", "/v1/logs/stream", Scope.VIEWER, stream_logs, for_app=True),
     Route("GET", "/v1/hosts", Scope.VIEWER, list_hosts),
-    Route("POST", "/v1/hosts/{hostname}/drain", Scope.ADMIN, drain_host(True)),
-    Route("POST", "/v1/hosts/{hostname}/resume", Scope.ADMIN, drain_host(False)),
+    Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, drain_host(True)),
+    Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, drain_host(False)),
+    Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, reset_host),
     Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, remove_host),
-    Route("GET", "/v1/apps", Scope.VIEWER, list_apps),
+    Route("GET", "/v1/apps", Scope.VIEWER, list_apps, for_app=True),
     Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
-    Route("GET", "/v1/logs/stream", Scope.VIEWER, stream_logs),
+    Route("POST", "/v1/tokens", Scope.ADMIN, create_token),
+    Route("GET", "/v1/tokens", Scope.ADMIN, list_tokens),
+    Route("DELETE", "/v1/tokens/{id}", Scope.ADMIN, revoke_token),
+    Route("GET", "/v1/session", Scope.VIEWER, who_asks, for_app=True),
+    Route("POST", "/v1/session", Scope.PUBLIC, sign_in),
+    Route("DELETE", "/v1/session", Scope.PUBLIC, sign_out),
+    Route("GET", "/v1/audit", Scope.ADMIN, list_audit),
     Route("POST", "/v1/webhooks/github", Scope.PUBLIC, github_webhook, MAX_PUSH, admit_webhook),
     Route("GET", "/health", Scope.PUBLIC, health),
     Route("GET", "/metrics", Scope.VIEWER, metrics),
@@ -3672,13 +4441,15 @@ class Daemon:
         self.hub = EventHub(self.store.position)
         self.jobs = Jobs(self.store, self.queue, self.hub, self.apps, self.metrics, config, clock)
         self.jobs.recover()
-        auth = Auth(tokens_of(config), config.open, self.jobs.host_of_secret)
+        self.auth = Auth(tokens_of(config), config.open, self.jobs.host_of_secret, self.store, clock)
         self.api = Controller(
-            *(config, clock, self.store, self.jobs, self.apps, self.metrics, self.started, pulse),
+            *(config, clock, self.store, self.jobs, self.auth, self.apps, self.metrics, self.started, pulse),
             connections=lambda: self.server.connections(),  # noqa: PLW0108 (there is no server yet)
         )
+        writes = RateLimit(config.rate_limit, clock) if config.rate_limit else None
+        dispatcher = Dispatcher(self.api, ROUTES, self.auth, self.metrics, writes)
         try:
-            self.server = Server((config.host, config.port), Dispatcher(self.api, ROUTES, auth, self.metrics))
+            self.server = Server((config.host, config.port), dispatcher, self._tls(), config.trusted_proxy)
         except OSError as error:
             hint = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
             raise StartError(f"--host {config.host} --port {config.port}: {error.strerror}{hint}") from None
@@ -3694,17 +4465,30 @@ class Daemon:
         except AppsError as error:
             raise StartError(*(f"{self.config.apps}:{line}: {message}" for line, message in error.problems)) from None
 
+    def _tls(self) -> ssl.SSLContext | None:
+        if self.config.tls_cert is None or self.config.tls_key is None:
+            return None
+        try:
+            return tls_context(self.config.tls_cert, self.config.tls_key)
+        except OSError as error:  # of ssl, too
+            names = f"--tls-cert {self.config.tls_cert} --tls-key {self.config.tls_key}"
+            raise StartError(f"{names}: {error.strerror or error} (they must be a pair, in PEM)") from None
+
     def start(self, poll_interval: float = 0.5) -> None:
         threading.stack_size(STACK)
         self._accepting = threading.Thread(target=self.server.serve_forever, args=(poll_interval,), daemon=True)
         self._accepting.start()
         mode = "open: requests from this machine need no token" if self.config.open else "closed"
         here = "localhost" if self.config.host in ("0.0.0.0", "::") else self.config.host
-        url = f"http://{f'[{here}]' if ':' in here else here}:{self.port}"
+        url = f"{'https' if self.server.tls else 'http'}://{f'[{here}]' if ':' in here else here}:{self.port}"
         log.info("DeployBot %s listens on %s port %s (%s): %s", VERSION, self.config.host, self.port, mode, url)
 
     def reload(self) -> None:
         """On SIGHUP. A file with a mistake changes nothing."""
+        try:
+            self.server.tls = self._tls()
+        except StartError as error:
+            log.error("%s: the certificate in force stays", error)
         try:
             self.apps.load()
             log.info("%s is in force: %d apps", self.config.apps, len(self.apps.all))
@@ -3717,6 +4501,7 @@ class Daemon:
     def sweep(self) -> None:
         try:
             self.jobs.sweep()
+            self.auth.sweep()
         except Unavailable as error:
             log.error("sweep: %s", error)
         except Exception:
