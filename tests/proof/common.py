@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import hashlib
 import http.client
 import json
 import os
@@ -37,7 +38,7 @@ import threading
 import time
 import traceback
 import urllib.parse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -310,6 +311,48 @@ class Client:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
+
+
+class LightAgent:
+    """The four calls of an agent, for one thread, without git and scripts. Signs in with a secret that it made itself."""
+
+    def __init__(self, port: int, hostname: str, enrolment: str = AGENT_TOKEN, timeout: float = 40.0):
+        self.hostname, self.secret = hostname, f"dbt_secret_of_{hostname}"
+        self.enrolment = Client(port, enrolment, timeout)
+        self.client = Client(port, self.secret, timeout)
+        self.id = self.session = ""
+
+    def register(self, **more: Any) -> tuple[int, Any]:
+        digest = hashlib.sha256(self.secret.encode()).hexdigest()
+        body = {"hostname": self.hostname, "token_sha256": digest, **more}
+        status, answer = self.enrolment.call("POST", "/v1/agents/register", body)
+        if status == 200:
+            self.id, self.session = answer["id"], answer["session"]
+        return status, answer
+
+    def beat(self, running: Iterable[tuple[str, int]] = (), wait: int = 0, **more: Any) -> tuple[int, Any]:
+        """`running`: (job id, attempt) of all that it holds."""
+        held = [{"job_id": job_id, "attempt": attempt} for job_id, attempt in running]
+        body = {
+            "status": "online",
+            "session": self.session,
+            "running": held,
+            **({"wait": wait} if wait else {}),
+            **more,
+        }
+        return self.client.call("POST", f"/v1/agents/{self.id}/heartbeat", body)
+
+    def logs(self, job: dict[str, Any], offset: int, messages: Iterable[str]) -> tuple[int, Any]:
+        body = {"attempt": job["attempt"], "offset": offset, "lines": [{"message": message} for message in messages]}
+        return self.client.call("POST", f"/v1/jobs/{job['id']}/logs", body)
+
+    def result(self, job: dict[str, Any], status: str = "success", **more: Any) -> tuple[int, Any]:
+        body = {"attempt": job["attempt"], "status": status, **more}
+        return self.client.call("POST", f"/v1/jobs/{job['id']}/result", body)
+
+    def close(self) -> None:
+        self.enrolment.close()
+        self.client.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
