@@ -432,13 +432,7 @@ GRANTS = {
 }
 
 
-class Level(enum.StrEnum):
-    DEBUG = "debug"
-    INFO = "info"
-    WARNING = "warning"
-    ERROR = "error"
-
-
+LEVELS = ("debug", "info", "warning", "error")
 ENDED_WORDS = ("success", "failed", "cancelled")
 DEFAULT_REASON = {"failed": "exit_code", "cancelled": "cancelled"}
 AGENT_REASONS = ("exit_code", "fetch_failed", "timeout", "health_check", "rejected", "agent_crashed", "cancelled")
@@ -692,6 +686,30 @@ class Job(NamedTuple):
         return {**self.public(), "spec": json.loads(self.spec)}
 
 
+@dataclasses.dataclass(slots=True)
+class Agent:
+    """A registered agent: a row of `agents`, in the order of its columns, and below what is in memory alone.
+
+    `last_heartbeat` is written every FLUSH_INTERVAL.
+    """
+
+    id: str
+    hostname: str
+    capabilities: str  # JSON
+    slots: int
+    session: str
+    drained: int
+    token_sha256: str | None
+    registered_at: str
+    last_heartbeat: str
+    contact: float = 0.0  # monotonic
+    online: bool = True  # what it last said of itself
+    told: frozenset[tuple[str, int]] = frozenset()  # (job id, attempt) that the last answer named as to be stopped
+
+    def row(self) -> tuple[Any, ...]:
+        return dataclasses.astuple(self)[:9]
+
+
 class JobRequest(NamedTuple):
     """What somebody asked for: POST /v1/jobs, or a push for one host."""
 
@@ -802,7 +820,7 @@ class LogUpload(NamedTuple):
         stamp = f.text("timestamp", is_stamp)
         if stamp and not f.errors and not OUR_STAMP.fullmatch(stamp):
             stamp = rfc3339(unix_time(stamp))
-        return [fit_line(message or ""), f.choice("level", Level) or "info", stamp or received]
+        return [fit_line(message or ""), f.choice("level", LEVELS) or "info", stamp or received]
 
 
 class Result(NamedTuple):
@@ -1463,8 +1481,6 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 
 JOB_COLUMNS = ", ".join(f'"{name}"' for name in Job._fields)
 EVENT_COLUMNS = 'position, lines, kind, job_id, host, app, attempt, "offset", data, log_bytes'
-INSERT_JOB = f"INSERT INTO jobs ({JOB_COLUMNS}) VALUES ({', '.join('?' * len(Job._fields))})"
-INSERT_EVENT = f"INSERT INTO events ({EVENT_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 AUDIT_COLUMNS = ("id", "at", "who", "address", "action", "target", "detail")
 
 
@@ -1490,18 +1506,14 @@ class Queries:
     def last_job_id(self) -> str | None:
         return self.one("SELECT max(id) FROM jobs")[0]
 
-    def agents(self, where: str = "1", *values: Any) -> list[tuple[Any, ...]]:
-        return self.rows(
-            "SELECT id, hostname, capabilities, slots, session, drained, token_sha256, registered_at, last_heartbeat"
-            f" FROM agents WHERE {where}",
-            *values,
-        )
+    def agents(self, where: str = "1", *values: Any) -> list[Agent]:
+        return [Agent(*row) for row in self.rows(f"SELECT * FROM agents WHERE {where}", *values)]
 
     def hosts_of_secret(self, token_sha256: str | None) -> list[str]:
         return [row[0] for row in self.rows("SELECT hostname FROM agents WHERE token_sha256 = ?", token_sha256)]
 
-    def agent_of(self, hostname: str) -> tuple[Any, ...] | None:
-        return next((row for row in self.agents("hostname = ?", hostname)), None)
+    def agent_of(self, hostname: str) -> Agent | None:
+        return next(iter(self.agents("hostname = ?", hostname)), None)
 
     def job(self, job_id: str) -> Job:
         """Raises NotFound."""
@@ -1659,8 +1671,13 @@ class Tx(Queries):
     def _do(self, sql: str, *values: Any) -> sqlite3.Cursor:
         return self._db.execute(sql, values)
 
-    def add_job(self, job: Job) -> None:
-        self._do(INSERT_JOB, *job)
+    def add(self, table: str, *row: Any, how: str = "INSERT") -> None:
+        """A row with all columns, in their order."""
+        self._do(f"{how} INTO {table} VALUES ({', '.join('?' * len(row))})", *row)
+
+    def put(self, table: str, *row: Any) -> None:
+        """As add(); it replaces the row with the same key."""
+        self.add(table, *row, how="INSERT OR REPLACE")
 
     def change_job(self, job: Job, **columns: Any) -> Job | None:
         """The job with these columns, if it still has the status and the attempt that `job` says; else None."""
@@ -1675,12 +1692,8 @@ class Tx(Queries):
     def add_event(self, job: Job, kind: str, lines: int, offset: int, data: str, log_bytes: int = 0) -> Event:
         self.position += lines
         event = Event(self.position, lines, kind, job.id, job.host, job.app, job.attempt, offset, data, log_bytes)
-        self._do(INSERT_EVENT, *event.row())
+        self.add("events", *event.row())
         return event
-
-    def put_agent(self, *columns: Any) -> None:
-        """Columns in the order of agents()."""
-        self._do("INSERT OR REPLACE INTO agents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *columns)
 
     def remove_agent(self, hostname: str) -> None:
         self._do("DELETE FROM agents WHERE hostname = ?", hostname)
@@ -1693,30 +1706,9 @@ class Tx(Queries):
         """(last contact, agent id) of each."""
         self._db.executemany("UPDATE agents SET last_heartbeat = ? WHERE id = ?", seen)
 
-    def put_release(self, job: Job) -> None:
-        self._do(
-            "INSERT OR REPLACE INTO releases VALUES (?, ?, ?, ?, ?)",
-            job.app,
-            job.host,
-            job.id,
-            job.commit,
-            job.completed_at,
-        )
-
-    def add_delivery(self, delivery_id: str, body_sha256: str, received_at: str, jobs: list[str], message: str) -> None:
-        self._do(
-            "INSERT INTO deliveries VALUES (?, ?, ?, ?, ?)", delivery_id, body_sha256, received_at, dump(jobs), message
-        )
-
-    def put_push(self, repo: str, ref: str, pushed_at: int | None, before: str) -> None:
-        self._do("INSERT OR REPLACE INTO pushes VALUES (?, ?, ?, ?)", repo.lower(), ref, pushed_at, before)
-
     def audited(self, at: str, by: Principal, action: str, target: str, detail: str = "") -> None:
         """Who did it, and from where: in the transaction that does it."""
-        self._do("INSERT INTO audit VALUES (NULL, ?, ?, ?, ?, ?, ?)", at, by.name, by.address, action, target, detail)
-
-    def add_token(self, token: Token) -> None:
-        self._do("INSERT INTO tokens VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *token)
+        self.add("audit", None, at, by.name, by.address, action, target, detail)
 
     def remove_token(self, sha256: str) -> None:
         """And the sign-ins made with it."""
@@ -2285,7 +2277,7 @@ class Auth:
         return Token(new, name, asked.role, asked.host, asked.app, digest, parent, self._clock.stamp(), by, ends, None)
 
     def _add(self, tx: Tx, token: Token, by: Principal, action: str, detail: str) -> None:
-        tx.add_token(token)
+        tx.add("tokens", *token)
         tx.audited(token.created_at, by, action, token.name, detail)
         tx.after(self._remember, token)
 
@@ -2500,27 +2492,6 @@ def push_payload(body: bytes, content_type: str) -> Any:
 
 
 @dataclasses.dataclass(slots=True)
-class Agent:
-    """A registered agent. Persisted: all but `contact`, which is monotonic; `last_heartbeat` is written every FLUSH_INTERVAL."""
-
-    id: str
-    hostname: str
-    capabilities: str  # JSON
-    slots: int
-    session: str
-    drained: int
-    token_sha256: str | None
-    registered_at: str
-    last_heartbeat: str
-    contact: float = 0.0
-    online: bool = True  # what it last said of itself
-    told: frozenset[tuple[str, int]] = frozenset()  # (job id, attempt) that the last answer named as to be stopped
-
-    def row(self) -> tuple[Any, ...]:
-        return dataclasses.astuple(self)[:9]
-
-
-@dataclasses.dataclass(slots=True)
 class Lease:
     """A running job, in memory."""
 
@@ -2594,15 +2565,14 @@ class Jobs:
     def recover(self) -> None:
         """Rebuilds memory from the database: agents, leases, which start anew, and the queue in its old order."""
         with self.store.read() as db:
-            for row in db.agents():
-                self._remember(self._agent_of(row))
+            for agent in db.agents():
+                self._remember(self._dated(agent))
             for job in db.running_jobs():
                 self._lease(job, answered=0)
             for host, job_id, app in db.waiting():
                 self.queue.put(host, job_id, app)
 
-    def _agent_of(self, row: tuple[Any, ...]) -> Agent:
-        agent = Agent(*row)
+    def _dated(self, agent: Agent) -> Agent:
         agent.contact = self.clock.monotonic() - max(0.0, self.clock.now() - unix_time(agent.last_heartbeat))
         return agent
 
@@ -2617,8 +2587,7 @@ class Jobs:
             principal.speaks_for(asked.hostname)
 
         def do(tx: Tx) -> Agent:
-            row = tx.agent_of(asked.hostname)
-            old = Agent(*row) if row else None
+            old = tx.agent_of(asked.hostname)
             bound = old.token_sha256 if old else None
             enrols = principal.scope is Scope.AGENT and not principal.is_own
             known = asked.token_sha256 == bound or (asked.token_sha256 is None and principal.host is not None)
@@ -2642,7 +2611,7 @@ class Jobs:
                 last_heartbeat=now,
                 contact=self.clock.monotonic(),
             )
-            tx.put_agent(*agent.row())
+            tx.put("agents", *agent.row())
             if old is None or agent.token_sha256 != bound:
                 tx.audited(now, principal, "host.enrol", agent.hostname)
             tx.after(self._remember, agent)
@@ -2778,10 +2747,9 @@ class Jobs:
 
     def _claim(self, tx: Tx, agent: Agent, job_id: str, app: str) -> Job | None:
         """pending -> running for the session of this agent, decided in the database, where claims come one after another."""
-        row = tx.agent_of(agent.hostname)
-        if row is None:
+        registered = tx.agent_of(agent.hostname)
+        if registered is None:
             raise NotFound(f"no agent {agent.id}: register again")
-        registered = Agent(*row)
         if registered.session != agent.session:
             raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
         try:
@@ -2941,7 +2909,7 @@ class Jobs:
             created_by=by,
             retry_of=retry_of,
         )
-        tx.add_job(job)
+        tx.add("jobs", *job)
         self._announce(tx, job)
         tx.after(self.queue.put, job.host, job.id, job.app)
         tx.after(self.metrics.count, "deploybot_jobs_created_total")
@@ -2992,10 +2960,10 @@ class Jobs:
                     made += [job.id] if created else []
             message = self._push_message(push, apps, len(made), bool(trusting), late)
             if apps:  # else a redelivery counts, once apps.yaml says more
-                tx.add_delivery(delivery, body_sha256, self.clock.stamp(), made, message)
+                tx.add("deliveries", delivery, body_sha256, self.clock.stamp(), dump(made), message)
                 tx.audited(self.clock.stamp(), github, "push", push.repo, f"{push.branch} {push.commit}: {message}")
             if apps and not late:
-                tx.put_push(push.repo, push.ref, push.pushed_at, push.before)
+                tx.put("pushes", push.repo.lower(), push.ref, push.pushed_at, push.before)
             return made, message
 
         return self.store.write(do)
@@ -3116,11 +3084,9 @@ class Jobs:
         """Unbinds its secret and ends its session: its agent has to register with an enrolment token."""
 
         def do(tx: Tx) -> None:
-            row = tx.agent_of(hostname)
-            if row is None:
-                self._no_host(hostname)
-            agent = dataclasses.replace(self._agent_of(row), token_sha256=None, session="", online=False)
-            tx.put_agent(*agent.row())
+            old = tx.agent_of(hostname) or self._no_host(hostname)
+            agent = dataclasses.replace(self._dated(old), token_sha256=None, session="", online=False)
+            tx.put("agents", *agent.row())
             tx.audited(self.clock.stamp(), principal, "host.reset", hostname)
             tx.after(self._remember, agent)
             tx.after(self.queue.wake, hostname)
@@ -3128,7 +3094,7 @@ class Jobs:
         self.store.write(do)
         return self.hosts(hostname)[0]
 
-    def remove_host(self, hostname: str, principal: Principal) -> None:
+    def remove_host(self, hostname: str, principal: Principal) -> dict[str, Any]:
         """Its agent must register anew; jobs that wait for the host wait on. Raises Conflict while one runs there."""
 
         def do(tx: Tx) -> None:
@@ -3141,6 +3107,7 @@ class Jobs:
             tx.after(self._forget, hostname)
 
         self.store.write(do)
+        return {"hostname": hostname, "removed": True}
 
     # -- time --------------------------------------------------------------------------------------------------------
 
@@ -3329,7 +3296,7 @@ class Jobs:
         assert ended is not None  # `job` was read in this transaction
         self._announce(tx, ended)
         if status == Status.SUCCESS:
-            tx.put_release(ended)
+            tx.put("releases", ended.app, ended.host, ended.id, ended.commit, ended.completed_at)
         tx.after(self._release, ended)
         tx.after(self.queue.wake, ended.host)  # a parked heartbeat may have waited for this app or slot
         tx.after(self.metrics.count, "deploybot_jobs_ended_total", f'status="{status}",reason="{reason or ""}"')
@@ -3508,12 +3475,15 @@ def refuse_other_sites(request: Request) -> None:
         raise Forbidden("this call comes from another site's page")
 
 
+Headers = tuple[tuple[str, str], ...]
+
+
 @dataclasses.dataclass(slots=True)
 class Response:
     status: int
     body: bytes = b""
     content_type: str = "application/json"
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     sent: Callable[[], None] | None = None  # called when the answer was written, or could not be
 
 
@@ -3523,12 +3493,15 @@ class Stream:
 
     chunks: Iterator[bytes]
     content_type: str
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: Headers = ()
     status: int = 200
 
 
-def answer(status: int, value: Any, sent: Callable[[], None] | None = None) -> Response:
-    return Response(status, (dump(value) + "\n").encode(), sent=sent)
+Answer = Response | Stream | dict[str, Any]  # a dict is sent as JSON, with 200
+
+
+def answer(status: int, value: Any, sent: Callable[[], None] | None = None, headers: Headers = ()) -> Response:
+    return Response(status, (dump(value) + "\n").encode(), headers=headers, sent=sent)
 
 
 def problem(status: int, title: str, detail: str, more: Mapping[str, Any], headers: Any) -> Response:
@@ -3572,7 +3545,7 @@ class Route(NamedTuple):
     method: str
     pattern: str  # {name} stands for one segment
     scope: Scope
-    function: Callable[[Any, Request], Response | Stream]
+    function: Callable[[Any, Request], Answer]
     limit: int = MAX_BODY  # bytes of a body
     admit: Callable[[Any, Request], None] | None = None  # called before the body is read; raises where it need not be
     for_app: bool = False  # may be called with the token of one app; the function sees to it that it stays with that
@@ -3629,7 +3602,8 @@ class Dispatcher:
             pattern = route.pattern
             self._admit(request, route)
             request.body = read_body(route.limit)
-            response = route.function(self._api, request)
+            made = route.function(self._api, request)
+            response = answer(200, made) if isinstance(made, dict) else made
         except DeployBotError as error:
             response = problem_of(error)
         except OSError:
@@ -4011,7 +3985,7 @@ def job_id(request: Request) -> str:
     return request.params[0]
 
 
-def register_agent(api: Controller, request: Request) -> Response:
+def register_agent(api: Controller, request: Request) -> Answer:
     asked = Registration.parse(request.json())
     secret = None
     if asked.token_sha256 is None and request.principal.scope is Scope.AGENT and request.principal.host is None:
@@ -4021,10 +3995,10 @@ def register_agent(api: Controller, request: Request) -> Response:
         name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")
     }
     told = {"token": secret} if secret else {}
-    return answer(200, {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told})
+    return {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told}
 
 
-def heartbeat(api: Controller, request: Request) -> Response:
+def heartbeat(api: Controller, request: Request) -> Answer:
     beat = Heartbeat.parse(request.json())
     order = api.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
     body = {
@@ -4036,7 +4010,7 @@ def heartbeat(api: Controller, request: Request) -> Response:
     return answer(200, body, functools.partial(api.jobs.delivered, order.job) if order.job else None)
 
 
-def create_job(api: Controller, request: Request) -> Response:
+def create_job(api: Controller, request: Request) -> Answer:
     job, created, warning = api.jobs.submit(JobRequest.parse(request.json()), request.principal)
     return answer(201, {"job": job.public(), "created": created, **({"warning": warning} if warning else {})})
 
@@ -4049,7 +4023,7 @@ def visible_app(f: Fields, principal: Principal) -> str | None:
     return app or principal.app
 
 
-def list_jobs(api: Controller, request: Request) -> Response:
+def list_jobs(api: Controller, request: Request) -> Answer:
     f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
     equal = {
         "status": f.choice("status", Status),
@@ -4063,7 +4037,7 @@ def list_jobs(api: Controller, request: Request) -> Response:
     with api.store.read() as db:
         jobs = db.jobs({name: value for name, value in equal.items() if value}, starts, before, limit + 1)
     more = len(jobs) > limit
-    return answer(200, {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None})
+    return {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None}
 
 
 def visible_job(api: Controller, request: Request) -> Job:
@@ -4072,23 +4046,19 @@ def visible_job(api: Controller, request: Request) -> Job:
     return job
 
 
-def get_job(api: Controller, request: Request) -> Response:
-    return answer(200, {"job": visible_job(api, request).public()})
+def cancel_job(api: Controller, request: Request) -> Answer:
+    return {"job": api.jobs.cancel(job_id(request), request.principal).public()}
 
 
-def cancel_job(api: Controller, request: Request) -> Response:
-    return answer(200, {"job": api.jobs.cancel(job_id(request), request.principal).public()})
-
-
-def retry_job(api: Controller, request: Request) -> Response:
+def retry_job(api: Controller, request: Request) -> Answer:
     job, created = api.jobs.retry(job_id(request), request.principal)
     return answer(201, {"job": job.public(), "created": created})
 
 
-def append_logs(api: Controller, request: Request) -> Response:
+def append_logs(api: Controller, request: Request) -> Answer:
     upload = LogUpload.parse(request.json(), api.clock.stamp())
     next_offset, cancel = api.jobs.append_logs(job_id(request), upload, request.principal)
-    return answer(200, {"next_offset": next_offset, "cancel": cancel})
+    return {"next_offset": next_offset, "cancel": cancel}
 
 
 def log_text(api: Controller, job: str, after: int | None) -> Iterator[bytes]:
@@ -4098,60 +4068,55 @@ def log_text(api: Controller, job: str, after: int | None) -> Iterator[bytes]:
             yield "".join(line["message"] + "\n" for line in lines).encode()
 
 
-def read_logs(api: Controller, request: Request) -> Response | Stream:
+def read_logs(api: Controller, request: Request) -> Answer:
     f = request.query((), ("after", "limit"))
     after = f.integer("after", 0, 1 << 53) or 0
     limit = f.done(f.integer("limit", 1, 10_000)) or 1000
     if "text/plain" in request.headers.get("accept", ""):
         return Stream(log_text(api, visible_job(api, request).id, after), "text/plain; charset=utf-8")
     lines, following = api.jobs.log_lines(visible_job(api, request).id, after, limit)
-    return answer(200, {"lines": lines, "next": following})
+    return {"lines": lines, "next": following}
 
 
-def report_result(api: Controller, request: Request) -> Response:
+def report_result(api: Controller, request: Request) -> Answer:
     job = api.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)
-    return answer(200, {"job": job.public()})
+    return {"job": job.public()}
 
 
-def list_hosts(api: Controller, request: Request) -> Response:
-    return answer(200, {"hosts": api.jobs.hosts()})
+def host_named(request: Request) -> str:
+    return request.params[0].lower()
 
 
-def drain_host(drained: bool) -> Callable[[Controller, Request], Response]:
-    return lambda api, request: answer(
-        200, {"host": api.jobs.drain(request.params[0].lower(), drained, request.principal)}
-    )
+def drain_host(api: Controller, request: Request) -> Answer:
+    return {"host": api.jobs.drain(host_named(request), True, request.principal)}
 
 
-def reset_host(api: Controller, request: Request) -> Response:
-    return answer(200, {"host": api.jobs.reset_host(request.params[0].lower(), request.principal)})
+def resume_host(api: Controller, request: Request) -> Answer:
+    return {"host": api.jobs.drain(host_named(request), False, request.principal)}
 
 
-def remove_host(api: Controller, request: Request) -> Response:
-    api.jobs.remove_host(request.params[0].lower(), request.principal)
-    return answer(200, {"hostname": request.params[0].lower(), "removed": True})
+def reset_host(api: Controller, request: Request) -> Answer:
+    return {"host": api.jobs.reset_host(host_named(request), request.principal)}
 
 
-def create_token(api: Controller, request: Request) -> Response:
+def remove_host(api: Controller, request: Request) -> Answer:
+    return api.jobs.remove_host(host_named(request), request.principal)
+
+
+def create_token(api: Controller, request: Request) -> Answer:
     token, secret = api.auth.create(TokenRequest.parse(request.json()), request.principal)
     return answer(201, {"token": token.public(), "secret": secret})
 
 
-def list_tokens(api: Controller, request: Request) -> Response:
-    return answer(200, {"tokens": [token.public() for token in api.auth.tokens()]})
-
-
-def revoke_token(api: Controller, request: Request) -> Response:
-    return answer(200, {"token": api.auth.revoke(request.params[0], request.principal).public()})
+def revoke_token(api: Controller, request: Request) -> Answer:
+    return {"token": api.auth.revoke(request.params[0], request.principal).public()}
 
 
 def who_asks(api: Controller, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
     who = principal or request.principal
     expires_at = api.auth.expiry(who)
     shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": expires_at}
-    response = answer(200, shown)
-    response.headers = (("Set-Cookie", cookie),) if cookie else ()
-    return response
+    return answer(200, shown, headers=(("Set-Cookie", cookie),) if cookie else ())
 
 
 def cookie_of(request: Request, secret: str, seconds: int) -> str:
@@ -4160,27 +4125,27 @@ def cookie_of(request: Request, secret: str, seconds: int) -> str:
     return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
 
 
-def sign_in(api: Controller, request: Request) -> Response:
+def sign_in(api: Controller, request: Request) -> Answer:
     f = Fields(request.json(), ("token",))
     text = f.done(f.text("token", lambda text: None if text.strip() else "must not be empty", required=True))
     token, secret = api.auth.sign_in(text.strip(), request.address)
     return who_asks(api, request, token.principal(), cookie_of(request, secret, SESSION_LIFETIME))
 
 
-def sign_out(api: Controller, request: Request) -> Response:
+def sign_out(api: Controller, request: Request) -> Answer:
     with contextlib.suppress(Unauthorized):  # it ran out already
         api.auth.sign_out(api.auth.principal(request.headers, request.address, lambda: False))
     return Response(200, b"{}\n", headers=(("Set-Cookie", cookie_of(request, "", 0)),))
 
 
-def list_audit(api: Controller, request: Request) -> Response:
+def list_audit(api: Controller, request: Request) -> Answer:
     f = request.query(("who", "action"), ("limit", "before"))
     equal = {name: f.text(name, lambda text: None if len(text) <= 200 else "is too long") for name in ("who", "action")}
     before = f.integer("before", 1, 1 << 53)
     limit = f.done(f.integer("limit", 1, 1000)) or 100
     with api.store.read() as db:
         rows = db.audit({name: value for name, value in equal.items() if value}, before, limit + 1)
-    return answer(200, {"audit": rows[:limit], "next": rows[limit - 1]["id"] if len(rows) > limit else None})
+    return {"audit": rows[:limit], "next": rows[limit - 1]["id"] if len(rows) > limit else None}
 
 
 def app_shown(app: App, releases: Mapping[tuple[str, str], tuple[str, str | None, str]]) -> dict[str, Any]:
@@ -4193,21 +4158,21 @@ def app_shown(app: App, releases: Mapping[tuple[str, str], tuple[str, str | None
     return {**shown, "hosts": hosts}
 
 
-def list_apps(api: Controller, request: Request) -> Response:
+def list_apps(api: Controller, request: Request) -> Answer:
     with api.store.read() as db:
         releases = db.releases()
     only = request.principal.app
-    return answer(200, {"apps": [app_shown(app, releases) for app in api.apps.all if only in (None, app.name)]})
+    return {"apps": [app_shown(app, releases) for app in api.apps.all if only in (None, app.name)]}
 
 
-def reload_apps(api: Controller, request: Request) -> Response:
+def reload_apps(api: Controller, request: Request) -> Answer:
     try:
         api.apps.load()
     except OSError as error:
         raise Unavailable(f"{api.apps.path} cannot be read: {error.strerror}; the mapping in force stays") from None
     found = f"{len(api.apps.all)} apps"
     api.store.write(lambda tx: tx.audited(api.clock.stamp(), request.principal, "reload", str(api.apps.path), found))
-    return answer(200, {"apps": len(api.apps.all), "message": f"{api.apps.path} is in force"})
+    return {"apps": len(api.apps.all), "message": f"{api.apps.path} is in force"}
 
 
 def frame(event: Event, epoch: str) -> bytes:
@@ -4241,7 +4206,7 @@ def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None, pr
                     return
 
 
-def stream_logs(api: Controller, request: Request) -> Response | Stream:
+def stream_logs(api: Controller, request: Request) -> Answer:
     f = request.query(("host", "app", "job_id"), ("tail",))
     wanted = EventFilter(
         f.text("host", is_host, fold=True),
@@ -4273,7 +4238,7 @@ def admit_webhook(api: Controller, request: Request) -> None:
         raise Unauthorized("X-Hub-Signature-256 is missing or malformed: is a secret set in GitHub's settings?")
 
 
-def github_webhook(api: Controller, request: Request) -> Response:
+def github_webhook(api: Controller, request: Request) -> Answer:
     signers = signers_of(request.body, request.headers["x-hub-signature-256"], webhook_secrets(api))
     if not signers:
         api.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
@@ -4281,16 +4246,16 @@ def github_webhook(api: Controller, request: Request) -> Response:
     kind = request.headers.get("x-github-event", "push")
     if kind != "push":
         message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
-        return answer(200, {"received": True, "jobs_created": [], "message": message})
+        return {"received": True, "jobs_created": [], "message": message}
     push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
     digest = hashlib.sha256(request.body).hexdigest()
     delivery = (request.headers.get("x-github-delivery") or digest)[:200]
     made, message = api.jobs.push(push, delivery, digest, signers, request.address)
     api.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
-    return answer(200, {"received": True, "jobs_created": made, "message": message})
+    return {"received": True, "jobs_created": made, "message": message}
 
 
-def health(api: Controller, request: Request) -> Response:
+def health(api: Controller, request: Request) -> Answer:
     try:
         with api.store.read() as db:
             db.meta("epoch")
@@ -4303,7 +4268,7 @@ def health(api: Controller, request: Request) -> Response:
     return answer(200 if status == "ok" else 503, body)
 
 
-def metrics(api: Controller, request: Request) -> Response:
+def metrics(api: Controller, request: Request) -> Answer:
     gauges = {
         **api.jobs.gauges(),
         "deploybot_http_connections": api.connections(),
@@ -4328,7 +4293,7 @@ def asset(name: str) -> str:
 def page(name: str) -> Callable[[Controller, Request], Response]:
     """A page whose one script and one style carry a nonce; nothing else may run or load."""
 
-    def show(api: Controller, request: Request) -> Response:
+    def show(api: Controller, request: Request) -> Answer:
         nonce = secrets.token_urlsafe(16)
         policy = (
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
@@ -4349,22 +4314,28 @@ ROUTES = [
     Route("POST", "/v1/agents/{id}/heartbeat", Scope.AGENT, heartbeat),
     Route("POST", "/v1/jobs", Scope.OPERATOR, create_job, for_app=True),
     Route("GET", "/v1/jobs", Scope.VIEWER, list_jobs, for_app=True),
-    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, get_job, for_app=True),
+    Route(
+        "GET",
+        "/v1/jobs/{id}",
+        Scope.VIEWER,
+        lambda api, request: {"job": visible_job(api, request).public()},
+        for_app=True,
+    ),
     Route("POST", "/v1/jobs/{id}/cancel", Scope.OPERATOR, cancel_job, for_app=True),
     Route("POST", "/v1/jobs/{id}/retry", Scope.OPERATOR, retry_job, for_app=True),
     Route("POST", "/v1/jobs/{id}/logs", Scope.AGENT, append_logs),
     Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, read_logs, for_app=True),
     Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, report_result),
     Route("GET", "/v1/logs/stream", Scope.VIEWER, stream_logs, for_app=True),
-    Route("GET", "/v1/hosts", Scope.VIEWER, list_hosts),
-    Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, drain_host(True)),
-    Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, drain_host(False)),
+    Route("GET", "/v1/hosts", Scope.VIEWER, lambda api, _: {"hosts": api.jobs.hosts()}),
+    Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, drain_host),
+    Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, resume_host),
     Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, reset_host),
     Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, remove_host),
     Route("GET", "/v1/apps", Scope.VIEWER, list_apps, for_app=True),
     Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
     Route("POST", "/v1/tokens", Scope.ADMIN, create_token),
-    Route("GET", "/v1/tokens", Scope.ADMIN, list_tokens),
+    Route("GET", "/v1/tokens", Scope.ADMIN, lambda api, _: {"tokens": [token.public() for token in api.auth.tokens()]}),
     Route("DELETE", "/v1/tokens/{id}", Scope.ADMIN, revoke_token),
     Route("GET", "/v1/session", Scope.VIEWER, who_asks, for_app=True),
     Route("POST", "/v1/session", Scope.PUBLIC, sign_in),
