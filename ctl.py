@@ -2,7 +2,7 @@
 """ctl.py, the command line of DeployBot: one file, the standard library only.
 
 It asks the controller over its HTTP API, as any other client does, and keeps nothing between two calls. A token is
-never a flag (others would see it in the list of processes) and is never printed. People get tables and text, fitted to
+never a flag (others would see it in the list of processes), and only `token create` prints one, the new one. People get tables and text, fitted to
 the terminal; programs get --json: one document as the controller answered it, and one object a line where a log is
 followed. Results go to stdout, all that is said about them to stderr. `ctl.py --help` has settings and exit codes.
 """
@@ -36,6 +36,7 @@ GIVE_UP_S = 600  # without a controller; a restart or an upgrade takes less
 SSE_READ_BYTES = 65536
 PAGE_JOBS = 1000  # the most that GET /v1/jobs gives at once
 PAGE_LINES = 1000
+PAGE_AUDIT = 1000
 STREAM_TAIL_MOST = 1000  # the most that GET /v1/logs/stream gives
 DEFAULT_TAIL = 50
 RECENT_JOBS = 20  # whose logs `logs` looks through when no job is named
@@ -43,6 +44,7 @@ SHORT_ID = 13  # characters: the 48 bits of time of a UUIDv7
 CANDIDATES = 5
 SHORT_COMMIT = 8
 MAX_TIMEOUT = 7 * 86400  # seconds that a job may run, as the controller has it
+TOKEN_LIFE = (60, 3650 * 86400)  # seconds that a token may last, as the controller has it
 EVENTS_AHEAD = 1000  # read, and not yet printed
 
 
@@ -54,12 +56,12 @@ EVENTS_AHEAD = 1000  # read, and not yet printed
 class Failure(Exception):
     """Ends the program with `code`, the line `text` and each of `items` under it.
 
-    `again`: why, in a few words, where asking again may help.
+    `again`: why, in a few words, where asking again may help; `after`: the seconds until then, where the controller said so.
     """
 
-    def __init__(self, code, text, again="", items=()):
+    def __init__(self, code, text, again="", items=(), after=None):
         super().__init__(text)
-        self.code, self.text, self.again, self.items = code, text, again, items
+        self.code, self.text, self.again, self.items, self.after = code, text, again, items, after
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,12 +71,18 @@ class Failure(Exception):
 SEQUENCES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[\]PX^_][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])")
 BREAKS = re.compile(r"[\r\n\v\f\x85\u2028\u2029]+")
 CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+SECRETS = re.compile(r"dbt_[\w-]{16,}", re.ASCII)  # tokens of the controller's making
 UNITS = (("d", 86400), ("h", 3600), ("m", 60), ("s", 1))
 
 
 def clean(text):
     """`text` on one line, without terminal sequences (ECMA-48), controls and marks that turn direction; tabs stay."""
     return CONTROLS.sub("", BREAKS.sub(" ", SEQUENCES.sub("", str(text))))
+
+
+def unsaid(text):
+    """`text` without tokens: one that was put on the command line by mistake goes no further."""
+    return SECRETS.sub("dbt_***", text)
 
 
 def cell(value):
@@ -103,6 +111,17 @@ def ago(stamp):
     """The age of `stamp` in its largest unit; none is negative, whatever the two clocks say."""
     moment = seconds(stamp)
     return "-" if moment is None else span(time.time() - moment, 1) + " ago"
+
+
+def when(stamp):
+    """A moment in UTC, to the second: for what one compares with other records."""
+    return stamp[:19].replace("T", " ")
+
+
+def ends(stamp):
+    """in 30d; 2h ago; never. What is left is rounded by a minute, so that 30 days are in 30d at once."""
+    left = None if stamp is None else seconds(stamp) - time.time()
+    return "never" if left is None else f"in {span(left + 59, 1)}" if left > 0 else ago(stamp)
 
 
 def took(job):
@@ -302,15 +321,17 @@ def controller_token(url):
 
 HINTS = {
     400: "this ctl.py and the controller may be of different versions, `ctl.py health` names the controller's",
-    403: "use a token that may do this, such as the admin's",
+    403: "`ctl.py whoami` shows what yours may do",
     404: "`ctl.py jobs`, `hosts` and `apps` list what there is",
     409: "`ctl.py status JOB` and `ctl.py hosts` show the state",
     413: "send less",
     422: "mend what is named and run it again",
 }
-
+TOKEN_HINT = "`ctl.py token list` shows those there are"  # 404 and 409 under /v1/tokens
 
 NO_TLS = "WRONG_VERSION_NUMBER"  # OpenSSL's word for an answer that is no TLS record, such as one of plain HTTP
+NOT_VALID_NOW = (9, 10)  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID, _CERT_HAS_EXPIRED
+OTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, _IP_ADDRESS_MISMATCH
 
 
 def reason_of(error):
@@ -320,6 +341,24 @@ def reason_of(error):
         return "no answer in time"
     words = [getattr(cause, name, None) for name in ("verify_message", "strerror")]
     return clean(next(filter(None, words), None) or str(cause) or type(cause).__name__)
+
+
+def certificate_hint(code):
+    """What to do about a certificate that OpenSSL's error `code` refuses."""
+    if code in NOT_VALID_NOW:
+        return "renew the controller's certificate, or set the clock of this machine"
+    if code in OTHER_NAME:
+        return "use a name that the certificate has in --url or DEPLOYBOT_URL"
+    path = os.environ.get("SSL_CERT_FILE")
+    if path and not os.access(path, os.R_OK):
+        return f"SSL_CERT_FILE cannot be read: {clean(path)}"
+    return "name the file of its CA in SSL_CERT_FILE" + (f" ({clean(path)} has another)" if path else "")
+
+
+def retry_after(headers):
+    """The seconds of Retry-After; None where it says none."""
+    text = headers.get("Retry-After", "")
+    return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else None
 
 
 def problem_of(response):
@@ -413,24 +452,30 @@ class Client:
             why, hint = "it speaks http there", f"try http{self.url.removeprefix('https')}"
             return Failure(NOT_REACHED, f"cannot reach {target}: {why}: {hint}")
         hint = "start the controller there, or name another with --url or DEPLOYBOT_URL"
-        if "certificate" in why:
-            hint = "name the file of its CA in SSL_CERT_FILE"
+        if isinstance(error, ConnectionResetError) and self.url.startswith("http:"):
+            hint = f"if it speaks https there, write https{self.url.removeprefix('http')}"
+        refused = getattr(getattr(error, "reason", error), "verify_code", None)
+        if refused is not None:
+            hint = certificate_hint(refused)
         return Failure(NOT_REACHED, f"cannot reach {target} ({why}): {hint}", again=why)
 
     def _refused(self, response, method, target):
         status, said = response.status, clean(problem_of(response)).rstrip(".")
         code = REFUSED if 400 <= status < 500 else NOT_REACHED
-        text = f"{status} from {method} {target}: {said}: {self._hint(status, response.headers)}"
-        return Failure(code, text, again=f"{status} {said}" if status == 429 or status >= 500 else "")
+        text = f"{status} from {method} {target}: {said}: {self._hint(status, response.headers, target)}"
+        again = f"{status} {said}" if status == 429 or status >= 500 else ""
+        return Failure(code, text, again, after=retry_after(response.headers) if again else None)
 
-    def _hint(self, status, headers):
+    def _hint(self, status, headers, target):
         if status < 400:
             return f"redirects are not followed, name the controller itself (this leads to {headers.get('Location')})"
         if status == 401:
             sent = f"the token from {self.token_source} is not valid here" if self.token else "no token was sent"
             return f"{sent}, set DEPLOYBOT_TOKEN or DEPLOYBOT_TOKEN_FILE"
         if status == 429 or status >= 500:
-            return f"try again in {headers.get('Retry-After', '5')} s"
+            return f"try again in {retry_after(headers) or 5} s"
+        if status in (404, 409) and target.startswith(self.url + "/v1/tokens"):
+            return TOKEN_HINT
         return HINTS.get(status, "see `ctl.py --help`")
 
 
@@ -485,12 +530,12 @@ class Backoff:
     def delivered(self):
         self.pause = RETRY_FIRST_S
 
-    def wait(self):
-        """Sleeps; False, at once, when the controller has been away for too long."""
+    def wait(self, least=0):
+        """Sleeps, for `least` seconds or more; False, at once, when the controller is away for too long."""
         self.since = self.now() if self.since is None else self.since
-        if self.now() - self.since > GIVE_UP_S:
+        if self.now() + least - self.since > GIVE_UP_S:
             return False
-        self.sleep(self.pause * self.jitter())
+        self.sleep(max(least, self.pause * self.jitter()))
         self.pause = min(self.pause * 2, RETRY_MOST_S)
         return True
 
@@ -498,7 +543,8 @@ class Backoff:
 class Stream:
     """The events that match `query`, over as many connections as it takes; that of one job ends with the job.
 
-    `answered`: this controller answered a moment ago, so the first connection too is tried again.
+    `answered`: this controller answered a moment ago, so the first connection too is tried again. It also is where the
+    controller says when to come back.
     """
 
     def __init__(self, client, query, answered=False):
@@ -512,12 +558,14 @@ class Stream:
                 yield from self._connection()
                 return
             except Failure as failure:
-                if not self.answered or not failure.again:
+                if not failure.again or not (self.answered or failure.after):
                     raise
                 if self.lost is None:
-                    yield Event("note", f"connection lost, trying again: {self.client.url} ({failure.again})")
+                    later = f" in {failure.after} s" if failure.after else ""
+                    lost = "connection lost, trying" if self.answered else "not now, trying"
+                    yield Event("note", f"{lost} again{later}: {self.client.url} ({failure.again})")
                 self.lost = failure
-            if not self.backoff.wait():
+            if not self.backoff.wait(self.lost.after or 0):
                 raise self.lost
 
     def _connection(self):
@@ -691,6 +739,37 @@ def show_apps(screen, apps):
     screen.table(headers, rows, shrink=("APP", "REPO", "HOST", "ON PUSH"))
 
 
+def bound_to(token):
+    """The one app or host that a Token of the API is for."""
+    return next((f"{name} {token[name]}" for name in ("app", "host") if token[name]), None)
+
+
+def show_tokens(screen, tokens):
+    ids = short_ids(token["id"] for token in tokens)
+    rows = []
+    for token in tokens:
+        made = [ago(token["created_at"]), token["created_by"]]
+        what = [token["name"], token["role"], bound_to(token), *made]
+        rows.append([*what, ends(token["expires_at"]), ago(token["last_used_at"]), ids[token["id"]]])
+    headers = ["NAME", "ROLE", "ONLY FOR", "CREATED", "BY", "ENDS", "LAST USED", "ID"]
+    screen.table(headers, rows, shrink=("NAME", "ONLY FOR", "BY"))
+
+
+def show_audit(screen, entries):
+    """A row a deed; ids of jobs are cut to the one length that tells them apart."""
+    ids = short_ids(one["target"] for one in entries if one["action"].startswith("job."))
+    rows = [
+        [
+            when(one["at"]),
+            *[one[name] for name in ("who", "address", "action")],
+            ids.get(one["target"], one["target"]),
+            one["detail"],
+        ]
+        for one in entries
+    ]
+    screen.table(["TIME (UTC)", "WHO", "FROM", "ACTION", "TARGET", "DETAIL"], rows, shrink=("TARGET", "DETAIL"))
+
+
 class LogView:
     """Log lines and events as text, each line behind what tells its source apart; or an object a line."""
 
@@ -729,15 +808,19 @@ class LogView:
 # Owns: one function a verb, (client, screen, options) -> exit code. Ignores: argv, what a failure looks like.
 
 
-def list_jobs(client, limit, **filters):
-    """{jobs, next} with up to `limit` jobs, over as many pages as it takes."""
-    jobs, before = [], None
+def newest(client, path, name, most, limit, filters):
+    """{name: […], next} with up to `limit` of what `path` lists, over as many pages of at most `most` as it takes."""
+    found, before = [], None
     while True:
-        page = client.call("GET", "/v1/jobs", {**filters, "limit": min(PAGE_JOBS, limit - len(jobs)), "before": before})
-        jobs += page["jobs"]
+        page = client.call("GET", path, {**filters, "limit": min(most, limit - len(found)), "before": before})
+        found += page[name]
         before = page["next"]
-        if before is None or len(jobs) >= limit:
-            return {"jobs": jobs, "next": before}
+        if before is None or len(found) >= limit:
+            return {name: found, "next": before}
+
+
+def list_jobs(client, limit, **filters):
+    return newest(client, "/v1/jobs", "jobs", PAGE_JOBS, limit, filters)
 
 
 def job_path(job_id, action=""):
@@ -884,6 +967,7 @@ HOST_ACTIONS = {
     "drain": ("POST", "/drain", "drained: it gets no new job"),
     "resume": ("POST", "/resume", "resumed: it gets jobs again"),
     "remove": ("DELETE", "", "removed: its agent must register anew"),
+    "reset": ("POST", "/reset", "reset: its secret no longer counts, its agent must register with an enrolment token"),
 }
 
 
@@ -930,6 +1014,79 @@ def health(client, screen, options):
     if code != 200:
         why = f"{client.target('/health')} answers {code}, {answer['database']}"
         raise Failure(NOT_REACHED, f"{why}: the controller's log says more")
+    return DONE
+
+
+def whoami(client, screen, options):
+    me = client.call("GET", "/v1/session")
+    pairs = [*[(name, me[name]) for name in ("name", "role", "app", "host")], ("ends", ends(me["expires_at"]))]
+    sent = client.token_source if client.token else "none was sent"
+    screen.show(me, lambda: screen.fields([*pairs, ("token", sent), ("url", client.url)]))
+    return DONE
+
+
+def audit(client, screen, options):
+    filters = {"who": options.who, "action": options.action}
+    page = newest(client, "/v1/audit", "audit", PAGE_AUDIT, options.limit, filters)
+    screen.show(page, lambda: show_audit(screen, page["audit"]))
+    if not page["audit"]:
+        screen.note(f"nothing of that kind was done at {client.url}")
+    elif page["next"]:
+        screen.note(f"there are older ones: --limit {options.limit * 10}")
+    return DONE
+
+
+# Tokens. The secret of a new one is the only thing that goes to stdout, so that a script can keep it and show it to nobody.
+
+SETTING_OF = {"agent": "DEPLOYBOT_AGENT_TOKEN of the agent"}
+
+
+def create_token(client, screen, options):
+    given = {name: getattr(options, name) for name in ("role", "name", "host", "app")} | {"expires_in": options.expires}
+    answer = client.call("POST", "/v1/tokens", body={name: value for name, value in given.items() if value is not None})
+    token, secret = answer["token"], answer["secret"]
+    screen.show(answer, lambda: screen.line(clean(secret)))
+    only = f" for {bound_to(token)} alone" if bound_to(token) else ""
+    setting = SETTING_OF.get(token["role"], "DEPLOYBOT_TOKEN of whoever uses it")
+    screen.note(
+        f"token {token['name']}, {token['role']}{only}, ends {ends(token['expires_at'])}. It is not shown again; it goes into {setting}."
+    )
+    return DONE
+
+
+def list_tokens(client, screen, options):
+    answer = client.call("GET", "/v1/tokens")
+    screen.show(answer, lambda: show_tokens(screen, answer["tokens"]))
+    if not answer["tokens"]:
+        screen.note(f"no token was made at {client.url}: ctl.py token create makes one")
+    return DONE
+
+
+def find_token_of(client, text):
+    """The Token with that id, that name, or else the only one whose id starts with `text`."""
+    if SECRETS.fullmatch(text):
+        hint = "revoke it if others could see it"
+        raise Failure(WRONG_USE, f"that is a token itself: give its name or id (`ctl.py token list`), and {hint}")
+    tokens = client.call("GET", "/v1/tokens")["tokens"]
+    for fits in (
+        lambda token: token["id"] == text.lower(),
+        lambda token: token["name"] == text,
+        lambda token: token["id"].startswith(text.lower()),
+    ):
+        found = list(filter(fits, tokens))
+        if len(found) > 1:
+            items = [f"{token['id']}  {token['name']}, {token['role']}" for token in found]
+            said = f"{clean(text)} is the start of {len(found)} tokens' ids ({client.url}), give more of one:"
+            raise Failure(WRONG_USE, said, items=items)
+        if found and text:
+            return found[0]
+    raise Failure(REFUSED, f"no token is called {clean(text)!r} ({client.url}): {TOKEN_HINT}")
+
+
+def revoke_token(client, screen, options):
+    token = find_token_of(client, options.token)
+    answer = client.call("DELETE", f"/v1/tokens/{quote(token['id'], safe='')}")
+    screen.show(answer, lambda: screen.line(f"{clean(answer['token']['name'])} revoked: it counts no more"))
     return DONE
 
 
@@ -1003,7 +1160,7 @@ EXIT_CODES = """exit codes:
   2    wrong use: an option, a setting, or a start of a job's id that fits several jobs
   3    the controller was not reached, or did not answer as one (5xx, a redirect, no JSON); `health`: it is not well
   4    refused: not signed in (401), not allowed (403), not there (404), not in this state (409), wrong fields (422),
-       too large (413), too often (429)
+       too large (413), too often (429: the line says when to come back; what follows a log waits until then)
   130  ended by Ctrl-C; the deployment goes on
   141  what reads the output went away"""
 
@@ -1013,7 +1170,7 @@ ENVIRONMENT = f"""environment:
   DEPLOYBOT_TOKEN_FILE  or the file that holds it; where neither is set and the URL is a loopback one,
                         ./{TOKEN_FILE} is read, if it is your own file
   NO_COLOR              no colour, also on a terminal
-  SSL_CERT_FILE         the CA of an https controller, where the system does not know it"""
+  SSL_CERT_FILE         the file (PEM) of the CA of an https controller, where the system does not know it"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -1037,13 +1194,18 @@ def whole(least):
     return number
 
 
-def job_time(text):
-    """A type for how long a job may run, as apps.yaml takes it: 30s, 5m, 2h, 1d or plain seconds; in seconds."""
-    found = re.fullmatch(r"([0-9]{1,6})([smhd]?)", text)
-    length = int(found[1]) * dict(UNITS)[found[2] or "s"] if found else 0
-    if not 1 <= length <= MAX_TIMEOUT:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time from 1s to 7d: write 30s, 5m, 2h, 1d or plain seconds")
-    return length
+def time_of(least, most):
+    """A type for a length of time, as apps.yaml takes it: 30s, 5m, 2h, 1d or plain seconds; in seconds."""
+
+    def length_of(text):
+        found = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
+        length = int(found[1]) * dict(UNITS)[found[2] or "s"] if found else 0
+        if not least <= length <= most:
+            limits = f"from {span(least)} to {span(most)}"
+            raise argparse.ArgumentTypeError(f"{text!r} is no time {limits}: write 30s, 5m, 2h, 1d or plain seconds")
+        return length
+
+    return length_of
 
 
 def pair(text):
@@ -1068,7 +1230,14 @@ DEPLOY = (
     ("--host", {"required": True, "action": "append", "help": "again for each further host: a job each"}),
     ("--app", {"help": "default: the only app of that repository"}),
     ("--force", {"action": "store_true", "help": "a new job, also while the same is pending or running"}),
-    ("--timeout", {"type": job_time, "metavar": "TIME", "help": "30s, 5m, 2h, 1d (default: the app's, or an hour)"}),
+    (
+        "--timeout",
+        {
+            "type": time_of(1, MAX_TIMEOUT),
+            "metavar": "TIME",
+            "help": "30s, 5m, 2h, 1d (default: the app's, or an hour)",
+        },
+    ),
     ("--retries", {"type": whole(0), "metavar": "N", "help": "attempts after one that was lost (or the app's)"}),
     ("--metadata", {"type": pair, "action": "append", "metavar": "KEY=VALUE", "help": "kept with the job; repeatable"}),
 )
@@ -1083,8 +1252,23 @@ JOBS = (
     ("--limit", {"type": whole(1), "default": 20, "metavar": "N", "help": "the newest N (default 20)"}),
 )
 HOSTS = (
-    ("action", {"nargs": "?", "choices": HOST_ACTIONS, "help": "no new jobs, jobs again, forget its agent"}),
+    (
+        "action",
+        {"nargs": "?", "choices": HOST_ACTIONS, "help": "no new jobs; jobs again; forget its agent; only its secret"},
+    ),
     ("name", {"nargs": "?", "metavar": "HOST"}),
+)
+TOKEN = (
+    ("--role", {"required": True, "choices": ("admin", "operator", "viewer", "agent"), "help": "what it may do"}),
+    ("--host", {"help": "an agent's: only for this host"}),
+    ("--app", {"help": "an operator's or viewer's: only for this app, and nothing else"}),
+    ("--expires", {"type": time_of(*TOKEN_LIFE), "metavar": "TIME", "help": "30d, 12h, 15m (default: never)"}),
+    ("--name", {"help": "what the audit calls it (default: its role and a part of its id)"}),
+)
+AUDIT = (
+    ("--who", {"metavar": "NAME", "help": "only what this one did: the name of a token"}),
+    ("--action", {"help": "only this, such as job.create, token.create, host.reset or reload"}),
+    ("--limit", {"type": whole(1), "default": 20, "metavar": "N", "help": "the newest N (default 20)"}),
 )
 COMMON = (  # before or behind the verb
     ("--url", {"default": argparse.SUPPRESS, "help": "the controller (default: DEPLOYBOT_URL)"}),
@@ -1100,13 +1284,31 @@ VERBS = (
     Verb("status", status, (JOB,), "show a job", "0199c2f0"),
     Verb("logs", logs, (HOST, APP, *LOGS), LOGS_HELP, "-f --host web-01"),
     Verb("jobs", jobs, (HOST, APP, REPO, *JOBS), "list jobs, newest first", "--status failed --limit 50"),
-    Verb("hosts", hosts, HOSTS, "list hosts; drain, resume or remove one", "drain web-01"),
+    Verb("hosts", hosts, HOSTS, "list hosts; drain, resume, remove or reset one", "drain web-01"),
     Verb("apps", apps, (), "list the apps of apps.yaml and what each host runs", "--json"),
     Verb("cancel", cancel, (JOB,), "end a job: a pending one at once, a running one through its agent", "0199c2f0"),
     Verb("retry", retry, (JOB, *WATCH), "make an ended job again, as a new job", "0199c2f0 --follow"),
     Verb("reload", reload, (), "make the controller read its apps.yaml again", ""),
     Verb("health", health, (), "ask whether the controller is well", ""),
+    Verb("whoami", whoami, (), "show who one is to the controller, and the role", ""),
+    Verb(
+        "token create",
+        create_token,
+        TOKEN,
+        "make a token and print it: once",
+        "--role operator --app web --expires 90d --name ci",
+    ),
+    Verb("token list", list_tokens, (), "list the tokens that were made", ""),
+    Verb(
+        "token revoke",
+        revoke_token,
+        (("token", {"metavar": "NAME|ID"}),),
+        "end a token, and the sign-ins made with it",
+        "ci",
+    ),
+    Verb("audit", audit, AUDIT, "list who did what, newest first", "--action token.create"),
 )
+GROUPS = {"token": "make, list and revoke tokens"}  # the first word of verbs that have two
 
 
 def add_options(parser, options):
@@ -1124,10 +1326,15 @@ def make_parser():
     )
     parser.add_argument("--version", action="version", version=f"ctl.py {VERSION}")
     add_options(parser, COMMON)
-    verbs = parser.add_subparsers(title="verbs (each has its own --help)", metavar="VERB", dest="verb")
+    verbs = {"": parser.add_subparsers(title="verbs (each has its own --help)", metavar="VERB", dest="verb")}
     for verb in VERBS:
+        group, _, name = verb.name.rpartition(" ")
+        if group not in verbs:
+            two = verbs[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            names = [one.name.split()[1] for one in VERBS if one.name.startswith(group + " ")]
+            verbs[group] = two.add_subparsers(metavar="|".join(names), required=True)
         words = {"help": verb.help, "description": verb.help, "epilog": f"example:\n  {examples[verb.name]}"}
-        one = verbs.add_parser(verb.name, **words)
+        one = verbs[group].add_parser(name, **words)
         one.set_defaults(run=verb.run)
         add_options(one, verb.options + COMMON)
     return parser
@@ -1141,7 +1348,10 @@ def make_parser():
 def run(argv):
     options = make_parser().parse_args(argv)
     if options.verb is None:
-        raise Failure(WRONG_USE, "name a verb: " + ", ".join(verb.name for verb in VERBS) + " (see ctl.py --help)")
+        raise Failure(
+            WRONG_USE,
+            "name a verb: " + ", ".join(dict.fromkeys(verb.name.split()[0] for verb in VERBS)) + " (see ctl.py --help)",
+        )
     flag = getattr(options, "url", None)
     url = read_url(flag)
     client = Client(url, *controller_token(url), flagged=bool(flag))
@@ -1156,7 +1366,7 @@ def run(argv):
 
 def complain(text, items=()):
     with suppress(OSError):  # nobody is left to be told
-        print("\n".join([f"ctl.py: {clean(text)}", *map(clean, items)]), file=sys.stderr, flush=True)
+        print(unsaid("\n".join([f"ctl.py: {clean(text)}", *map(clean, items)])), file=sys.stderr, flush=True)
 
 
 def abandon_stdout():

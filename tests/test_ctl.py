@@ -41,7 +41,7 @@ def bare_environment(monkeypatch, tmp_path):
         if (
             name.startswith(("DEPLOYBOT_", "PYTHON"))
             or name.lower().endswith("_proxy")
-            or name in ("NO_COLOR", "COLUMNS")
+            or name in ("NO_COLOR", "COLUMNS", "SSL_CERT_FILE", "SSL_CERT_DIR")
         ):
             monkeypatch.delenv(name)
     monkeypatch.setenv("TERM", "xterm")
@@ -272,8 +272,8 @@ def reset(handler):
 
 
 @pytest.fixture
-def at_once(monkeypatch):
-    """Pauses between connections take no time, and there are not many."""
+def pauses(monkeypatch):
+    """Pauses between connections take no time, and there are not many: their lengths."""
     pauses = []
 
     def sleep(length):
@@ -281,6 +281,12 @@ def at_once(monkeypatch):
         assert len(pauses) < 20
 
     monkeypatch.setattr(ctl.Backoff.__init__, "__defaults__", (time.monotonic, sleep, lambda: 1))
+    return pauses
+
+
+@pytest.fixture
+def at_once(pauses):
+    """For tests to which their lengths are nothing."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -854,7 +860,9 @@ def test_apps_of_a_controller_without_any(run):
         ["jobs", "--limit", "0"], ["status"], ["hosts", "drain"], ["hosts", "explode", "web-01"], ["logs", "--job", "01", "--host", "h"],
         ["logs", "-f", "--tail", "1001"], ["jobs", "--url", "ftp://example.com"], ["jobs", "--url", "http://me:secret@example.com"],
         ["jobs", "--url", "http://example.com:99999"], ["jobs", "--url", "file:///etc/passwd"], ["jobs", "--url", "http://h/?token=secret"],
-        ["jobs", "--url", "http://h\r\nX: y/"],
+        ["jobs", "--url", "http://h\r\nX: y/"], ["token"], ["token", "make"], ["token", "create"], ["token", "create", "--role", "root"],
+        ["token", "create", "--role", "viewer", "--expires", "59s"], ["token", "create", "--role", "viewer", "--expires", "3651d"],
+        ["token", "revoke"], ["token", "list", "ci"], ["hosts", "reset"], ["whoami", "me"], ["audit", "--limit", "0"],
     ],
 )  # fmt: skip
 def test_wrong_use_is_2_in_one_line(here, argv):
@@ -1069,6 +1077,350 @@ def test_the_url_flag_wins_and_stands_in_the_commands_shown(here, scripted, monk
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# token, whoami, audit, hosts reset
+
+
+@pytest.fixture
+def closed(make_controller, monkeypatch):
+    """A controller that wants tokens; ctl has the admin's."""
+    controller = make_controller(
+        "closed", open=False, token="dbt_admin", agent_token="dbt_agents", read_token="dbt_read"
+    )
+    monkeypatch.setenv("DEPLOYBOT_URL", controller.url)
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_admin")
+    return controller
+
+
+@pytest.fixture
+def as_token(monkeypatch):
+    def use(secret):
+        monkeypatch.setenv("DEPLOYBOT_TOKEN", secret.strip())
+
+    return use
+
+
+def test_token_create_prints_the_secret_alone_and_it_works(here, closed, as_token):
+    result = here("token", "create", "--role", "operator", "--name", "ci", "--expires", "30d")
+    assert re.fullmatch(r"dbt_[\w-]{43}\n", result.out) and result.code == 0
+    assert re.fullmatch(r"token ci, operator, ends in 30d\. It is not shown again; .*DEPLOYBOT_TOKEN.*\n", result.err)
+    assert "dbt_" not in result.err
+    as_token(result.out)
+    assert json.loads(here("whoami", "--json").out)["name"] == "ci"
+    assert here(*DEPLOY).code == 0
+    assert here("reload").code == ctl.REFUSED
+
+
+def test_token_create_json_is_the_answer(here, closed):
+    result = here("token", "create", "--role", "agent", "--host", "web-01", "--json")
+    answer = json.loads(result.out)
+    assert answer["token"]["host"] == "web-01" and answer["secret"].startswith("dbt_")
+    assert answer["token"]["expires_at"] is None and answer["token"]["name"].startswith("agent-")
+    assert (
+        "agent for host web-01 alone, ends never" in result.err and "DEPLOYBOT_AGENT_TOKEN of the agent" in result.err
+    )
+
+
+def test_what_was_left_out_is_not_sent(here, scripted):
+    made = {"token": {**TOKEN, "name": "n"}, "secret": "dbt_" + "x" * 43}
+    server = scripted(as_json(201, made))
+    assert here("token", "create", "--role", "viewer", "--url", server.url).code == 0
+    assert json.loads(server.requests[0][3]) == {"role": "viewer"}
+    assert here("token", "create", "--role", "viewer", "--app", "web", "--expires", "90", "--url", server.url).code == 0
+    assert json.loads(server.requests[1][3]) == {"role": "viewer", "app": "web", "expires_in": 90}
+
+
+def test_a_token_of_an_app_may_deploy_that_app_alone(here, closed, as_token):
+    closed.set_app(name="web", repo="myorg/web", hosts=["web-01"])
+    as_token(here("token", "create", "--role", "operator", "--app", "web").out)
+    assert here(*DEPLOY).code == 0
+    shown = here("whoami").out
+    assert re.search(r"^role +operator$", shown, re.MULTILINE) and re.search(r"^app +web$", shown, re.MULTILINE)
+    other = here("deploy", "--repo", "myorg/api", "--ref", "main", "--host", "web-01")
+    assert other.code == ctl.REFUSED and "403" in other.err and "web alone" in other.err
+    assert here("hosts").code == ctl.REFUSED and here("apps").code == 0
+    job = json.loads(here("jobs", "--json").out)["jobs"][0]
+    assert here("status", job["id"]).code == 0, "what it waits for is not this token's to know, and keeps nothing up"
+
+
+def test_a_403_names_the_role_that_is_needed(here, closed, as_token):
+    as_token("dbt_read")
+    for argv, role in (
+        (DEPLOY, "operator"),
+        (("reload",), "admin"),
+        (("token", "list"), "admin"),
+        (("audit",), "admin"),
+    ):
+        result = here(*argv)
+        assert result.code == ctl.REFUSED and result.err.count("\n") == 1
+        assert f"needs a token of the role {role}; this one has viewer: `ctl.py whoami`" in result.err
+
+
+def test_tokens_are_listed_and_revoked_by_name_or_id(here, closed, as_token):
+    assert "ctl.py token create" in here("token", "list").err
+    here("token", "create", "--role", "viewer", "--name", "wall", "--expires", "12h")
+    here("token", "create", "--role", "operator", "--app", "web", "--name", "ci")
+    bot = here("token", "create", "--role", "agent", "--host", "web-01", "--name", "bot").out.strip()
+    header, *rows = here("token", "list").out.splitlines()
+    cells = {row.split()[0]: re.split(r"  +", row) for row in rows}
+    assert re.split(r"  +", header) == ["NAME", "ROLE", "ONLY FOR", "CREATED", "BY", "ENDS", "LAST USED", "ID"]
+    assert list(cells) == ["wall", "ci", "bot"]
+    assert cells["wall"][1:3] == ["viewer", "-"] and cells["wall"][4:7] == ["admin", "in 12h", "-"]
+    assert cells["ci"][2] == "app web" and cells["ci"][5] == "never" and cells["bot"][2] == "host web-01"
+    assert "dbt_" not in here("token", "list", "--json").out
+    ids = {one["name"]: one["id"] for one in json.loads(here("token", "list", "--json").out)["tokens"]}
+    assert here("token", "revoke", "wall") == (0, "wall revoked: it counts no more\n", "")
+    assert json.loads(here("token", "revoke", ids["ci"], "--json").out)["token"]["name"] == "ci"
+    assert here("token", "revoke", ids["bot"][:30].upper()).code == 0
+    assert json.loads(here("token", "list", "--json").out) == {"tokens": []}
+    as_token(bot)
+    assert "401" in here("whoami").err
+
+
+TOKEN = {
+    "id": "0199c2f0-1111-7000-8000-000000000001", "name": "ci", "role": "operator", "host": None, "app": "web", "created_at": JOB["created_at"],
+    "created_by": "admin", "expires_at": None, "last_used_at": None,
+}  # fmt: skip
+
+
+def test_a_token_is_found_by_whole_id_then_name_then_start(here, scripted):
+    others = [{**TOKEN, "id": TOKEN["id"][:-1] + str(n), "name": name} for n, name in ((2, TOKEN["id"]), (3, "0199"))]
+    listed, ended = as_json(200, {"tokens": [TOKEN, *others]}), as_json(200, {"token": TOKEN})
+
+    def revoked(text):
+        server = scripted(listed, ended)
+        result = here("token", "revoke", text, "--url", server.url)
+        return result, [path.rpartition("/")[2] for method, path, *_ in server.requests if method == "DELETE"]
+
+    assert revoked(TOKEN["id"])[1] == [TOKEN["id"]], "a name that looks like another's id takes nothing from it"
+    assert revoked("0199")[1] == [others[1]["id"]]
+    assert revoked(TOKEN["id"][:-1] + "2")[1] == [others[0]["id"]]
+    unclear, none = revoked("0199c2f0")
+    assert unclear.code == ctl.WRONG_USE and none == [] and len(unclear.err.splitlines()) == 4
+    for text in ("nobody", "", "CI"):
+        missing, none = revoked(text)
+        assert missing.code in (ctl.REFUSED, ctl.WRONG_USE) and none == []
+
+
+def test_a_name_in_use_is_refused_with_where_to_look(here, closed):
+    assert here("token", "create", "--role", "viewer", "--name", "ci").code == 0
+    for name in ("ci", "admin"):
+        result = here("token", "create", "--role", "viewer", "--name", name)
+        assert result.code == ctl.REFUSED and result.out == ""
+        assert "409" in result.err and name in result.err and "`ctl.py token list`" in result.err
+
+
+def test_a_token_on_the_command_line_goes_no_further(here, scripted):
+    secret = "dbt_" + "Zz-_9" * 8 + "abc"
+    server = scripted(problem(404, f"no token {secret}"))
+    for argv in (
+        ["token", "revoke", secret], ["whoami", secret], ["token", "create", "--role", secret], ["token", "list", "--" + secret], [secret],
+        ["audit", "--who", secret], ["audit", "--limit", secret], ["status", secret], ["jobs", "--url", secret],
+    ):  # fmt: skip
+        result = here(*argv, *(() if "--url" in argv else ("--url", server.url)))
+        assert result.code != 0 and secret not in result.err + result.out and "Zz-_9" not in result.err
+    asked = [path for _, path, *_ in server.requests if "Zz-_9" in path]
+    assert asked == [f"/v1/audit?who={secret}&limit=20"], "where any text may be asked for"
+
+
+def test_no_verb_takes_a_token(here):
+    for verb in ctl.VERBS:
+        options = re.findall(r"--[a-z-]+", here(*verb.name.split(), "--help").out)
+        assert not {"--token", "--password", "--secret"}.intersection(options)
+
+
+def test_whoami_of_each(here, closed, as_token, monkeypatch):
+    shown = here("whoami").out
+    assert re.search(
+        r"^name +admin\nrole +admin\nends +never\ntoken +DEPLOYBOT_TOKEN\nurl +http://127", shown, re.MULTILINE
+    )
+    as_token("dbt_read")
+    assert json.loads(here("whoami", "--json").out) == {
+        "name": "reader",
+        "role": "viewer",
+        "app": None,
+        "host": None,
+        "expires_at": None,
+    }
+    as_token(here_admin(here, monkeypatch, "--role", "viewer", "--expires", "2h"))
+    assert re.search(r"^ends +in 2h$", here("whoami").out, re.MULTILINE)
+    monkeypatch.delenv("DEPLOYBOT_TOKEN")
+    assert "no token was sent" in here("whoami").err
+
+
+def here_admin(here, monkeypatch, *options):
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_admin")
+    return here("token", "create", *options).out
+
+
+def test_whoami_in_open_mode(run):
+    shown = run("whoami").out
+    assert re.search(r"^name +local\nrole +admin\nends +never\ntoken +none was sent$", shown, re.MULTILINE)
+
+
+def test_a_host_is_reset_and_may_enrol_anew(here, closed):
+    def register(**more):
+        return closed.call(
+            "POST", "/v1/agents/register", {"hostname": "web-01", **more}, {"Authorization": "Bearer dbt_agents"}
+        )
+
+    assert register(token_sha256="a" * 64)[0] == 200
+    status, refused = register(token_sha256="b" * 64)
+    assert status == 409 and "ctl.py hosts reset web-01" in refused["detail"]
+    result = here("hosts", "reset", "web-01")
+    assert (result.code, result.err) == (0, "") and result.out.startswith("web-01 reset: its secret no longer counts")
+    assert register(token_sha256="b" * 64)[0] == 200
+    assert json.loads(here("hosts", "reset", "web-01", "--json").out)["host"]["hostname"] == "web-01"
+    assert here("hosts", "reset", "web-02").code == ctl.REFUSED
+
+
+def test_the_audit_is_a_table_newest_first(here, closed):
+    agent = closed.register("web-01")
+    assert agent
+    job = json.loads(here(*DEPLOY, "--json").out)["results"][0]["job"]
+    here("cancel", job["id"])
+    here("token", "create", "--role", "viewer", "--name", "wall")
+    header, *rows = here("audit").out.splitlines()
+    assert re.split(r"  +", header) == ["TIME (UTC)", "WHO", "FROM", "ACTION", "TARGET", "DETAIL"]
+    cells = [re.split(r"  +", row) for row in rows]
+    assert [row[3] for row in cells[:3]] == ["token.create", "job.cancel", "job.create"]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", cells[0][0]) and cells[0][1:3] == ["admin", "127.0.0.1"]
+    assert cells[0][4] == "wall" and cells[2][4] == job["id"][:13] and cells[2][5] == "myorg--web main on web-01"
+    assert here("audit", "--limit", "2").err == "there are older ones: --limit 20\n"
+    only = json.loads(here("audit", "--action", "job.cancel", "--who", "admin", "--json").out)["audit"]
+    assert [(one["action"], one["target"]) for one in only] == [("job.cancel", job["id"])]
+    assert here("audit", "--who", "nobody") == (0, "", f"nothing of that kind was done at {closed.url}\n")
+
+
+def test_the_audit_beyond_a_page_is_fetched_page_by_page(here, closed, monkeypatch):
+    monkeypatch.setattr(ctl, "PAGE_AUDIT", 2)
+    for number in range(5):
+        here("token", "create", "--role", "viewer", "--name", f"t{number}")
+    listed = json.loads(here("audit", "--limit", "5", "--json").out)
+    assert [one["target"] for one in listed["audit"]] == ["t4", "t3", "t2", "t1", "t0"]
+
+
+def test_control_characters_of_tokens_and_audit_are_stripped(here, scripted):
+    evil = "x\x1b[2J\r\n\x9by\u202e"
+    token = {**TOKEN, **dict.fromkeys(("name", "role", "app", "created_by"), evil)}
+    entry = {"id": 1, "at": JOB["created_at"], **dict.fromkeys(("who", "address", "action", "target", "detail"), evil)}
+    document = {"tokens": [token], "audit": [entry], "next": None, "token": token, "secret": "dbt_x" + evil}
+    server = scripted(
+        as_json(200, {**document, "name": evil, "role": evil, "app": evil, "host": evil, "expires_at": None})
+    )
+    for argv in (
+        ["token", "list"],
+        ["audit"],
+        ["whoami"],
+        ["token", "create", "--role", "viewer"],
+        ["token", "revoke", evil],
+    ):
+        result = here(*argv, "--url", server.url)
+        assert result.code == 0, result
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", result.out + result.err), argv
+
+
+@pytest.mark.parametrize("columns", [50, 80])
+def test_the_new_tables_fit_the_terminal(run, controller, columns):
+    controller.ok("POST", "/v1/tokens", {"role": "operator", "app": "a" * 60, "name": "n" * 60})
+    for verb in (("token", "list"), ("audit",)):
+        lines = re.sub(r"\x1b\[\d+m", "", on_terminal(controller.url, *verb, columns=columns)).splitlines()
+        assert len(lines) == 2 and max(map(len, lines)) <= columns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TLS
+
+
+def openssl(folder, *argv):
+    subprocess.run(["openssl", *argv], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """A folder with ca.pem, other.pem (of another CA), and pairs NAME.pem, NAME.key that ca.pem signed."""
+    if not shutil.which("openssl"):
+        pytest.skip("openssl is not there to make certificates")
+    folder = tmp_path_factory.mktemp("certificates")
+    for name in ("ca", "other"):
+        make = (
+            "req",
+            "-x509",
+            "-newkey",
+            "ec",
+            "-pkeyopt",
+            "ec_paramgen_curve:P-256",
+            "-nodes",
+            "-subj",
+            f"/CN={name}",
+        )
+        openssl(folder, *make, "-days", "2", "-keyout", f"{name}.key", "-out", f"{name}.pem")
+    for name, address, days in (
+        ("good", "IP:127.0.0.1", "2"),
+        ("elsewhere", "DNS:web.example.com", "2"),
+        ("over", "IP:127.0.0.1", "-1"),
+    ):
+        (folder / "san").write_text(f"subjectAltName={address}")
+        new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=controller")
+        openssl(folder, *new, "-keyout", f"{name}.key", "-out", "csr")
+        sign = ("x509", "-req", "-in", "csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "san")
+        openssl(folder, *sign, "-days", days, "-out", f"{name}.pem")
+    return folder
+
+
+@pytest.fixture
+def behind_tls(make_controller, certificates, monkeypatch):
+    """Starts a controller with that certificate and a token that ctl has; its URL."""
+
+    def start(name):
+        pair = {"tls_cert": certificates / f"{name}.pem", "tls_key": certificates / f"{name}.key"}
+        controller = make_controller(name, open=False, token="dbt_admin", **pair)
+        monkeypatch.setenv("DEPLOYBOT_URL", f"https://127.0.0.1:{controller.port}")
+        monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_admin")
+        return controller
+
+    return start
+
+
+def test_a_private_ca_is_named_in_ssl_cert_file(here, behind_tls, certificates, monkeypatch):
+    controller = behind_tls("good")
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificates / "ca.pem"))
+    assert here("whoami").code == 0 and here(*DEPLOY).code == 0
+    job = json.loads(here("jobs", "--json").out)["jobs"][0]
+    assert here("cancel", job["id"]).code == 0
+    assert here("logs", "-f", "--job", job["id"]).code == ctl.FAILED, "the stream too"
+    assert "https" in here("health").out and controller.port
+
+
+def test_http_to_a_port_that_wants_https_says_so(here, behind_tls):
+    url = f"http://127.0.0.1:{behind_tls('good').port}"
+    result = here("whoami", "--url", url)
+    assert result.code == ctl.NOT_REACHED and result.err.endswith(
+        f": if it speaks https there, write {url.replace('http', 'https')}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("certificate", "ca", "words"),
+    [
+        ("good", None, "name the file of its CA in SSL_CERT_FILE\n"),
+        ("good", "other.pem", "name the file of its CA in SSL_CERT_FILE ("),
+        ("good", "missing.pem", "SSL_CERT_FILE cannot be read: "),
+        ("elsewhere", "ca.pem", "use a name that the certificate has in --url or DEPLOYBOT_URL\n"),
+        ("over", "ca.pem", "renew the controller's certificate, or set the clock"),
+    ],
+)
+def test_a_certificate_that_is_refused_says_what_to_do(
+    here, behind_tls, certificates, monkeypatch, certificate, ca, words
+):
+    behind_tls(certificate)
+    if ca:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates / ca))
+    result = here("whoami")
+    assert (result.code, result.out) == (ctl.NOT_REACHED, "")
+    assert words in result.err and result.err.count("\n") == 1 and "_ssl.c" not in result.err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The stream: reconnecting
 
 
@@ -1086,9 +1438,9 @@ def test_a_broken_stream_goes_on_where_it_was(here, scripted, at_once, breakage)
     assert result.code == 0
     assert result.out.splitlines()[:4] == ["line 1", "line 2", "line 3", "line 4"]
     assert [line.split()[1] for line in result.err.splitlines()] == ["lost,", "again"] * 2
-    lost = [line.partition("again: ")[2] for line in result.err.splitlines()[::2]]
+    lost = [line.partition("again")[2] for line in result.err.splitlines()[::2]]
     why = "Connection reset by peer" if breakage else "the controller ended the stream"
-    assert lost == [f"{server.url} (503 Service Unavailable)", f"{server.url} ({why})"]
+    assert lost == [f" in 1 s: {server.url} (503 Service Unavailable)", f": {server.url} ({why})"]
     resumed = [headers.get("last-event-id") for _, path, headers, _ in server.requests if "stream" in path]
     assert resumed == [None, None, "e-2", "e-2", "e-2"]
 
@@ -1160,6 +1512,36 @@ class Relay:
                 if not left:
                     self.cuts += 1
                     return
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"), [(("logs", "-f"), ctl.REFUSED), (("logs", "-f", "--host", "web-01"), ctl.REFUSED)]
+)
+def test_a_stream_that_may_not_start_yet_starts_when_it_may(here, scripted, pauses, argv, code):
+    later = problem(429, "too many tokens from your address were not valid")
+    busy = (429, {"Retry-After": "17"}, later[2])
+    server = scripted(busy, busy, events(log_frame(1)), (503, {"Retry-After": "4"}, ""), problem(403, "not yours"))
+    result = here(*argv, "--url", server.url)
+    assert result.code == code and "line 1" in result.out
+    assert [pause for pause in pauses if pause > 1] == [17, 17, 4]
+    first, *rest = result.err.splitlines()
+    assert (
+        first == f"not now, trying again in 17 s: {server.url} (429 too many tokens from your address were not valid)"
+    )
+    assert [line.split()[0] for line in rest] == ["connected", "connection", "ctl.py:"]
+
+
+def test_a_stream_that_may_start_tomorrow_is_not_waited_for(here, scripted, pauses):
+    server = scripted((429, {"Retry-After": "86400"}, "{}"))
+    result = here("logs", "-f", "--url", server.url)
+    assert result.code == ctl.REFUSED and "try again in 86400 s" in result.err.splitlines()[-1] and pauses == []
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "Wed, 21 Oct 2026 07:28:00 GMT", "1" * 7])
+def test_a_retry_after_that_is_no_number_is_none(here, scripted, value):
+    server = scripted((429, {"Retry-After": value}, "{}"))
+    result = here("logs", "-f", "--url", server.url)
+    assert result.code == ctl.REFUSED and "try again in 5 s" in result.err
 
 
 def test_a_silent_connection_is_dead(here, scripted, at_once, monkeypatch):
@@ -1249,6 +1631,8 @@ def test_backoff_grows_to_its_limit_and_gives_up():
     assert backoff.wait() and pauses[-1] == 10
     backoff.delivered()
     assert backoff.wait() and pauses[-1] == 0.5
+    assert backoff.wait(30) and pauses[-1] == 30
+    assert not backoff.wait(ctl.GIVE_UP_S + 1)
 
 
 @pytest.mark.parametrize("end", ["\n", "\r", "\r\n"])
@@ -1389,10 +1773,8 @@ def test_what_is_slow_to_import_waits_until_it_is_needed(start):
 def test_help_has_an_example_of_every_verb_and_every_exit_code(here):
     text = here("--help").out
     for verb in ctl.VERBS:
-        assert (
-            f"  ctl.py {verb.name}" in text
-            and f"ctl.py {verb.name}" in here(verb.name, "--help").out.partition("example:")[2]
-        )
+        example = here(*verb.name.split(), "--help").out.partition("example:")[2]
+        assert f"  ctl.py {verb.name}" in text and f"ctl.py {verb.name}" in example
     for code in (0, 1, 2, 3, 4, 130, 141):
         assert re.search(rf"^  {code} +\w", text, re.MULTILINE)
     for name in ("DEPLOYBOT_URL", "DEPLOYBOT_TOKEN", "DEPLOYBOT_TOKEN_FILE", "NO_COLOR"):
