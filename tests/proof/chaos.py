@@ -1,0 +1,456 @@
+"""Agents and controller killed at random, answers dropped between them: no job is lost, none is run twice.
+
+Real controller, real agents, a real repository. Between agents and controller stands a proxy of this file that drops answers
+after the request got through, cuts them, cuts requests and delays. The deployed scripts append to a ledger: job, attempt, what
+they did. At the end database, ledger, logs and what `current` leads to must tell one story. Short: 6 agents, 120 jobs; full: 20
+agents, 10,000 jobs. The seed fixes who is killed and what is dropped, not the moments: two runs of one seed are alike, not equal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from common import AGENT, AGENT_TOKEN, LOST, Controller, Process, Proof, check, environment, run, wait_for
+from kill9 import ENDED, Stored, copy_of
+
+COMMITS = 4
+LINES = 5  # that a script prints
+APPS = ("whole", "steps")  # one with `deploy`, one with `build` and `activate`
+
+# The attempt stands in the name of the agent's tracking file; a script without one would be started untracked.
+DEPLOY = """\
+#!/bin/sh
+ledger=$1; locks=$2; attempt=0
+for file in "$DEPLOY_RELEASE"/../../../.agent/jobs/"$DEPLOY_JOB_ID".*.json; do
+    number=${file%.json}; number=${number##*.}
+    [ "$number" -gt "$attempt" ] && attempt=$number
+done
+exec 9> "$locks/$DEPLOY_HOST.$DEPLOY_APP"
+flock -n 9 || echo "overlap $DEPLOY_JOB_ID $attempt" >> "$ledger"
+echo "start $DEPLOY_JOB_ID $attempt" >> "$ledger"
+line=0
+while [ $line -lt 5 ]; do
+    echo "line $line of $DEPLOY_JOB_ID.$attempt"
+    line=$((line + 1))
+    [ $line -eq 3 ] && sleep "0.${DEPLOY_REF##*-}"
+done
+echo "end $DEPLOY_JOB_ID $attempt" >> "$ledger"
+"""
+ACTIVATE = """\
+#!/bin/sh
+sleep "0.${DEPLOY_REF##*-}"
+echo "activate $DEPLOY_JOB_ID $DEPLOY_HOST $DEPLOY_APP $DEPLOY_COMMIT" >> "$1"
+"""
+
+
+class Repository:
+    """Branches rN-T on a few commits; T is what a script sleeps, in tenths of a second."""
+
+    def __init__(self, folder: pathlib.Path, branches: int, chance: random.Random):
+        self.folder = folder
+        self.env = {
+            **environment(),
+            "HOME": str(folder.parent),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_GLOBAL": os.devnull,
+        }
+        folder.mkdir()
+        self.git("init", "--quiet", "--initial-branch=main")
+        self.git("config", "user.name", "Ada")
+        self.git("config", "user.email", "ada@example.com")
+        for name, text in (("deploy.sh", DEPLOY), ("activate.sh", ACTIVATE)):
+            (folder / name).write_text(text)
+            (folder / name).chmod(0o755)
+        commits = []
+        for number in range(COMMITS):
+            (folder / "page").write_text(f"{number}\n")
+            self.git("add", "--all")
+            self.git("commit", "--quiet", "--message", f"page {number}")
+            commits.append(self.git("rev-parse", "HEAD"))
+        self.branches = [f"r{number}-{chance.choice((0, 0, 1, 2))}" for number in range(branches)]
+        for name in self.branches:
+            self.git("branch", name, chance.choice(commits))
+        self.git("pack-refs", "--all")
+
+    def git(self, *arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=self.folder, env=self.env, check=True, capture_output=True, text=True
+        )
+        return done.stdout.strip()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proxy
+
+
+class Proxy:
+    """TCP, in a thread of its own. What it does to a packet is drawn by lot; `rate` is the chance of a fault a packet."""
+
+    def __init__(self, target: int, seed: int, rate: float):
+        self.target, self.rate, self.chance = target, rate, random.Random(f"{seed} proxy")
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.port = 0
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
+        self._thread.start()
+        self._ready.wait(10)
+
+    async def _serve(self) -> None:
+        server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
+        self._ready.set()
+        await self._over.wait()
+        server.close()
+
+    def close(self) -> None:
+        """With all its connections."""
+        self._loop.call_soon_threadsafe(self._over.set)
+        self._thread.join(10)
+
+    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.counts["connections"] += 1
+        try:
+            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            writer.transport.abort()
+            return
+        ends = (writer, up_writer)
+        pumps = [
+            asyncio.ensure_future(self._pump(reader, up_writer, ends, {"request cut": 0.3})),
+            asyncio.ensure_future(
+                self._pump(up_reader, writer, ends, {"answer dropped": 1.0, "answer cut": 0.5, "answer delayed": 1.0})
+            ),
+        ]
+        with contextlib.suppress(asyncio.CancelledError):  # close()
+            await asyncio.wait(pumps)
+
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ends: Any, faults: dict[str, float]
+    ) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                fault = self._fault(faults)
+                if fault == "answer delayed":
+                    await asyncio.sleep(self.chance.uniform(0.01, 1.0))
+                elif fault:
+                    part = 0 if fault == "answer dropped" else self.chance.randrange(len(data))
+                    writer.write(data[:part])
+                    await self._break_off(ends)
+                    return
+                writer.write(data)
+                await writer.drain()
+        with contextlib.suppress(OSError, RuntimeError):
+            if writer.can_write_eof():
+                writer.write_eof()
+
+    def _fault(self, faults: dict[str, float]) -> str | None:
+        lot = self.chance.random() / (self.rate or 1e-9)
+        for name, weight in faults.items():
+            lot -= weight
+            if lot < 0:
+                self.counts[name] += 1
+                return name
+        return None
+
+    async def _break_off(self, ends: Any) -> None:
+        hard = self.chance.random() < 0.5
+        for end in ends:
+            if hard:
+                end.transport.abort()
+            else:
+                end.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Those that act
+
+
+class Agent(Process):
+    """agent.py as a process; a restart keeps its folder."""
+
+    def __init__(
+        self, folder: pathlib.Path, host: str, port: int, env: dict[str, str], *flags: str, program: Any = AGENT
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.host, self.workdir = host, folder / host
+        argv = [
+            sys.executable, program, "--url", f"http://127.0.0.1:{port}", "--hostname", host,
+            "--workdir", self.workdir, "--git-protocols", "file", *flags,
+        ]  # fmt: skip
+        super().__init__(argv, folder / f"{host}.log", {**env, "DEPLOYBOT_AGENT_TOKEN": AGENT_TOKEN}, folder)
+
+    def active_commit(self, app: str) -> str | None:
+        """The first 12 digits of what `current` leads to."""
+        with contextlib.suppress(OSError):
+            return os.readlink(self.workdir / app / "current").rpartition("-")[2]
+        return None
+
+
+class Load:
+    """Makes the jobs, a backlog of a few a host, and cancels some."""
+
+    def __init__(self, controller: Controller, hosts: list[str], branches: list[str], jobs: int, seed: int):
+        self.controller, self.chance = controller, random.Random(f"{seed} load")
+        self.wanted = [(host, ref, app) for ref in branches for host in hosts for app in APPS]
+        self.chance.shuffle(self.wanted)
+        del self.wanted[jobs:]
+        self.created: dict[str, int] = {}  # job id to its retries
+        self.failure: BaseException | None = None
+        self.done = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            client = self.controller.client()
+            backlog = 8 * len({host for host, _, _ in self.wanted})
+            for number, (host, ref, app) in enumerate(self.wanted):
+                while number % 20 == 0 and self._waiting(client) > backlog:
+                    time.sleep(0.2)
+                body = {
+                    "repo": "myorg/app",
+                    "ref": ref,
+                    "host": host,
+                    "app": app,
+                    "retries": self.chance.choice((0, 0, 1, 3)),
+                }
+                job = self._insist(client, "/v1/jobs", body)["job"]
+                self.created[job["id"]] = body["retries"]
+                if self.chance.random() < 0.03:
+                    self._insist(client, f"/v1/jobs/{self.chance.choice(list(self.created)[-30:])}/cancel", None)
+        except BaseException as error:
+            self.failure = error
+        finally:
+            self.done.set()
+
+    def _insist(self, client: Any, path: str, body: Any) -> Any:
+        while True:
+            with contextlib.suppress(*LOST):
+                status, answer = client.call("POST", path, body)
+                check(status in (200, 201) or (status == 409 and body is None), path, "answered", status, answer)
+                return answer
+            time.sleep(0.05)
+
+    def _waiting(self, client: Any) -> int:
+        with contextlib.suppress(*LOST):
+            return len(client.ok("GET", "/v1/jobs?status=pending&limit=1000")["jobs"])
+        return 1 << 30
+
+
+class Chaos:
+    """Kills one process after the other and starts it again, until it is told to stop."""
+
+    def __init__(self, controller: Controller, agents: list[Agent], seed: int, pause: float):
+        self.controller, self.agents, self.pause = controller, agents, pause
+        self.chance = random.Random(f"{seed} chaos")
+        self.kills: collections.Counter[str] = collections.Counter()
+        self.stopped, self.failure = threading.Event(), None
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self.stopped.wait(self.chance.uniform(0.2, 1.8) * self.pause):
+                if self.chance.random() < 0.2:
+                    self.kills["controller"] += 1
+                    self.controller.kill()
+                    self.stopped.wait(self.chance.uniform(0.0, 0.5))
+                    self.controller.start()
+                else:
+                    self.kills["agents"] += 1
+                    agent = self.chance.choice(self.agents)
+                    check(agent.poll() is None, "the agent of", agent.host, "ended by itself:", agent.said()[-1500:])
+                    agent.kill()
+                    self.stopped.wait(self.chance.uniform(0.0, 0.3))
+                    agent.launch()
+        except BaseException as error:
+            self.failure = error
+
+    def stop(self) -> None:
+        self.stopped.set()
+        self.thread.join(60)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The story that is told at the end
+
+
+class Ledger:
+    """What the scripts wrote, in its order."""
+
+    def __init__(self, path: pathlib.Path):
+        self.starts: dict[str, list[int]] = collections.defaultdict(list)
+        self.ends: dict[str, list[int]] = collections.defaultdict(list)
+        self.active: dict[tuple[str, str], str] = {}  # (host, app) to the commit that was activated last
+        self.overlaps: list[str] = []
+        for line in path.read_text().splitlines():
+            what, job_id, *rest = line.split()
+            if what == "start":
+                self.starts[job_id].append(int(rest[0]))
+            elif what == "end":
+                self.ends[job_id].append(int(rest[0]))
+            elif what == "activate":
+                self.active[rest[0], rest[1]] = rest[2]
+            else:
+                self.overlaps.append(line)
+
+
+def verify_jobs(stored: Stored, created: dict[str, int]) -> None:
+    lost = created.keys() - stored.jobs.keys()
+    check(not lost, len(lost), "jobs are lost:", sorted(lost)[:5])
+    ends = stored.ends()
+    for job_id, job in stored.jobs.items():
+        check(
+            job["status"] in ENDED and ends.get(job_id) == 1, "not ended once:", job_id, job["status"], ends.get(job_id)
+        )
+        how = (job["status"], job["reason"])
+        known = (("success", None), ("failed", "agent_crashed"), ("cancelled", "cancelled"))
+        check(how in known, job_id, "ended as", how, job["error"])
+        check(job["attempt"] <= job["retries"] + 1, job_id, "had", job["attempt"], "attempts of", job["retries"] + 1)
+
+
+def verify_ledger(stored: Stored, ledger: Ledger) -> None:
+    check(not ledger.overlaps, "two scripts of one app at once:", ledger.overlaps[:5])
+    for job_id, attempts in ledger.starts.items():
+        job = stored.jobs[job_id]
+        check(attempts == sorted(set(attempts)), "attempts of", job_id, "as they started:", attempts)
+        check(
+            attempts[0] >= 1 and attempts[-1] <= job["attempt"], "attempts of", job_id, attempts, "of", job["attempt"]
+        )
+        check(len(attempts) <= job["retries"] + 1, "run again unasked:", job_id, attempts)
+        check(len(ledger.ends[job_id]) == len(set(ledger.ends[job_id])), "ended twice:", job_id, ledger.ends[job_id])
+    for job_id, job in stored.jobs.items():
+        ran = (ledger.starts.get(job_id) or [0])[-1:], (ledger.ends.get(job_id) or [0])[-1:]
+        check(job["status"] != "success" or ran == ([job["attempt"]],) * 2, job_id, "ended well, and its script", ran)
+
+
+def verify_logs(stored: Stored) -> None:
+    """What a script printed is stored once and in order; all of it where the job ended well."""
+    logs = stored.logs()
+    for (job_id, attempt), messages in logs.items():
+        printed = [message for message in messages if message.startswith("line ")]
+        expected = [f"line {number} of {job_id}.{attempt}" for number in range(LINES)]
+        check(printed == expected[: len(printed)], "the log of", job_id, attempt, messages)
+        job = stored.jobs[job_id]
+        whole = (job["status"], job["attempt"]) != ("success", attempt) or printed == expected
+        check(whole, "lines are missing of", job_id, attempt, messages)
+    for job_id, job in stored.jobs.items():
+        check(job["status"] != "success" or (job_id, job["attempt"]) in logs, "no log of", job_id)
+
+
+def verify_hosts(apps: list[dict[str, Any]], agents: dict[str, Agent], ledger: Ledger) -> int:
+    """What the controller says of a host, what `current` leads to, and what was activated last are the same; how many."""
+    seen = 0
+    for app in apps:
+        for host in app["hosts"]:
+            place = (host["hostname"], app["name"])
+            if host["commit"] is None:
+                continue
+            current = agents[place[0]].active_commit(place[1])
+            check(current == host["commit"][:12], place, "runs", current, "and the controller says", host["commit"])
+            activated = ledger.active.get(place, host["commit"])
+            check(activated == host["commit"], place, "activated", activated, "last, and `current` leads to", current)
+            seen += 1
+    return seen
+
+
+def prove(proof: Proof) -> None:
+    count = proof.options.agents or (20 if proof.full else 6)
+    jobs = proof.options.jobs or (10_000 if proof.full else 120)
+    hosts = [f"web-{number:02}" for number in range(1, count + 1)]
+    repository = Repository(
+        proof.folder / "source", -(-jobs // (count * len(APPS))), random.Random(f"{proof.seed} refs")
+    )
+    ledger, locks = proof.folder / "ledger", proof.folder / "locks"
+    ledger.touch()
+    locks.mkdir()
+    common = {"repo": "myorg/app", "clone_url": f"file://{repository.folder}", "hosts": hosts}
+    script, activate = ["./deploy.sh", str(ledger), str(locks)], ["./activate.sh", str(ledger)]
+    apps = [
+        {"name": APPS[0], **common, "deploy": script},
+        {"name": APPS[1], **common, "build": script, "activate": activate},
+    ]
+    controller = proof.controller(apps={"apps": apps})
+    proxy = Proxy(controller.port, proof.seed, proof.options.rate)
+    agents = {host: Agent(proof.folder / "hosts", host, proxy.port, repository.env) for host in hosts}
+    for agent in agents.values():
+        agent.launch()
+    began = time.monotonic()
+    load = Load(controller, hosts, repository.branches, jobs, proof.seed)
+    chaos = Chaos(controller, list(agents.values()), proof.seed, proof.options.pause or (1.0 if proof.full else 0.4))
+    client = controller.client()
+
+    def open_jobs() -> int:
+        for failure in (load.failure, chaos.failure):
+            if failure:
+                raise failure
+        with contextlib.suppress(*LOST):
+            return sum(1 for status in ("pending", "running") for _ in client.jobs(status=status))
+        return 1 << 30
+
+    told = time.monotonic()
+    while not (load.done.is_set() and open_jobs() <= max(5, jobs // 50)):
+        open_jobs()
+        time.sleep(0.5)
+        if time.monotonic() > told + 60:
+            told = time.monotonic()
+            proof.say(f"{len(load.created):,} jobs made, {sum(chaos.kills.values()):,} kills")
+    chaos.stop()
+    wait_for(lambda: open_jobs() == 0, 180, "the end of the last jobs")
+    took = time.monotonic() - began
+    for agent in agents.values():
+        check(agent.poll() is None, "the agent of", agent.host, "ended by itself:", agent.said()[-1500:])
+        agent.signal(signal.SIGTERM)
+    shown = client.ok("GET", "/v1/apps")["apps"]
+    for agent in agents.values():
+        check(agent.wait(60) == 0, "the agent of", agent.host, "did not end well:", agent.said()[-1500:])
+        check("Traceback" not in agent.said(), "a traceback in", agent.log)
+    proxy.close()
+    controller.kill()
+    check("Traceback" not in controller.said(), "a traceback in", controller.log)
+    stored, written = Stored(copy_of(controller.db, proof.folder / "copy")), Ledger(ledger)
+    check(stored.integrity == ["ok"], "integrity_check:", stored.integrity)
+    verify_jobs(stored, load.created)
+    verify_ledger(stored, written)
+    verify_logs(stored)
+    places = verify_hosts(shown, agents, written)
+    ends = collections.Counter(f"{job['status']}" for job in stored.jobs.values())
+    lost = sum(
+        job["attempt"] - (job["status"] == "success") for job in stored.jobs.values() if job["status"] != "cancelled"
+    )
+    check(lost <= chaos.kills["agents"], lost, "attempts were lost, and", chaos.kills["agents"], "agents were killed")
+    proof.figure("agents", count)
+    proof.figure("jobs", len(stored.jobs))
+    proof.figure("lost, run twice, two of one app at once", "0, 0, 0")
+    for name, value in (*ends.items(), ("attempts that died with an agent", lost)):
+        proof.figure(name, value)
+    proof.figure("scripts started", sum(map(len, written.starts.values())))
+    proof.figure("hosts and apps whose `current` was compared", places)
+    for name, value in (*((f"kills of {who}", n) for who, n in chaos.kills.items()), *proxy.counts.items()):
+        proof.figure(name, value)
+    proof.figure("jobs a second", jobs / took)
+    check(
+        chaos.kills["agents"] and chaos.kills["controller"] and ends["success"], "too little happened to prove anything"
+    )
+
+
+OPTIONS = (
+    ("--agents", {"type": int, "help": "how many [6, 20]"}),
+    ("--jobs", {"type": int, "help": "how many [120, 10000]"}),
+    ("--rate", {"type": float, "default": 0.03, "help": "chance of a fault, a packet [0.03]"}),
+    ("--pause", {"type": float, "help": "seconds between two kills, on average [0.4, 1]"}),
+)
+
+if __name__ == "__main__":
+    sys.exit(run(prove, __doc__, *OPTIONS))
