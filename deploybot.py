@@ -562,9 +562,9 @@ def is_stamp(text: str) -> str | None:
 class Fields:
     """Reads the fields of an untrusted dict one by one, gathers every error, and raises them together in done()."""
 
-    def __init__(self, data: Any, known: Iterable[str] | None = None, prefix: str = ""):
+    def __init__(self, data: Any, known: Iterable[str] | None = None, prefix: str = "", quotes: bool = False):
         self.errors: list[tuple[str, str]] = []
-        self.prefix = prefix
+        self.prefix, self.quotes = prefix, quotes  # quotes: an error brings the value along
         if not isinstance(data, dict):
             raise ValidationError([(prefix.rstrip(".") or "body", "must be an object")])
         self.data = data
@@ -589,13 +589,31 @@ class Fields:
 
     def text(self, name: str, check: Callable[[str], str | None], required: bool = False, fold: bool = False) -> Any:
         value = self.take(name, str, "a string", required)
-        if value is None:
-            return None
-        value = lower(value) if fold else value
-        problem = check(value)
+        return None if value is None else self._checked(name, value, check, fold)
+
+    def _checked(self, name: str, value: str, check: Callable[[str], str | None], fold: bool) -> str:
+        problem = check(lower(value) if fold else value)
         if problem:
-            self.wrong(name, problem)
-        return value
+            self.wrong(name, f"{value[:80]!r} {problem}" if self.quotes else problem)
+        return lower(value) if fold else value
+
+    def texts(self, name: str, check: Callable[[str], str | None], required: bool = False, fold: bool = False) -> Any:
+        """A list of at least one; repeated entries are dropped."""
+        values = self.take(name, list, "a list with at least one entry: [first, second]", required)
+        if values == []:
+            self.wrong(name, "must be a list with at least one entry: [first, second]")
+        if values and not all(isinstance(value, str) for value in values):
+            self.wrong(name, "must be a list of strings; quote what YAML takes for something else")
+            return None
+        return values and tuple(dict.fromkeys(self._checked(name, value, check, fold) for value in values))
+
+    def read(self, name: str, parse: Callable[[Any], T]) -> T | None:
+        """What `parse` makes of it; ValueError is an error of the field."""
+        try:
+            return None if self.data.get(name) is None else parse(self.data[name])
+        except ValueError as error:
+            self.wrong(name, str(error))
+            return None
 
     def choice(self, name: str, words: Iterable[str], required: bool = False) -> Any:
         words = tuple(words)
@@ -1209,49 +1227,27 @@ def parse_apps_text(text: str) -> Any:
         raise AppsError([(1, "is nested too deeply")]) from None
 
 
-def is_clone_url(text: str) -> str | None:
-    """https, http, ssh, git and file URLs, paths, and git's own host:path; no password, no option."""
-    if not text or len(text) > 2048 or text.startswith("-") or not text.isprintable() or " " in text:
-        return "must be a URL that git can clone"
+def clone_url(text: Any) -> str:
+    """https, http, ssh, git and file URLs, paths, and git's own host:path; no password, no option. No error repeats it."""
+    if (
+        not isinstance(text, str)
+        or not 0 < len(text) <= 2048
+        or not text.isprintable()
+        or " " in text
+        or text[0] == "-"
+    ):
+        raise ValueError("must be a URL that git can clone")
     if "::" in text.partition("/")[0]:
-        return "must not name a transport helper"
-    with contextlib.suppress(ValueError):
+        raise ValueError("must not name a transport helper")
+    try:
         parts = urllib.parse.urlsplit(text)
-        if parts.password is None and (parts.scheme not in ("http", "https") or parts.username is None):
-            return None
-        return "must not hold a password or token: give the agent's user credentials of its own (git help credentials)"
-    return "must be a URL that git can clone"
-
-
-def string(check: Callable[[str], str | None]) -> Callable[[Any], str]:
-    def read(value: Any) -> str:
-        if not isinstance(value, str):
-            raise ValueError("must be a string")
-        problem = check(value)
-        if problem and check is is_clone_url:  # the value may hold a password
-            raise ValueError(problem)
-        if problem:
-            raise ValueError(f"{value[:80]!r} {problem}")
-        return value
-
-    return read
-
-
-def strings(check: Callable[[str], str | None]) -> Callable[[Any], tuple[str, ...]]:
-    """A list of at least one; repeated entries are dropped."""
-
-    def read(value: Any) -> tuple[str, ...]:
-        if not isinstance(value, list) or not value:
-            raise ValueError("must be a list with at least one entry: [first, second]")
-        return tuple(dict.fromkeys(map(string(check), value)))
-
-    return read
-
-
-def switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError("must be true or false")
-    return value
+    except ValueError:
+        raise ValueError("must be a URL that git can clone") from None
+    if parts.password is not None or (parts.scheme in ("http", "https") and parts.username is not None):
+        raise ValueError(
+            "must not hold a password or token: give the agent's user credentials of its own (git help credentials)"
+        )
+    return text
 
 
 def command(value: Any) -> list[str] | str:
@@ -1264,10 +1260,6 @@ def command(value: Any) -> list[str] | str:
     return value
 
 
-def hostnames(value: Any) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(host.lower() for host in strings(lambda host: is_host(lower(host)))(value)))
-
-
 def is_pattern(text: str) -> str | None:
     return None if 0 < len(text) <= 255 and text.isprintable() else "must be a shell pattern such as release/*"
 
@@ -1277,32 +1269,6 @@ def seconds(value: Any) -> int:
     if not 1 <= found <= MAX_TIMEOUT:
         raise ValueError("must be from 1s to 7d")
     return int(found)
-
-
-def count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value <= MAX_RETRIES:
-        raise ValueError(f"must be an integer from 0 to {MAX_RETRIES}")
-    return value
-
-
-def is_path(text: str) -> str | None:
-    return None if 0 < len(text) <= 4096 and text.isprintable() else "must be the path of a file"
-
-
-APP_KEYS: dict[str, Callable[[Any], Any]] = {
-    "name": string(is_app),
-    "repo": string(is_repo),
-    "clone_url": string(is_clone_url),
-    "hosts": hostnames,
-    "deploy_on_push": switch,
-    "branches": strings(is_pattern),
-    "build": command,
-    "activate": command,
-    "deploy": command,
-    "timeout": seconds,
-    "retries": count,
-    "webhook_secret_file": string(is_path),
-}
 
 
 class AppReader:
@@ -1317,69 +1283,60 @@ class AppReader:
             return ()
         if not isinstance(document, Located):
             raise AppsError([(1, "must be a mapping with the key 'apps'")])
-        self._known(document, ("apps",))
-        entries = [] if document.get("apps") is None else document["apps"]
-        if not isinstance(entries, list):
-            raise AppsError([(document.line_of("apps"), "apps: must be a list")])
+        f = Fields(document, ("apps",))
+        entries = f.take("apps", list, "a list", False) or []
+        self._gather(document, f)
         apps = [self._app(entry, document) for entry in entries]
-        self._unique(entries, apps)
+        names = set()
+        for entry, app in zip(entries, apps, strict=True):
+            if app and app.name in names:
+                self.problems.append((entry.line_of("name"), f"name: {app.name} stands here twice"))
+            names.add(app and app.name)
         if self.problems:
             raise AppsError(sorted(self.problems))
         return tuple(app for app in apps if app)
 
-    def _known(self, entry: Located, words: Iterable[str]) -> None:
-        for key in entry:
-            if key not in words:
-                self.problems.append((entry.line_of(key), f"{key}: is not known{nearest(key, words)}"))
-
-    def _unique(self, entries: list[Any], apps: list[App | None]) -> None:
-        seen: set[str] = set()
-        for entry, app in zip(entries, apps, strict=True):
-            if app and app.name in seen:
-                self.problems.append((entry.line_of("name"), f"name: {app.name} stands here twice"))
-            if app:
-                seen.add(app.name)
+    def _gather(self, entry: Located, f: Fields) -> bool:
+        """Whether there was something wrong."""
+        self.problems += [(entry.line_of(name), f"{name}: {message}") for name, message in f.errors]
+        return bool(f.errors)
 
     def _app(self, entry: Any, document: Located) -> App | None:
         if not isinstance(entry, Located):
             self.problems.append((document.line_of("apps"), "apps: each must be a mapping with name, repo and hosts"))
             return None
-        before = len(self.problems)
-        self._known(entry, APP_KEYS)
-        for key in ("name", "repo", "hosts"):
-            if entry.get(key) is None:
-                self.problems.append((entry.line, f"{key}: is required"))
-        values = {key: self._checked(entry, key) for key in APP_KEYS if entry.get(key) is not None}
-        if entry.get("deploy") and (entry.get("build") or entry.get("activate")):
-            self.problems.append(
-                (entry.line_of("deploy"), "deploy: stands instead of build and activate; keep one form")
-            )
-        values["webhook_secrets"] = self._secrets(entry, values.pop("webhook_secret_file", None))
-        if len(self.problems) > before:
-            return None
-        return App(**{"clone_url": default_clone_url(values["repo"]), **values})
+        f = Fields(entry, (*App._fields[:-1], "webhook_secret_file"), quotes=True)
+        repo = f.text("repo", is_repo, required=True)
+        app = App(
+            name=f.text("name", is_app, required=True),
+            repo=repo,
+            hosts=f.texts("hosts", is_host, required=True, fold=True),
+            clone_url=f.read("clone_url", clone_url) or default_clone_url(repo),
+            deploy_on_push=f.boolean("deploy_on_push"),
+            branches=f.texts("branches", is_pattern),
+            build=f.read("build", command),
+            activate=f.read("activate", command),
+            deploy=f.read("deploy", command),
+            timeout=f.read("timeout", seconds) or 3600,
+            retries=f.integer("retries", 0, MAX_RETRIES) or 0,
+            webhook_secrets=f.read("webhook_secret_file", self._secrets) or (),
+        )
+        if app.deploy and (app.build or app.activate):
+            f.wrong("deploy", "stands instead of build and activate; keep one form")
+        return None if self._gather(entry, f) else app
 
-    def _secrets(self, entry: Located, file: str | None) -> tuple[str, ...]:
+    def _secrets(self, file: Any) -> tuple[str, ...]:
         """The secrets in that file, a line each."""
-        if file is None:
-            return ()
+        if not isinstance(file, str) or not file.isprintable():
+            raise ValueError("must be the path of a file")
         try:
             text = (self.folder / file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            why = error.strerror if isinstance(error, OSError) else "is not UTF-8"
-            self.problems.append((entry.line_of("webhook_secret_file"), f"webhook_secret_file: {file[:80]}: {why}"))
-            return ()
+        except OSError as error:
+            raise ValueError(f"{file[:80]}: {error.strerror}") from None
         found = tuple(line.strip() for line in text.splitlines() if line.strip())
         if not found:
-            self.problems.append((entry.line_of("webhook_secret_file"), f"webhook_secret_file: {file[:80]} is empty"))
+            raise ValueError(f"{file[:80]} is empty")
         return found
-
-    def _checked(self, entry: Located, key: str) -> Any:
-        try:
-            return APP_KEYS[key](entry[key])
-        except ValueError as error:
-            self.problems.append((entry.line_of(key), f"{key}: {error}"))
-            return None
 
 
 def read_apps(path: pathlib.Path) -> tuple[App, ...]:
