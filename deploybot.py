@@ -1022,6 +1022,10 @@ class Clock:
     def stamp(self, ago: float = 0.0) -> str:
         return rfc3339(self.now() - ago)
 
+    def ms(self, ago: float = 0.0) -> int:
+        """Unix time in milliseconds."""
+        return max(0, int((self.now() - ago) * 1000))
+
 
 class TimeOrderedIds:
     """UUIDs of version 7 (RFC 9562, method 1: 12 bits count within a millisecond), each greater than the one before.
@@ -1035,7 +1039,7 @@ class TimeOrderedIds:
         self._count = 0xFFF
 
     def __call__(self) -> str:
-        now = int(self._clock.now() * 1000)
+        now = self._clock.ms()
         if now > self._last:
             self._last, self._count = now, 0
         elif self._count < 0xFFF:
@@ -1046,14 +1050,10 @@ class TimeOrderedIds:
         return self.layout(self._last, self._count, low)
 
     @staticmethod
-    def layout(milliseconds: int, count: int, low: int) -> str:
+    def layout(milliseconds: int, count: int = 0, low: int = 0) -> str:
+        """Without a count, not greater than any id of that millisecond or later."""
         text = f"{milliseconds:012x}7{count:03x}{low:016x}"
         return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
-
-    @classmethod
-    def floor(cls, seconds: float) -> str:
-        """Not greater than any id made at that time or later."""
-        return cls.layout(int(seconds * 1000), 0, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1655,10 +1655,6 @@ class Tx(Queries):
     def remove_agent(self, hostname: str) -> None:
         self._do("DELETE FROM agents WHERE hostname = ?", hostname)
 
-    def set_drained(self, hostname: str, drained: bool) -> bool:
-        """False where there is no such agent."""
-        return self._do("UPDATE agents SET drained = ? WHERE hostname = ?", int(drained), hostname).rowcount > 0
-
     def saw_agents(self, seen: Iterable[tuple[str, str]]) -> None:
         """(last contact, agent id) of each."""
         self._db.executemany("UPDATE agents SET last_heartbeat = ? WHERE id = ?", seen)
@@ -2137,7 +2133,6 @@ class Auth:
         # By SHA-256. Changed after a commit alone, by the thread that holds Store._writer; read without a lock.
         with store.read() as db:
             self._tokens = {token.sha256: token for token in db.tokens()}
-        self._principals = {digest: token.principal() for digest, token in self._tokens.items()}
         self._used: set[str] = set()  # SHA-256 of tokens whose last use is not in the database yet
         self._flushed = clock.monotonic()
 
@@ -2177,7 +2172,7 @@ class Auth:
         if token is None or not self._counts(token):
             return None
         self._used.add(digest)
-        return self._principals.get(digest)
+        return token.principal()
 
     def _counts(self, token: Token) -> bool:
         if token.expires_at is not None and token.expires_at <= self._clock.stamp():
@@ -2201,7 +2196,9 @@ class Auth:
     def create(self, asked: TokenRequest, by: Principal) -> tuple[Token, str]:
         """The new token, and its secret, which is told this once. Raises Conflict for a name in use."""
 
-        def do(tx: Tx, secret: str) -> Token:
+        secret = new_secret()
+
+        def do(tx: Tx) -> Token:
             token = self._token(asked, sha256(secret), None, by.name)
             if token.name in TAKEN_NAMES or any(token.name == other.name for other in tx.tokens()):
                 raise Conflict(f"there is a token named {token.name}: choose another name, or revoke that one first")
@@ -2209,8 +2206,7 @@ class Auth:
             self._add(tx, token, by, "token.create", f"{asked.role}{only}, expires {token.expires_at or 'never'}")
             return token
 
-        secret = new_secret()
-        return self._store.write(lambda tx: do(tx, secret)), secret
+        return self._store.write(do), secret
 
     def sign_in(self, text: str, address: str) -> tuple[Token, str]:
         """A token of its own for a browser, and its secret. Raises Forbidden for the tokens of agents."""
@@ -2236,7 +2232,7 @@ class Auth:
     def _add(self, tx: Tx, token: Token, by: Principal, action: str, detail: str) -> None:
         tx.add("tokens", *token)
         tx.audited(token.created_at, by, action, token.name, detail)
-        tx.after(self._remember, token)
+        tx.after(self._tokens.__setitem__, token.sha256, token)
 
     def revoke(self, token_id: str, by: Principal) -> Token:
         """Raises NotFound."""
@@ -2256,13 +2252,9 @@ class Auth:
         tx.audited(self._clock.stamp(), by, action, token.name)
         tx.after(self._forget, token)
 
-    def _remember(self, token: Token) -> None:
-        self._principals[token.sha256] = token.principal()
-        self._tokens[token.sha256] = token
-
     def _forget(self, token: Token) -> None:
         for other in [other for other in self._tokens.values() if token.sha256 in (other.sha256, other.parent)]:
-            del self._tokens[other.sha256], self._principals[other.sha256]
+            del self._tokens[other.sha256]
 
     def sweep(self) -> None:
         """Writes down which tokens were used, and forgets the sign-ins that ran out."""
@@ -2523,15 +2515,12 @@ class Jobs:
         """Rebuilds memory from the database: agents, leases, which start anew, and the queue in its old order."""
         with self.store.read() as db:
             for agent in db.agents():
-                self._remember(self._dated(agent))
+                agent.contact = self.clock.monotonic() - max(0.0, self.clock.now() - unix_time(agent.last_heartbeat))
+                self._remember(agent)
             for job in db.running_jobs():
                 self._lease(job, answered=0)
             for host, job_id, app in db.waiting():
                 self.queue.put(host, job_id, app)
-
-    def _dated(self, agent: Agent) -> Agent:
-        agent.contact = self.clock.monotonic() - max(0.0, self.clock.now() - unix_time(agent.last_heartbeat))
-        return agent
 
     # -- agents --------------------------------------------------------------------------------------------------------
 
@@ -3020,31 +3009,13 @@ class Jobs:
     def is_online(self, agent: Agent) -> bool:
         return agent.online and self.clock.monotonic() - agent.contact <= self.config.agent_timeout
 
-    def drain(self, hostname: str, drained: bool, principal: Principal) -> dict[str, Any]:
-        """A drained host takes no new job; what runs there goes on."""
-
-        def remember() -> None:
-            with self._lock:
-                self._by_host[hostname].drained = int(drained)
-            self.queue.wake(hostname)
+    def change_host(self, hostname: str, by: Principal, action: str, **columns: Any) -> dict[str, Any]:
+        """The host with these columns of its agent: what parks there looks again. Raises NotFound."""
 
         def do(tx: Tx) -> None:
-            if not tx.set_drained(hostname, drained):
-                self._no_host(hostname)
-            tx.audited(self.clock.stamp(), principal, "host.drain" if drained else "host.resume", hostname)
-            tx.after(remember)
-
-        self.store.write(do)
-        return self.hosts(hostname)[0]
-
-    def reset_host(self, hostname: str, principal: Principal) -> dict[str, Any]:
-        """Unbinds its secret and ends its session: its agent has to register with an enrolment token."""
-
-        def do(tx: Tx) -> None:
-            old = tx.agent_of(hostname) or self._no_host(hostname)
-            agent = dataclasses.replace(self._dated(old), token_sha256=None, session="", online=False)
+            agent = dataclasses.replace(tx.agent_of(hostname) or self._no_host(hostname), **columns)
             tx.put("agents", *agent.row())
-            tx.audited(self.clock.stamp(), principal, "host.reset", hostname)
+            tx.audited(self.clock.stamp(), by, action, hostname)
             tx.after(self._remember, agent)
             tx.after(self.queue.wake, hostname)
 
@@ -3100,7 +3071,7 @@ class Jobs:
         """One slice: ended jobs and their events, oldest first. Whether there may be more to remove."""
         age = self.config.retention_days * 86400
         before = self.clock.stamp(ago=age)
-        jobs = tx.old_jobs(self._retained, TimeOrderedIds.floor(max(0.0, self.clock.now() - age)), RETENTION_JOBS)
+        jobs = tx.old_jobs(self._retained, TimeOrderedIds.layout(self.clock.ms(ago=age)), RETENTION_JOBS)
         left, walked = RETENTION_EVENTS, self._retained
         for job_id, ended, is_kept in jobs:
             if ended is not None and ended < before and not is_kept:
@@ -3164,7 +3135,7 @@ class Jobs:
     def _expire(self) -> None:
         limit = self.config.pending_expiry
         with self.store.read() as db:
-            expired = db.expired(TimeOrderedIds.floor(max(0.0, self.clock.now() - limit)), self.clock.stamp(ago=limit))
+            expired = db.expired(TimeOrderedIds.layout(self.clock.ms(ago=limit)), self.clock.stamp(ago=limit))
         if expired:
             for job in self.store.write(functools.partial(self._expire_some, job_ids=expired)):
                 self._logged(job)
@@ -3262,6 +3233,8 @@ class Jobs:
     def _remember(self, agent: Agent) -> None:
         with self._lock:
             old = self._by_host.get(agent.hostname)
+            if old and not agent.contact:  # read from the database just now
+                agent.contact, agent.online, agent.told = old.contact, old.online, old.told
             self._agents[agent.id] = self._by_host[agent.hostname] = agent
             if old and old.token_sha256:
                 self._hosts_by_secret.pop(old.token_sha256, None)
@@ -4044,16 +4017,11 @@ def host_named(request: Request) -> str:
     return request.params[0].lower()
 
 
-def drain_host(api: Controller, request: Request) -> Answer:
-    return {"host": api.jobs.drain(host_named(request), True, request.principal)}
-
-
-def resume_host(api: Controller, request: Request) -> Answer:
-    return {"host": api.jobs.drain(host_named(request), False, request.principal)}
-
-
-def reset_host(api: Controller, request: Request) -> Answer:
-    return {"host": api.jobs.reset_host(host_named(request), request.principal)}
+def on_host(action: str, **columns: Any) -> Callable[[Controller, Request], Answer]:
+    """A route that changes these columns of the host's agent."""
+    return lambda api, request: {
+        "host": api.jobs.change_host(host_named(request), request.principal, action, **columns)
+    }
 
 
 def remove_host(api: Controller, request: Request) -> Answer:
@@ -4285,9 +4253,9 @@ ROUTES = [
     Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, report_result),
     Route("GET", "/v1/logs/stream", Scope.VIEWER, stream_logs, for_app=True),
     Route("GET", "/v1/hosts", Scope.VIEWER, lambda api, _: {"hosts": api.jobs.hosts()}),
-    Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, drain_host),
-    Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, resume_host),
-    Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, reset_host),
+    Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, on_host("host.drain", drained=1)),
+    Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, on_host("host.resume", drained=0)),
+    Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, on_host("host.reset", token_sha256=None, session="")),
     Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, remove_host),
     Route("GET", "/v1/apps", Scope.VIEWER, list_apps, for_app=True),
     Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
