@@ -8,13 +8,13 @@ agents, 10,000 jobs. The seed fixes who is killed and what is dropped, not the m
 
 from __future__ import annotations
 
-import asyncio
 import collections
 import contextlib
 import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -95,68 +95,71 @@ class Repository:
 
 
 class Proxy:
-    """TCP, in a thread of its own. What it does to a packet is drawn by lot; `rate` is the chance of a fault a packet."""
+    """TCP, two threads a connection. What it does to a packet is drawn by lot; `rate` is the chance of a fault a packet."""
+
+    REQUEST = {"request cut": 0.3}
+    ANSWER = {"answer dropped": 1.0, "answer cut": 0.5, "answer delayed": 1.0}
 
     def __init__(self, target: int, seed: int, rate: float):
-        self.target, self.rate, self.chance = target, rate, random.Random(f"{seed} proxy")
+        self.target, self.rate = target, rate
+        # Guards the two below, which every pump uses.
+        self._lock = threading.Lock()
+        self._chance = random.Random(f"{seed} proxy")
         self.counts: collections.Counter[str] = collections.Counter()
-        self.port = 0
-        self._ready = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), daemon=True)
-        self._thread.start()
-        self._ready.wait(10)
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
 
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0)
-        self.port = server.sockets[0].getsockname()[1]
-        self._loop, self._over = asyncio.get_running_loop(), asyncio.Event()
-        self._ready.set()
-        await self._over.wait()
-        server.close()
+    def _accept(self) -> None:
+        while True:
+            try:
+                down, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            try:
+                up = socket.create_connection(("127.0.0.1", self.target), timeout=10)
+            except OSError:
+                down.close()
+                continue
+            self.counts["connections"] += 1
+            for end in (down, up):
+                end.settimeout(None)
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            threading.Thread(target=self._carry, args=(down, up), daemon=True).start()
 
-    def close(self) -> None:
-        """With all its connections."""
-        self._loop.call_soon_threadsafe(self._over.set)
-        self._thread.join(10)
+    def _carry(self, down: socket.socket, up: socket.socket) -> None:
+        answers = threading.Thread(target=self._pump, args=(up, down, self.ANSWER), daemon=True)
+        answers.start()
+        self._pump(down, up, self.REQUEST)
+        answers.join()
+        down.close()
+        up.close()
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.counts["connections"] += 1
-        try:
-            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self.target)
-        except OSError:
-            writer.transport.abort()
-            return
-        ends = (writer, up_writer)
-        pumps = [
-            asyncio.ensure_future(self._pump(reader, up_writer, ends, {"request cut": 0.3})),
-            asyncio.ensure_future(
-                self._pump(up_reader, writer, ends, {"answer dropped": 1.0, "answer cut": 0.5, "answer delayed": 1.0})
-            ),
-        ]
-        with contextlib.suppress(asyncio.CancelledError):  # close()
-            await asyncio.wait(pumps)
-
-    async def _pump(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ends: Any, faults: dict[str, float]
-    ) -> None:
+    def _pump(self, source: socket.socket, target: socket.socket, faults: dict[str, float]) -> None:
+        broken = True
         with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                fault = self._fault(faults)
+            while data := source.recv(65536):
+                with self._lock:
+                    fault, wait, part = (
+                        self._fault(faults),
+                        self._chance.uniform(0.01, 1.0),
+                        self._chance.randrange(len(data)),
+                    )
                 if fault == "answer delayed":
-                    await asyncio.sleep(self.chance.uniform(0.01, 1.0))
+                    time.sleep(wait)
                 elif fault:
-                    part = 0 if fault == "answer dropped" else self.chance.randrange(len(data))
-                    writer.write(data[:part])
-                    await self._break_off(ends)
-                    return
-                writer.write(data)
-                await writer.drain()
-        with contextlib.suppress(OSError, RuntimeError):
-            if writer.can_write_eof():
-                writer.write_eof()
+                    target.sendall(b"" if fault == "answer dropped" else data[:part])
+                    break
+                target.sendall(data)
+            else:  # the end of one direction: the other goes on, as TCP has it
+                target.shutdown(socket.SHUT_WR)
+                broken = False
+        for end in (source, target) if broken else ():  # wakes the other pump
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
 
     def _fault(self, faults: dict[str, float]) -> str | None:
-        lot = self.chance.random() / (self.rate or 1e-9)
+        lot = self._chance.random() / (self.rate or 1e-9)
         for name, weight in faults.items():
             lot -= weight
             if lot < 0:
@@ -164,13 +167,9 @@ class Proxy:
                 return name
         return None
 
-    async def _break_off(self, ends: Any) -> None:
-        hard = self.chance.random() < 0.5
-        for end in ends:
-            if hard:
-                end.transport.abort()
-            else:
-                end.close()
+    def close(self) -> None:
+        """Takes no new connection."""
+        self._listener.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
