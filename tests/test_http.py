@@ -1,6 +1,7 @@
 """HTTP on raw sockets: the one answer that each odd request gets, and what a connection does before and after it."""
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -11,13 +12,15 @@ import socket
 import struct
 import threading
 import time
+from typing import NamedTuple
 
 import pytest
-from conftest import TOKENS, wait_for
+from conftest import SECRET, TOKENS, Controller, wait_for
 
 import deploybot
 
 HOST = b"Host: 127.0.0.1\r\n"
+ADMIN = b"Authorization: Bearer dbt_admin\r\n"
 JOB = json.dumps({"repo": "o/n", "ref": "main", "host": "web-01"}).encode()
 
 
@@ -34,6 +37,7 @@ class Wire:
 
     def __init__(self, controller, timeout=20):
         self.socket = socket.create_connection(("127.0.0.1", controller.port), timeout=timeout)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # what is sent in pieces arrives in pieces
         self.buffer = b""
 
     def send(self, data):
@@ -82,124 +86,472 @@ def wire(controller):
         yield wire
 
 
-def jobs(controller):
-    return controller.ok("GET", "/v1/jobs")["jobs"]
+def jobs(controller, query=""):
+    return controller.ok("GET", f"/v1/jobs{query}")["jobs"]
 
 
-# One answer each
+# -- one answer each ---------------------------------------------------------------------------------------------------
 
-REFUSED = {
-    "transfer-encoding": (b"POST /v1/jobs HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400),
-    "transfer-encoding and length": (post(more=b"Transfer-Encoding: chunked\r\n"), 400),
-    "transfer-encoding identity": (post(more=b"transfer-ENCODING: identity\r\n"), 400),
-    "two lengths": (post(more=b"Content-Length: 5\r\n"), 400),
-    "two equal lengths": (post(b"12345", more=b"Content-Length: 5\r\n"), 400),
-    "bare CR in a value": (get(more=b"X: a\rAuthorization: evil\r\n"), 400),
-    "bare CR before the end": (get(more=b"X: a\r\r\n"), 400),
-    "LF in a value": (get(more=b"X: a\nY: b\r\n"), 400),
-    "LF-only lines": (b"GET /health HTTP/1.1\nHost: x\n\n", 400),
-    "NUL in a value": (get(more=b"X: a\0b\r\n"), 400),
-    "NUL in the path": (get(b"/hea\0lth"), 400),
-    "DEL in a value": (get(more=b"X: \x7f\r\n"), 400),
-    "folded line": (get(more=b"X: a\r\n b\r\n"), 400),
-    "folded with a tab": (get(more=b"X: a\r\n\tb\r\n"), 400),
-    "first header folded": (b"GET /health HTTP/1.1\r\n " + HOST + b"\r\n", 400),
-    "space before the colon": (get(more=b"Content-Length : 5\r\n"), 400),
-    "tab before the colon": (get(more=b"X\t: 5\r\n"), 400),
-    "no colon": (get(more=b"nonsense\r\n"), 400),
-    "no name": (get(more=b": x\r\n"), 400),
-    "name that is no token": (get(more=b"X(Y): x\r\n"), 400),
-    "name of other letters": (get(more="Ünd: x\r\n".encode()), 400),
-    "HTTP/0.9": (b"GET /health\r\n", 400),
-    "HTTP/2.0": (b"GET /health HTTP/2.0\r\n" + HOST + b"\r\n", 400),
-    "HTTP/1.2": (b"GET /health HTTP/1.2\r\n" + HOST + b"\r\n", 400),
-    "http/1.1": (b"GET /health http/1.1\r\n" + HOST + b"\r\n", 400),
-    "preface of HTTP/2": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
-    "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", 400),
-    "absolute form": (b"GET http://127.0.0.1/health HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "authority form": (b"CONNECT 127.0.0.1:80 HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "asterisk form": (b"OPTIONS * HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "no path": (b"GET  HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "two blanks": (b"GET  /health HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "blank at the end": (b"GET /health HTTP/1.1 \r\n" + HOST + b"\r\n", 400),
-    "blank in the path": (b"GET /hea lth HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "letters outside ASCII": ("GET /ü HTTP/1.1\r\nHost: x\r\n\r\n".encode(), 400),
-    "lower-case method": (b"get /health HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "long method": (b"G" * 21 + b" /health HTTP/1.1\r\n" + HOST + b"\r\n", 400),
-    "no Host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
-    "empty Host": (b"GET /health HTTP/1.1\r\nHost: \r\n\r\n", 400),
-    "two Hosts": (get(more=b"host: 127.0.0.1\r\n"), 400),
-    "two tokens": (get(more=b"Authorization: Bearer a\r\nAuthorization: Bearer b\r\n"), 400),
-    "long line, unfinished": (b"GET /" + b"a" * 9000, 431),
-    "long head, unfinished": (b"GET /health HTTP/1.1\r\n" + HOST + b"X: y\r\n" * 3000, 431),
-    "long head": (get(more=b"X-Y: zzzzzzzz\r\n" * 1200), 431),
-    "unknown expectation": (post(more=b"Expect: 200-ok\r\n"), 417),
-    "too large": (b"POST /v1/jobs HTTP/1.1\r\n" + HOST + b"Content-Length: 999999999\r\n\r\n", 413),
-}  # fmt: skip
-for length in (b"-1", b"+3", b"1_0", b"0x5", b" ", b"5, 5", b"5 5", b"9" * 10, b"9" * 5000, b"\xb2", b"1.0", b"five"):
-    REFUSED[f"length {length[:12]!r}"] = (
-        b"POST /v1/jobs HTTP/1.1\r\n" + HOST + b"Content-Length: " + length + b"\r\n\r\n12345", 400
-    )  # fmt: skip
+CLOSED, KEPT = "closed", "kept"
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused_at_once_and_nothing_after_it_is_executed(controller, wire, name):
-    request, expected = REFUSED[name]
-    wire.send(request)
-    with contextlib.suppress(OSError):
-        wire.send(b"\r\n\r\n" + post())
-    status, headers, body = wire.answer()
-    assert status == expected
-    assert headers["connection"] == "close" and headers["content-type"] == "application/problem+json"
-    assert json.loads(body)["status"] == expected
-    assert wire.rest() == b"", "one answer and the end"
-    assert jobs(controller) == []
+class Probe(NamedTuple):
+    sent: bytes
+    status: int
+    then: str  # what becomes of the connection
+    why: str = ""  # a word of the answer's detail, where one status has several reasons
 
 
-@pytest.mark.parametrize("name", ["HTTP/0.9", "LF-only lines", "TLS", "absolute form", "long line, unfinished"])
-def test_a_wrong_line_is_refused_without_waiting_for_the_end_of_the_head(wire, name):
-    assert wire.send(REFUSED[name][0]).answer()[0] == REFUSED[name][1]
+PROBES: dict[str, Probe] = {}
 
 
-@pytest.mark.parametrize("in_pieces", [False, True])
-def test_a_line_of_over_8_kib_is_refused_however_it_arrives(controller, wire, in_pieces):
-    for request in (get(b"/health?" + b"a" * 9000), get(more=b"X: " + b"a" * 9000 + b"\r\n")):
-        with Wire(controller) as one:
-            one.send(request[:8500])
-            if in_pieces:
-                select.select([one.socket], [], [], 0.2)
-            with contextlib.suppress(OSError):
-                one.send(request[8500:])
-            assert one.answer()[0] in (400, 431)
+def probes(status, then, rows, why=""):
+    for name, sent in rows.items():
+        assert name not in PROBES, name
+        PROBES[name] = Probe(sent, status, then, why)
 
 
-TAKEN = {
-    "blanks around a value": (get(more=b"X:\t a \t\r\n"), 200),
-    "empty value": (get(more=b"X:\r\n"), 200),
-    "bytes over 127 in a value": (get(more=b"X: \xff\xfe\r\n"), 200),
-    "a header twice": (get(more=b"X: a\r\nX: b\r\n"), 200),
-    "HTTP/1.0 without Host": (b"GET /health HTTP/1.0\r\n\r\n", 200),
-    "a query": (get(b"/health?a=%00&b"), 200),
-    "a body where none is needed": (b"GET /health HTTP/1.1\r\n" + HOST + b"Content-Length: 5\r\n\r\n12345", 200),
-    "length 000": (b"GET /health HTTP/1.1\r\n" + HOST + b"Content-Length: 000\r\n\r\n", 200),
-    "unknown method": (b"BREW /health HTTP/1.1\r\n" + HOST + b"\r\n", 405),
-    "unknown path": (get(b"/nothing"), 404),
-    "dots": (get(b"/v1/../health"), 404),
-    "double slash": (get(b"//evil.example/%2e%2e"), 404),
-    "percent": (get(b"/%68ealth"), 404),
-}
+def line(text, more=b""):
+    """A request with this first line."""
+    return text + b"\r\n" + HOST + more + b"\r\n"
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_taken(wire, name):
-    request, expected = TAKEN[name]
-    status, headers, _ = wire.send(request).answer()
-    assert status == expected and "location" not in headers
-    if name != "HTTP/1.0 without Host":
-        assert wire.send(get()).answer()[0] == 200, "the connection goes on"
+def job(more=b"", body=JOB):
+    """A request that makes a job, if anything takes it: for `refused-01`, where there must be none."""
+    return post(body.replace(b"web-01", b"refused-01"), ADMIN + more)
 
 
-# Time
+def lengths(*values, body=b"12345"):
+    """A POST with these Content-Length lines and no other."""
+    return line(b"POST /v1/jobs HTTP/1.1", ADMIN + b"".join(b"Content-Length: %b\r\n" % one for one in values)) + body
+
+
+def bad(body):
+    return post(body, ADMIN)
+
+
+def quoted(data):
+    return ascii(data)[1:]
+
+
+PAD = b"X: %b\r\n"
+SMUGGLED = job()
+CONTROLS = [bytes([code]) for code in (*range(0x00, 0x09), *range(0x0A, 0x20), 0x7F)]
+SIGNED = b"X-Hub-Signature-256: sha256=" + b"0" * 64 + b"\r\n"
+
+
+def head_of(size, first=b"GET /health HTTP/1.1\r\n" + HOST, width=4000):
+    """A head of exactly so many bytes, without its blank line, in lines of at most `width`."""
+    left = size - len(first)
+    while left > width + 5:
+        first += PAD % (b"a" * (width - 3))
+        left -= width + 2
+    return first + b"X: " + b"a" * (left - 3) + b"\r\n\r\n"
+
+
+# trust.md 1: what says how long a body is. Each pair is one that two servers have told apart differently.
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+EMBEDDED = b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED)
+probes(400, CLOSED, {
+    "chunked": line(b"POST /v1/jobs HTTP/1.1", ADMIN + CHUNKED) + EMBEDDED,
+    "chunked, the last chunk alone": line(b"POST /v1/jobs HTTP/1.1", CHUNKED) + b"0\r\n\r\n",
+    "chunked with trailers": line(b"POST /v1/jobs HTTP/1.1", b"Trailer: X\r\n" + CHUNKED) + b"0\r\nX: a\r\n" + ADMIN + b"\r\n",
+    "chunked with an extension": line(b"POST /v1/jobs HTTP/1.1", CHUNKED) + b"0;a=\"\r\n\r\n" + SMUGGLED,
+    "CL.TE": line(b"POST /v1/jobs HTTP/1.1", ADMIN + b"Content-Length: 6\r\n" + CHUNKED) + b"0\r\n\r\nG",
+    "TE.CL": line(b"POST /v1/jobs HTTP/1.1", ADMIN + CHUNKED + b"Content-Length: 4\r\n") + EMBEDDED,
+    "transfer-encoding and a good length": job(CHUNKED),
+    "chunked on a GET": get(more=CHUNKED) + EMBEDDED,
+    "chunked in HTTP/1.0": line(b"POST /v1/jobs HTTP/1.0", ADMIN + CHUNKED) + EMBEDDED,
+    "chunked twice": job(CHUNKED + CHUNKED),
+    "chunked, then identity": job(CHUNKED + b"Transfer-Encoding: identity\r\n"),
+    **{f"transfer-encoding {quoted(value)}": job(b"Transfer-Encoding:" + value + b"\r\n") for value in (
+        b"", b" identity", b" gzip, chunked", b" chunked, identity", b" xchunked", b" \"chunked\"", b" CHUNKED", b"\tchunked",
+        b"chunked", b" chunked ", b" ,chunked", b" chunked;q=1",
+    )},
+    "transfer-ENCODING": job(b"transfer-ENCODING: chunked\r\n"),
+}, why="Transfer-Encoding")  # fmt: skip
+probes(400, CLOSED, {
+    "transfer-encoding behind a space": job(b"Transfer-Encoding : chunked\r\n"),
+    "transfer-encoding behind VT": job(b"Transfer-Encoding:\x0bchunked\r\n"),
+    "transfer-encoding behind FF": job(b"Transfer-Encoding: \x0cchunked\r\n"),
+    "transfer-encoding ahead of NUL": job(b"Transfer-Encoding: chunked\0\r\n"),
+    "transfer-encoding folded": job(b"Transfer-Encoding:\r\n chunked\r\n"),
+    "transfer-encoding in a folded line": job(b"X: a\r\n Transfer-Encoding: chunked\r\n"),
+    "transfer-encoding after LF": job(b"X: a\nTransfer-Encoding: chunked\r\n"),
+    "transfer-encoding after CR": job(b"X: a\rTransfer-Encoding: chunked\r\n"),
+    "transfer-encoding with a blank ahead": job(b" Transfer-Encoding: chunked\r\n"),
+    "transfer-encoding with NUL in its name": job(b"Transfer\0Encoding: chunked\r\n"),
+    "CL.CL": lengths(b"5", b"6"),
+    "CL.CL, equal": lengths(b"5", b"5"),
+    "CL.CL, other case": lengths(b"5\r\ncontent-LENGTH: 5"),
+    "CL.CL on a GET": get(more=b"Content-Length: 0\r\nContent-Length: 5\r\n") + b"12345",
+})  # fmt: skip
+probes(400, CLOSED, {
+    f"length {quoted(value[:14])}": lengths(value) for value in (
+        b"-1", b"-0", b"+3", b"+0", b"1_0", b"0x5", b"0b1", b"", b" ", b"5, 5", b"5,5", b"5 5", b"5\t5", b"5;", b"'5'", b"5.", b"1.0",
+        b"1e1", b"five", b"5a", b"NaN", b"9" * 10, b"0" * 10, b"9" * 5000, b"\xb2", b"\xb5", "\u0665".encode(), "\uff15".encode(),
+        b"\xa05", b"5\xa0", b"5\x85",
+    )
+}, why="Content-Length")  # fmt: skip
+probes(
+    400,
+    CLOSED,
+    {f"length 5 and {quoted(code)}": lengths(b"5" + code) for code in (b"\0", b"\x0b", b"\x0c", b"\r", b"\n")},
+)
+probes(413, CLOSED, {
+    "a body over the limit": bad(b" " * (deploybot.MAX_BODY + 1)),
+    "999,999,999 bytes": lengths(b"999999999"),
+    "999,999,999 bytes for a GET": get(more=b"Content-Length: 999999999\r\n"),
+    "a push over 25 MiB": line(b"POST /v1/webhooks/github HTTP/1.1", SIGNED + b"Content-Length: 26214401\r\n"),
+})  # fmt: skip
+probes(200, KEPT, {
+    "a body where none is needed": get(more=b"Content-Length: %d\r\n" % len(SMUGGLED)) + SMUGGLED,
+    "a body of HEAD": get(more=b"Content-Length: %d\r\n" % len(SMUGGLED)).replace(b"GET", b"HEAD", 1) + SMUGGLED,
+    "length 000": get(more=b"Content-Length: 000\r\n"),
+    "length 9 digits": get(more=b"Content-Length: 000000005\r\n") + b"12345",
+    "length with blanks around it": get(more=b"Content-Length: \t 5 \t\r\n") + b"12345",
+    "an underscore is another name": get(more=b"Transfer_Encoding: chunked\r\nContent_Length: 5\r\n"),
+    "TE is no transfer-encoding": get(more=b"TE: trailers, chunked\r\nTrailer: X\r\n"),
+    "connection names no length away": get(more=b"Connection: keep-alive, Content-Length\r\nContent-Length: %d\r\n" % len(SMUGGLED)) + SMUGGLED,
+    "an upgrade is not made": get(more=b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"),
+    "no websocket either": get(more=b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"),
+})  # fmt: skip
+probes(400, KEPT, {"no length is no body": line(b"POST /v1/jobs HTTP/1.1", ADMIN)}, why="JSON")
+
+# trust.md 2: what ends a line, and what a line may hold
+probes(400, CLOSED, {
+    **{f"{quoted(code)} in a value": get(more=b"X: a%bAuthorization: evil\r\n" % code) for code in CONTROLS},
+    **{f"{quoted(code)} ahead of a value": get(more=b"X:%ba\r\n" % code) for code in CONTROLS},
+    **{f"{quoted(code)} after a value": get(more=b"X: a%b\r\n" % code) for code in CONTROLS},
+    **{f"{quoted(code)} in a name": get(more=b"X%bY: a\r\n" % code) for code in CONTROLS},
+    **{f"{quoted(code)} after a name": get(more=b"X%b: a\r\n" % code) for code in (*CONTROLS, b" ", b"\t")},
+    **{f"{quoted(code)} ahead of a name": get(more=b"%bX: a\r\n" % code) for code in (*CONTROLS, b" ", b"\t")},
+    **{f"{quoted(code)} in the path": get(b"/hea%blth" % code) for code in (*CONTROLS, b" ", b"\t", b"\x80", b"\xff")},
+    **{f"{quoted(code)} in the query": get(b"/health?a=%b" % code) for code in (*CONTROLS, b" ", b"\t", b"\x80", b"\xff")},
+    **{f"a name with {quoted(code)}": get(more=b"X%bY: a\r\n" % code) for code in (
+        b"(", b")", b"<", b">", b"@", b",", b";", b"\\", b'"', b"/", b"[", b"]", b"?", b"=", b"{", b"}", b" ", b"\t", b"\x80", b"\xff", "Ü".encode(),
+    )},
+    "LF-only lines": b"GET /health HTTP/1.1\nHost: x\n\n",
+    "LF after the first line": b"GET /health HTTP/1.1\n" + HOST + b"\r\n",
+    "LF after a header": b"GET /health HTTP/1.1\r\nHost: x\n\r\n",
+    "LF LF as the end": b"GET /health HTTP/1.1\r\n" + HOST[:-2] + b"\n\n",
+    "CR CR LF": get(more=b"X: a\r\r\n"),
+    "CR-only lines": b"GET /health HTTP/1.1\rHost: x\r\r",
+    "LF CR": b"GET /health HTTP/1.1\n\rHost: x\n\r\n\r",
+    "a folded line": get(more=b"X: a\r\n b\r\n"),
+    "a line folded with a tab": get(more=b"X: a\r\n\tb\r\n"),
+    "a line of blanks": get(more=b"X: a\r\n   \r\n"),
+    "the first header folded": b"GET /health HTTP/1.1\r\n " + HOST + b"\r\n",
+    "no colon": get(more=b"nonsense\r\n"),
+    "no name": get(more=b": x\r\n"),
+    "a colon alone": get(more=b":\r\n"),
+    "a blank ahead of a length": get(more=b" Content-Length: 5\r\n"),
+    "a space before the colon of a length": get(more=b"Content-Length : 5\r\n") + b"12345",
+    "a token behind a bare CR": b"POST /v1/jobs HTTP/1.1\r\n" + HOST + b"X: a\r" + ADMIN + b"Content-Length: %d\r\n\r\n%b" % (len(JOB), JOB),
+    "an empty line ahead": b"\r\n" + get(),
+    "a blank line ahead": b" \r\n" + get(),
+    "only empty lines": b"\r\n\r\n",
+})  # fmt: skip
+probes(200, KEPT, {
+    "blanks around a value": get(more=b"X:\t a \t\r\n"),
+    "no blank ahead of a value": get(more=b"X:a\r\n"),
+    "an empty value": get(more=b"X:\r\n"),
+    "a tab in a value": get(more=b"X: a\tb\r\n"),
+    "bytes over 127 in a value": get(more=b"X: \xff\xfe\x80\x85\xa0\r\n"),
+    "a header twice": get(more=b"X: a\r\nX: b\r\n"),
+    "every letter of a name": get(more=b"!#$%&'*+.^_`|~0-9Az: a\r\n"),
+    "colons in a value": get(more=b"X:: a: b\r\n"),
+})  # fmt: skip
+
+# trust.md 3: how much of a head
+probes(431, CLOSED, {
+    "a path of over 8 KiB": get(b"/health?" + b"a" * 9000),
+    "a first line one over 8 KiB": get(b"/health?" + b"a" * (deploybot.MAX_LINE - 20)),
+    "a first line of over 8 KiB, unfinished": b"GET /" + b"a" * 9000,
+    "a value of over 8 KiB": get(more=b"X: " + b"a" * 9000 + b"\r\n"),
+    "a header line one over 8 KiB": get(more=PAD % (b"a" * (deploybot.MAX_LINE - 2))),
+    "a name of over 8 KiB": get(more=b"X" * 9000 + b": a\r\n"),
+    "a head of one over 16 KiB": head_of(deploybot.MAX_HEAD + 1),
+    "a head of over 16 KiB": get(more=b"X-Y: zzzzzzzz\r\n" * 1200),
+    "a head of over 16 KiB, unfinished": b"GET /health HTTP/1.1\r\n" + HOST + b"X: y\r\n" * 3000,
+    "a line of over 16 KiB, unfinished": b"GET /health HTTP/1.1\r\n" + HOST + b"X: " + b"y" * 17000,
+    "5,000 headers": get(more=b"a:\r\n" * 5000),
+    "a cookie of 100 KB": get(more=b"Cookie: a=" + b"b" * 100_000 + b"\r\n"),
+})  # fmt: skip
+probes(200, KEPT, {
+    "a first line of 8 KiB": get(b"/health?" + b"a" * (deploybot.MAX_LINE - 21)),
+    "a header line of 8 KiB": get(more=PAD % (b"a" * (deploybot.MAX_LINE - 3))),
+    "a head of 16 KiB": head_of(deploybot.MAX_HEAD),
+    "2,000 headers": get(more=b"a:b\r\n" * 2000),
+})  # fmt: skip
+
+# trust.md 4: the first line, and whose host
+VERSIONS = (b"HTTP/0.9", b"HTTP/1.2", b"HTTP/1.10", b"HTTP/1.01", b"HTTP/01.1", b"HTTP/2.0", b"HTTP/2", b"HTTP/3", b"HTTP/1", b"HTTP/1.", b"HTTP/.1",
+            b"HTTP/-1.1", b"HTTP/+1.1", b"HTTP/1.1.1", b"HTTP 1.1", b"HTTP/ 1.1", b"HTTP/1 .1", b"http/1.1", b"Http/1.1", b"HTTPS/1.1", b"ICY/1.1",
+            b"HTTP/1,1", b"HTTP/1.x", b"HTTP/1.\xb9", b"/1.1", b"1.1", b"")  # fmt: skip
+probes(400, CLOSED, {
+    **{f"version {quoted(version)}": line(b"GET /health " + version) for version in VERSIONS},
+    **{f"method {quoted(method[:21])}": line(method + b" /health HTTP/1.1") for method in (
+        b"get", b"Get", b"gET", b"post", b"G" * 21, b"G" * 2000, b"", b"GE T", b"G\tT", b"G/T", b"GET:", b"G3T", b"GET\0", b"M-SEARCH", b"_GET", b"G\xc9T",
+        b'"GET"', b"<GET>",
+    )},
+    **{f"target {quoted(target[:30])}": line(b"GET " + target + b" HTTP/1.1") for target in (
+        b"http://127.0.0.1/health", b"https://127.0.0.1/health", b"HTTP://evil.example/", b"http:/health", b"http:", b"*", b"127.0.0.1:80", b"health", b"?a",
+        b"#", b".", b"..", b"\\health", b"%2fhealth", b"", b" /health", b"/health ", b"/hea lth", b"/health\t", "/ü".encode(), b"file:///etc/passwd", b"@evil.example/", b"x/../health",
+    )},
+    "HTTP/0.9": b"GET /health\r\n",
+    "HTTP/0.9 without a path": b"GET\r\n",
+    "HTTP/0.9 with headers": b"GET /health\r\n" + HOST + b"\r\n",
+    "CONNECT": line(b"CONNECT 127.0.0.1:80 HTTP/1.1"),
+    "OPTIONS *": line(b"OPTIONS * HTTP/1.1"),
+    "preface of HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0",
+    "a PROXY line": b"PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\n" + get(),
+    "a PROXY line of version 2": b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + b"\0" * 12 + get(),
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n",
+    "SSH": b"SSH-2.0-OpenSSH_9.2\r\n",
+    "SMTP": b"EHLO evil.example\r\n",
+    "an answer": b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n",
+    "two blanks": line(b"GET  /health HTTP/1.1"),
+    "two blanks ahead of the version": line(b"GET /health  HTTP/1.1"),
+    "a tab as blank": line(b"GET\t/health\tHTTP/1.1"),
+    "a blank at the end": line(b"GET /health HTTP/1.1 "),
+    "a blank ahead": line(b" GET /health HTTP/1.1"),
+    "a word at the end": line(b"GET /health HTTP/1.1 x"),
+    "no Host": b"GET /health HTTP/1.1\r\n\r\n",
+    "no Host and a body": b"POST /v1/jobs HTTP/1.1\r\n" + ADMIN + b"Content-Length: %d\r\n\r\n%b" % (len(SMUGGLED), SMUGGLED),
+    "an empty Host": b"GET /health HTTP/1.1\r\nHost:\r\n\r\n",
+    "a Host of blanks": b"GET /health HTTP/1.1\r\nHost: \t \r\n\r\n",
+    "two Hosts": get(more=b"host: 127.0.0.1\r\n"),
+    "two Hosts, two names": get(more=b"HOST: evil.example\r\n"),
+    "two Hosts in HTTP/1.0": line(b"GET /health HTTP/1.0", b"Host: x\r\n"),
+    "two tokens": get(b"/v1/jobs", ADMIN + b"Authorization: Bearer b\r\n"),
+    "two types": get(more=b"Content-Type: a/b\r\ncontent-type: a/b\r\n"),
+    "two origins": get(more=b"Origin: http://127.0.0.1\r\nOrigin: http://evil.example\r\n"),
+    "two Last-Event-IDs": get(b"/v1/logs/stream", ADMIN + b"Last-Event-ID: a-1\r\nLast-Event-ID: a-2\r\n"),
+})  # fmt: skip
+probes(404, KEPT, {
+    f"path {quoted(path)}": get(path) for path in (
+        b"/nothing", b"/v1/../health", b"/../../etc/passwd", b"/./health", b"//evil.example", b"//evil.example/%2e%2e", b"//evil.example/..", b"///evil.example",
+        b"/\\evil.example", b"/%2f/evil.example", b"/%5cevil.example", b"/http://evil.example", b"/%68ealth", b"/health/", b"/health//", b"/health;a", b"/health#a",
+        b"/health%20", b"/health%00", b"/HEALTH", b"/.", b"/..", b"/www/dashboard.html", b"/deploybot.py", b"/v1", b"/v1/", b"/v1/jobs/", b"/v1//jobs",
+        b"/%0d%0aX-Evil:1", b"/%0D%0ALocation:%20//evil.example", b"/%0a", b"/%00", b"/%ff", b"/%", b"/%zz", b"/\"<script>", b"/{id}",
+    )
+})  # fmt: skip
+probes(404, KEPT, {
+    f"path {quoted(path)}": get(path, ADMIN) for path in (
+        b"/v1/jobs/%0d%0aX-Evil:1", b"/v1/jobs/%00", b"/v1/jobs/..", b"/v1/jobs/%2e%2e%2f", b"/v1/jobs/" + b"9" * 200, b"/v1/jobs/%F0%9F%98%80", b"/v1/jobs/-1/logs",
+    )
+})  # fmt: skip
+probes(405, KEPT, {
+    "an unknown method": line(b"BREW /health HTTP/1.1"),
+    "a method of 20 letters": line(b"G" * 20 + b" /health HTTP/1.1"),
+    "TRACE": line(b"TRACE /health HTTP/1.1", b"X-Secret: a\r\n"),
+    "OPTIONS": line(b"OPTIONS /v1/jobs HTTP/1.1", b"Origin: http://evil.example\r\nAccess-Control-Request-Method: POST\r\n"),
+    "PUT": line(b"PUT /v1/jobs HTTP/1.1", ADMIN + b"Content-Length: 0\r\n"),
+    "HEAD of what takes POST alone": line(b"HEAD /v1/reload HTTP/1.1", ADMIN),
+    "PRI": line(b"PRI /health HTTP/1.1"),
+})  # fmt: skip
+probes(200, KEPT, {
+    "a query": get(b"/health?a=%00&b"),
+    "an empty query": get(b"/health?"),
+    "a method in a header is none": get(more=b"X-HTTP-Method-Override: DELETE\r\nX-Method-Override: PUT\r\nX-Original-URL: /v1/reload\r\nX-Rewrite-URL: /v1/jobs\r\n"),
+    "a name that is forwarded moves nothing": get(more=b"X-Forwarded-Host: evil.example\r\nX-Forwarded-Prefix: //evil.example\r\nX-Host: evil.example\r\n"),
+})  # fmt: skip
+
+# trust.md 10: what is not read, not expected, or ends the connection all the same
+probes(417, CLOSED, {
+    f"expect {quoted(value)}": job(b"Expect: " + value + b"\r\n") for value in (
+        b"200-ok", b"100", b"100-continue, 100-continue", b"100-continue;q=1", b"\"100-continue\"", b"x, 100-continue", b"100 continue",
+    )
+})  # fmt: skip
+probes(400, CLOSED, {"two expectations": job(b"Expect: 100-continue\r\nexpect: 100-continue\r\n")})
+probes(200, KEPT, {
+    "an expectation without a body": get(more=b"Expect: 100-continue\r\n"),
+    "an empty expectation": get(more=b"Expect:\r\n"),
+    "an expectation whose body is there": get(more=b"Expect: 100-Continue\r\nContent-Length: 5\r\n") + b"12345",
+})  # fmt: skip
+probes(404, CLOSED, {"a body for no path": post(SMUGGLED, ADMIN, b"/v1/nothing")})
+probes(405, CLOSED, {
+    "a body for another method": post(SMUGGLED, ADMIN, b"/health"),
+    "a body of TRACE": post(SMUGGLED, ADMIN).replace(b"POST", b"TRACE", 1),
+})  # fmt: skip
+probes(401, CLOSED, {
+    "a body without a token": post(SMUGGLED),
+    "a body of a push without a signature": post(SMUGGLED, path=b"/v1/webhooks/github"),
+    "a body with a basic token": post(SMUGGLED, b"Authorization: Basic ZGJ0X2FkbWluOg==\r\n"),
+})  # fmt: skip
+probes(401, KEPT, {
+    "no token": get(b"/v1/jobs"),
+    "no token for a write": post(b""),
+    "a token in the query": get(b"/v1/jobs?token=dbt_admin&access_token=dbt_admin"),
+    "a push with a wrong signature": post(SMUGGLED, SIGNED, b"/v1/webhooks/github"),
+})  # fmt: skip
+probes(403, CLOSED, {"a body of who may only read": post(SMUGGLED, b"Authorization: Bearer dbt_read\r\n")})
+probes(200, CLOSED, {
+    "HTTP/1.0": b"GET /health HTTP/1.0\r\n\r\n",
+    "HTTP/1.0 with keep-alive": b"GET /health HTTP/1.0\r\nConnection: keep-alive\r\n\r\n",
+    **{f"connection {quoted(value)}": get(more=b"Connection: " + value + b"\r\n") for value in (
+        b"close", b"Close", b"x, close", b"close, x", b"x,\tclose", b"keep-alive, close", b"keep-alive\r\nConnection: close",
+    )},
+})  # fmt: skip
+probes(200, KEPT, {
+    f"connection {quoted(value)}": get(more=b"Connection: " + value + b"\r\n") for value in (b"keep-alive", b"", b"closed", b"te", b"x")
+})  # fmt: skip
+
+# trust.md 12: JSON
+FIELDS = b'"repo":"o/n","ref":"main","host":"refused-01"'
+probes(400, KEPT, {
+    **{f"JSON {name}": bad(body) for name, body in {
+        "of nothing": b"", "of blanks": b" \r\n\t", "cut": SMUGGLED[-20:-10], "not closed": b"{" + FIELDS, "twice": b"{" + FIELDS + b"} {}", "and more": b"{" + FIELDS + b"}x",
+        "and NUL": b"{" + FIELDS + b"}\0", "with a comma too many": b"{" + FIELDS + b",}", "with single quotes": b"{'repo':'o/n'}", "with a comment": b"{" + FIELDS + b"/**/}",
+        "without quotes": b"{repo:1}", "with a BOM": b"\xef\xbb\xbf{" + FIELDS + b"}", "as UTF-16": ("{" + FIELDS.decode() + "}").encode("utf-16"),
+        "as UTF-16 without a mark": ("{" + FIELDS.decode() + "}").encode("utf-16-le"), "as UTF-32": "{}".encode("utf-32"),
+        "in no UTF-8": b"{" + FIELDS + b',"metadata":{"a":"\xff"}}', "in overlong UTF-8": b'{"\xc0\xaf":1}', "with a surrogate in UTF-8": b'{"metadata":{"a":"\xed\xa0\x80"}}',
+        "past U+10FFFF": b'{"a":"\xf4\x90\x80\x80"}', "with a line end in a string": b'{"a":"\n"}', "with a control character": b'{"a":"\x01"}', "with a bad escape": b'{"a":"\\x"}',
+        "with a short escape": b'{"a":"\\u12"}', "as a form": b"payload=%7B%7D", "as XML": b"<a/>", "compressed": b"\x1f\x8b\x08\0\0\0\0\0",
+        "with a high surrogate": b"{" + FIELDS + b',"metadata":{"a":"\\ud800"}}', "with a low surrogate": b"{" + FIELDS + b',"metadata":{"\\udfff":1}}',
+        "with surrogates the wrong way": b"{" + FIELDS + b',"metadata":{"a":"\\ude00\\ud83d"}}', "with a surrogate as host": b'{"repo":"o/n","ref":"main","host":"\\ud800"}',
+        "with a key twice": b"{" + FIELDS + b',"host":"refused-01"}', "with an escaped key twice": b"{" + FIELDS + b',"h\\u006fst":"refused-01"}',
+        "with an inner key twice": b"{" + FIELDS + b',"metadata":{"a":1,"a":1}}', "with an empty key twice": b'{"":1,"":2}',
+    }.items()},
+    **{f"JSON of {quoted(number[:12])} ({len(number)})": bad(b"{" + FIELDS + b',"metadata":{"a":' + number + b"}}") for number in (
+        b"NaN", b"Infinity", b"-Infinity", b"nan", b"1e999", b"-1e999", b"9223372036854775808", b"-9223372036854775809", b"9" * 20, b"9" * 5000, b"1" + b"0" * 400000,
+        b"1." + b"0" * 10 + b"e999", b"+1", b"01", b"-", b".5", b"5.", b"1_0", b"0x1F", b"\xd9\xa5",
+    )},
+    "JSON 65 deep": bad(b"{" + FIELDS + b',"metadata":' + b'{"a":' * 64 + b"1" + b"}" * 65),
+    "JSON of lists 65 deep": bad(b"[" * 65 + b"]" * 65),
+    "JSON of a million brackets": bad(b"[" * 1_000_000),
+    "JSON of 500,000 objects": bad(b'{"":' * 200_000),
+    "JSON mixed deep": bad(b'[{"a":' * 100_000),
+    "JSON behind a string of brackets": bad(b'["' + b"\\\\" * 50 + b'", ' + b"[" * 65 + b"]" * 65 + b"]"),
+    "a query that is no UTF-8": get(b"/v1/jobs?host=%ff", ADMIN),
+    "a query of 33 parts": get(b"/v1/jobs?" + b"&".join(b"a%d=" % i for i in range(33)), ADMIN),
+}, why="")  # fmt: skip
+probes(422, KEPT, {
+    **{f"JSON {quoted(body[:20])}": bad(body) for body in (b"[]", b"1", b"null", b"true", b'"{}"', b"{}", b"1e308", b"-0", b"[" * 64 + b"]" * 64)},
+    **{f"host {quoted(host)}": bad(b'{"repo":"o/n","ref":"main","host":"%b"}' % host) for host in (
+        b"", b"refused-01\\n", b"\\u0000", b"refused-01\\r\\nX: y", b"../refused-01", b"-refused-01", "ⓡefused-01".encode(), b"\\u001b[31m", b"refused_01/..",
+    )},
+    "a field nobody knows": bad(b"{" + FIELDS + b',"role":"admin"}'),
+    "a prototype": bad(b"{" + FIELDS + b',"__proto__":{"admin":true}}'),
+    "a limit with a sign": get(b"/v1/jobs?limit=%2b5", ADMIN),
+    "a limit with an underscore": get(b"/v1/jobs?limit=1_0", ADMIN),
+    "a limit of other digits": get(b"/v1/jobs?limit=%D9%A5", ADMIN),
+    "a limit of 19 digits": get(b"/v1/jobs?limit=" + b"9" * 19, ADMIN),
+    "a limit of 5,000 digits": get(b"/v1/jobs?limit=" + b"9" * 5000, ADMIN),
+    "a limit twice": get(b"/v1/jobs?limit=1&limit=2", ADMIN),
+    "a control character in the query": get(b"/v1/jobs?host=%0d%0aX-Evil:%201", ADMIN),
+})  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def closed(tmp_path_factory):
+    """One for all probes: what they leave behind would show in the next."""
+    controller = Controller(tmp_path_factory.mktemp("closed"), webhook_secret=SECRET, **TOKENS)
+    yield controller
+    controller.stop()
+
+
+AFTER = itertools.count()
+
+
+def followed(sent):
+    """(the probe and a request that makes a job behind it, the host of that job)."""
+    host = f"after-{next(AFTER)}"
+    return sent + post(JOB.replace(b"web-01", host.encode()), ADMIN), host
+
+
+def at_once(wire, sent):
+    wire.send(sent)
+
+
+def in_pieces(wire, sent):
+    """Byte by byte; a long one in packets that end within its lines."""
+    step = 1 if len(sent) < 400 else 4001
+    for start in range(0, len(sent), step):
+        wire.send(sent[start : start + step])
+
+
+def settled(controller):
+    """Once every connection has ended: nothing more can come of what they were sent."""
+    deadline = time.monotonic() + 15
+    while controller.daemon.server.connections():
+        assert time.monotonic() < deadline
+        time.sleep(0.0002)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_the_one_answer(closed, name):
+    """Alone, with a request that makes a job right behind it, and so again in pieces. Behind a refused one nothing is executed."""
+    sent, status, then, why = PROBES[name]
+    (whole, first), (parts, second) = followed(sent), followed(sent)
+    for send, data in ((at_once, sent), (at_once, whole), (in_pieces, parts)):
+        with Wire(closed) as wire:
+            with contextlib.suppress(ConnectionError):
+                send(wire, data)
+            got, headers, body = wire.answer(body=not sent.startswith(b"HEAD"))
+            if got == 100 and then == KEPT:  # its body had not come yet
+                got, headers, body = wire.answer()
+            assert (got, headers["connection"]) == (status, {CLOSED: "close", KEPT: "keep-alive"}[then]), body
+            assert not {"location", "server", "x-evil", "access-control-allow-origin"} & set(headers)
+            assert status != 405 or headers["allow"]
+            if status >= 400 and body:
+                assert headers["content-type"] == "application/problem+json"
+                assert json.loads(body)["status"] == status and why in json.loads(body)["detail"]
+            if then == KEPT and data is not sent:
+                assert wire.answer()[0] == 201, "the connection goes on"
+            if then == CLOSED:
+                assert wire.rest() == b"", "one answer and the end"
+    settled(closed)
+    for host in (first, second):
+        assert len(jobs(closed, f"?host={host}")) == (then == KEPT)
+    assert jobs(closed, "?host=refused-01") == []
+
+
+def test_the_probes_would_make_their_job_if_they_were_good(closed):
+    """Else they would prove nothing."""
+    for sent in (job(), SMUGGLED):
+        with Wire(closed) as wire:
+            assert wire.send(sent.replace(b"refused-01", b"taken---01")).answer()[0] == 201
+    assert len(jobs(closed, "?host=taken---01")) == 1
+
+
+def test_a_wrong_line_is_refused_without_waiting_for_the_end_of_the_head(closed):
+    """A lone bad line, as other protocols begin with, is answered and not left to the deadline."""
+    alone = [name for name, probe in PROBES.items() if b"\r\n\r\n" not in probe.sent]
+    assert {"HTTP/0.9", "LF-only lines", "TLS", "SSH", "a first line of over 8 KiB, unfinished"} <= set(alone)
+    for name in (*alone, "target " + quoted(b"http://127.0.0.1/health"), "HTTP/0.9 with headers"):
+        with Wire(closed) as wire:
+            first = PROBES[name].sent if name in alone else PROBES[name].sent.partition(b"\r\n")[0] + b"\r\n"
+            assert wire.send(first).answer()[0] == PROBES[name].status, name
+
+
+def test_it_does_not_matter_where_a_head_is_cut():
+    """Packets end where they like: what is refused before its head is whole is refused as the whole is, and a good one never."""
+    for name, (sent, status, then, _) in PROBES.items():
+        end = sent.find(b"\r\n\r\n") + 4
+        size = len(sent) if end < 4 else end
+        cuts = range(size) if size < 400 else {*range(0, size, 997), *(size - back for back in range(1, 9))}
+        for cut in cuts:
+            try:
+                deploybot.Handler._check_unfinished(sent[:cut])
+            except deploybot.Refusal as refusal:
+                assert (refusal.status, then) == (status, CLOSED), (name, cut)
+
+
+def test_a_refused_request_ends_what_was_pipelined_before_and_behind(closed):
+    """Good ones ahead are answered, in order; the bad one is the last."""
+    for name in ("CL.TE", "two Hosts", "LF after a header", "a body without a token"):
+        ahead, before = followed(b"")
+        behind, after = followed(PROBES[name].sent)
+        with Wire(closed) as wire:
+            wire.send(ahead + behind + get())
+            assert [wire.answer()[0], wire.answer()[0]] == [201, PROBES[name].status]
+            assert wire.rest() == b""
+        assert len(jobs(closed, f"?host={before}")) == 1 and jobs(closed, f"?host={after}") == []
+
+
+# -- time --------------------------------------------------------------------------------------------------------------
 
 
 def trickle(wire, data, seconds):
@@ -213,10 +565,24 @@ def trickle(wire, data, seconds):
 
 def test_a_head_that_trickles_has_a_deadline(wire, monkeypatch):
     monkeypatch.setattr(deploybot, "HEAD_DEADLINE", 0.5)
+    started = time.monotonic()
     trickle(wire, b"GET /health HTTP/1.1\r\nX: " + b"a" * 2000, 15)
     status, headers, _ = wire.answer()
+    assert time.monotonic() - started < 5, "its own bytes put no deadline off"
     assert (status, headers["connection"]) == (408, "close")
     assert wire.rest() == b""
+
+
+def test_the_deadline_of_a_head_begins_anew_with_each_request(wire, monkeypatch):
+    """It counts from the first byte of a head, not from the connection, and for what was pipelined too."""
+    monkeypatch.setattr(deploybot, "HEAD_DEADLINE", 0.3)
+    for _ in range(3):
+        started = time.monotonic()
+        assert wire.send(get()[:-2]).send(b"\r\n").answer()[0] == 200
+        while time.monotonic() < started + 0.15:
+            select.select([wire.socket], [], [], 0.05)
+    assert wire.send(get() + b"GET").answer()[0] == 200
+    assert wire.answer()[0] == 408
 
 
 def test_a_body_that_trickles_has_a_deadline(controller, wire, monkeypatch):
@@ -246,7 +612,7 @@ def test_slow_ones_cost_the_others_nothing(controller):
     wait_for(lambda: controller.daemon.server.connections() == 0)
 
 
-# Bodies
+# -- bodies ------------------------------------------------------------------------------------------------------------
 
 
 def test_continue_is_sent_before_an_accepted_body(wire):
@@ -292,7 +658,7 @@ def test_a_body_of_a_refused_request_is_not_executed(make_controller):
     assert jobs(closed) == []
 
 
-# Connections
+# -- connections -------------------------------------------------------------------------------------------------------
 
 
 def test_pipelined_requests_are_answered_in_order(controller, wire):
@@ -416,7 +782,7 @@ def test_a_client_that_goes_away_is_no_error(controller, caplog):
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
-# Headers of answers
+# -- headers of answers ------------------------------------------------------------------------------------------------
 
 
 def test_no_request_makes_a_header(wire):
@@ -477,7 +843,7 @@ def test_a_500_shows_no_internals(controller, wire, caplog, monkeypatch):
     assert wire.send(get()).answer()[0] == 200, "the connection goes on"
 
 
-# Who is this machine (open mode)
+# -- who is this machine (open mode) -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("header", [
