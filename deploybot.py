@@ -207,16 +207,26 @@ def nearest(word: str, words: Iterable[str]) -> str:
 # Owns every setting: flags over environment over defaults, all problems at once. Ignores what the settings do.
 # ----------------------------------------------------------------------------------------------------------------------
 
-DURATION = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)(ms|s|m|h|d)?", re.ASCII)
-UNITS = {"ms": 0.001, "s": 1.0, None: 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+TIMES = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+SIZES = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
+
+
+def quantity(text: str, units: Mapping[str, float], words: str) -> float:
+    """A number above 0 with one of the units behind it. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,3})?)([A-Za-z]*)", text, re.ASCII)
+    if not match or match[2] not in units or not float(match[1]):
+        raise ValueError(f"must be {words}")
+    return float(match[1]) * units[match[2]]
 
 
 def duration(text: str) -> float:
-    """Seconds of `200ms`, `30s`, `5m`, `2h`, `3d` or a plain number of seconds. Raises ValueError."""
-    match = DURATION.fullmatch(text)
-    if not match or not float(match[1]):
-        raise ValueError("must be a duration such as 200ms, 30s, 5m, 2h or 3d")
-    return float(match[1]) * UNITS[match[2]]
+    """Seconds. Raises ValueError."""
+    return quantity(text, TIMES, "a duration such as 200ms, 30s, 5m, 2h or 3d")
+
+
+def size(text: str) -> int:
+    """Bytes. Raises ValueError."""
+    return int(quantity(text, SIZES, "a size such as 512KiB, 10MiB or 1GiB"))
 
 
 def port(text: str) -> int:
@@ -250,14 +260,6 @@ def whole(text: str) -> int:
     return int(text)
 
 
-def size(text: str) -> int:
-    """Bytes of `10MiB`, `512KiB`, `1GiB` or a plain number of bytes. Raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,12})(KiB|MiB|GiB)?", text, re.ASCII)
-    if not match or not int(match[1]):
-        raise ValueError("must be a size such as 512KiB, 10MiB or 1GiB")
-    return int(match[1]) * {None: 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}[match[2]]
-
-
 def optional_path(text: str) -> pathlib.Path | None:
     return pathlib.Path(text) if text else None
 
@@ -285,30 +287,12 @@ class Option(NamedTuple):
         return "DEPLOYBOT_" + self.field.upper()
 
 
-OPTIONS = (
-    Option("host", str, "0.0.0.0", "address to listen on"),
-    Option("port", port, "8080", "port to listen on"),
-    Option("db", pathlib.Path, "./data/deploybot.db", "the database; it and its folder are made when missing"),
-    Option("apps", pathlib.Path, "./apps.yaml", "which repository goes to which hosts"),
-    Option("log-level", one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR"),
-    Option("log-format", one_of("plain", "json"), "plain", "plain or json"),
-    Option("agent-timeout", duration, "60s", "without contact for so long, a host is shown offline"),
-    Option("lost-after", duration, "10m", "without contact for so long, a running job is ended as agent_lost"),
-    Option("pending-expiry", duration, "24h", "a job that waits for longer is ended as expired"),
-    Option("retention-days", whole, "90", "ended jobs, their logs and audit rows are removed after so long; 0: never"),
-    Option("log-limit", size, "10MiB", "what is kept of the log of one job"),
-    Option("rate-limit", whole, "0", "writes a minute that one token may make, agents' calls aside; 0: no limit"),
-    Option("trusted-proxy", networks, "", "addresses or networks of proxies whose X-Forwarded-For and -Proto count"),
-    Option("tls-cert", optional_path, "", "PEM file of the certificate and its chain; read again on SIGHUP"),
-    Option("tls-key", optional_path, "", "PEM file of its key"),
-    Option("open", flag, "false", "requests from this machine need no token; never behind a proxy"),
-)
-SECRETS = {
-    "webhook_secret": "what GitHub signs its pushes with; two, comma separated, while you change it",
-    "token": "for everything; without it the first start makes one and writes admin.token beside the database",
-    "agent_token": "for enrolment alone: an agent registers with it, and goes on with a secret of its own",
-    "read_token": "for reading alone",
-}
+def option(parse: Callable[[str], Any], default: str, help: str) -> Any:
+    return dataclasses.field(metadata={"option": (parse, default, help)})
+
+
+def secret(help: str) -> Any:
+    return dataclasses.field(default=None, repr=False, metadata={"secret": help})
 
 
 def check_token(token: str) -> None:
@@ -333,26 +317,34 @@ def read_secret(variable: str, env: Mapping[str, str]) -> str | None:
 class Config:
     """Every setting, checked. Durations in seconds; secrets are None where not set."""
 
-    host: str
-    port: int
-    db: pathlib.Path
-    apps: pathlib.Path
-    log_level: str
-    log_format: str
-    agent_timeout: float
-    lost_after: float
-    pending_expiry: float
-    retention_days: int
-    log_limit: int  # bytes
-    rate_limit: int  # a minute
-    trusted_proxy: tuple[Network, ...]
-    tls_cert: pathlib.Path | None
-    tls_key: pathlib.Path | None
-    open: bool
-    webhook_secret: str | None = dataclasses.field(default=None, repr=False)
-    token: str | None = dataclasses.field(default=None, repr=False)
-    agent_token: str | None = dataclasses.field(default=None, repr=False)
-    read_token: str | None = dataclasses.field(default=None, repr=False)
+    host: str = option(str, "0.0.0.0", "address to listen on")
+    port: int = option(port, "8080", "port to listen on")
+    db: pathlib.Path = option(
+        pathlib.Path, "./data/deploybot.db", "the database; it and its folder are made when missing"
+    )
+    apps: pathlib.Path = option(pathlib.Path, "./apps.yaml", "which repository goes to which hosts")
+    log_level: str = option(one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR")
+    log_format: str = option(one_of("plain", "json"), "plain", "plain or json")
+    agent_timeout: float = option(duration, "60s", "without contact for so long, a host is shown offline")
+    lost_after: float = option(duration, "10m", "without contact for so long, a running job is ended as agent_lost")
+    pending_expiry: float = option(duration, "24h", "a job that waits for longer is ended as expired")
+    retention_days: int = option(whole, "90", "ended jobs, logs and audit rows are removed after so long; 0: never")
+    log_limit: int = option(size, "10MiB", "what is kept of the log of one job")
+    rate_limit: int = option(whole, "0", "writes a minute that one token may make, agents' calls aside; 0: no limit")
+    trusted_proxy: tuple[Network, ...] = option(
+        networks, "", "addresses or networks of proxies whose X-Forwarded-For and -Proto count"
+    )
+    tls_cert: pathlib.Path | None = option(
+        optional_path, "", "PEM file of the certificate and its chain; read again on SIGHUP"
+    )
+    tls_key: pathlib.Path | None = option(optional_path, "", "PEM file of its key")
+    open: bool = option(flag, "false", "requests from this machine need no token; never behind a proxy")
+    webhook_secret: str | None = secret("what GitHub signs its pushes with; two, comma separated, while you change it")
+    token: str | None = secret(
+        "for everything; without it the first start makes one and writes admin.token beside the database"
+    )
+    agent_token: str | None = secret("for enrolment: an agent registers with it, then uses a secret of its own")
+    read_token: str | None = secret("for reading alone")
 
     @classmethod
     def load(cls, flags: Mapping[str, str | None], env: Mapping[str, str]) -> Config:
@@ -381,47 +373,27 @@ class Config:
         return cls(**values)
 
 
+FIELDS = dataclasses.fields(Config)
+OPTIONS = [Option(f.name.replace("_", "-"), *f.metadata["option"]) for f in FIELDS if "option" in f.metadata]
+SECRETS = {f.name: f.metadata["secret"] for f in FIELDS if "secret" in f.metadata}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
 # Owns the shapes: what comes from outside becomes a model here, or one ValidationError. Ignores where it came from.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Status(enum.StrEnum):
-    PENDING = "pending"
-    RUNNING = "running"
-    SUCCESS = "success"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
+Status = enum.StrEnum("Status", ["PENDING", "RUNNING", "SUCCESS", "FAILED", "CANCELLED"])
 ENDED = frozenset((Status.SUCCESS, Status.FAILED, Status.CANCELLED))
-
-
-class Reason(enum.StrEnum):
-    EXIT_CODE = "exit_code"
-    FETCH_FAILED = "fetch_failed"
-    TIMEOUT = "timeout"
-    HEALTH_CHECK = "health_check"
-    REJECTED = "rejected"
-    AGENT_LOST = "agent_lost"
-    AGENT_CRASHED = "agent_crashed"
-    CANCELLED = "cancelled"
-    SUPERSEDED = "superseded"
-    STOPPED = "stopped"
-    EXPIRED = "expired"
-
-
-class Scope(enum.StrEnum):
-    """What a route asks for, and what a principal has."""
-
-    PUBLIC = "public"
-    VIEWER = "viewer"
-    OPERATOR = "operator"
-    AGENT = "agent"
-    ADMIN = "admin"
-
-
+# Why a job ended as it did, where that says more than its status.
+Reason = enum.StrEnum(
+    "Reason",
+    ["EXIT_CODE", "FETCH_FAILED", "TIMEOUT", "HEALTH_CHECK", "REJECTED", "AGENT_LOST", "AGENT_CRASHED", "CANCELLED"]
+    + ["SUPERSEDED", "STOPPED", "EXPIRED"],
+)
+# What a route asks for, and what a principal has.
+Scope = enum.StrEnum("Scope", ["PUBLIC", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
 # What each role may call, beside what is public.
 GRANTS = {
     Scope.PUBLIC: frozenset(()),
@@ -510,8 +482,14 @@ def load_json(body: bytes) -> Any:
     return value
 
 
-def is_repo(text: str) -> str | None:
-    return None if REPO.fullmatch(text) else "must be owner/name"
+def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]:
+    """A check for Fields.text."""
+    return lambda text: None if pattern.fullmatch(text) else "must be " + words
+
+
+is_repo = matches(REPO, "owner/name")
+is_host = matches(HOST, "a host name as in RFC 1123")
+is_app = matches(APP, "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
 
 
 def is_ref(text: str) -> str | None:
@@ -524,23 +502,6 @@ def is_ref(text: str) -> str | None:
 def lower(text: str) -> str:
     """In lower case, but for letters outside ASCII, of which some have an ASCII letter as their lower case."""
     return text.lower() if text.isascii() else text
-
-
-def is_host(text: str) -> str | None:
-    return None if HOST.fullmatch(text) else "must be a host name as in RFC 1123"
-
-
-def is_app(text: str) -> str | None:
-    return (
-        None
-        if APP.fullmatch(text)
-        else "must be 1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit"
-    )
-
-
-def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]:
-    """A check for Fields.text."""
-    return lambda text: None if pattern.fullmatch(text) else "must be " + words
 
 
 def rfc3339(seconds: float) -> str:
@@ -1020,7 +981,7 @@ class Clock:
         return time.monotonic()
 
     def stamp(self, ago: float = 0.0) -> str:
-        return rfc3339(self.now() - ago)
+        return rfc3339(max(0.0, self.now() - ago))
 
     def ms(self, ago: float = 0.0) -> int:
         """Unix time in milliseconds."""
