@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import http.client
 import json
 import os
 import signal
+import sqlite3
 import time
 import urllib.parse
 
@@ -68,11 +71,17 @@ class Controller:
             self.daemon.stop()
             self.daemon = None
 
-    def restart(self):
-        """Stop and start on the same port and database."""
+    def restart(self, **changes):
+        """Stop and start on the same port and database; `changes`: fields of Config."""
         self.stop()
-        self.config = deploybot.dataclasses.replace(self.config, port=self.port)
+        self.config = deploybot.dataclasses.replace(self.config, port=self.port, **changes)
         self.start()
+
+    def acting(self, token):
+        """The same controller, called with that token."""
+        other = copy.copy(self)
+        other.token = token
+        return other
 
     @property
     def jobs(self):
@@ -173,6 +182,34 @@ class EventStream:
 
     def __exit__(self, *exc):
         self.close()
+
+
+class Faulty:
+    """A connection that fails at a statement."""
+
+    def __init__(self, db, statement, error=None):
+        self.db, self.statement, self.seen = db, statement, 0
+        self.error = error or sqlite3.OperationalError("disk I/O error")
+
+    def execute(self, sql, *values):
+        if sql.startswith(self.statement):
+            self.seen += 1
+            raise self.error
+        return self.db.execute(sql, *values)
+
+    def __getattr__(self, name):
+        return getattr(self.db, name)
+
+
+@contextlib.contextmanager
+def failing_at(store, statement, error=None):
+    """The writing connection of that store fails at statements that start so."""
+    db = store._db
+    store._db = Faulty(db, statement, error)
+    try:
+        yield store._db
+    finally:
+        store._db = db
 
 
 def wait_for(condition, seconds=15.0):

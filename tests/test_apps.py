@@ -150,7 +150,7 @@ MISTAKES = [
     ("hosts: [web-01, web_02]", 4, "hosts: 'web_02' must be a host name"),
     ("hosts: web-01", 4, "hosts: must be a list"),
     ("hosts: []", 4, "hosts: must be a list with at least one"),
-    ("hosts: [1]", 4, "hosts: must be a string"),
+    ("hosts: [1]", 4, "hosts: must be a list of strings; quote"),
     ("clone_url: https://me:hunter2@github.com/o/n.git", 5, "clone_url: "),
     ("clone_url: --upload-pack=x", 5, "clone_url: "),
     ("deploy_on_push: 'yes'", 6, "deploy_on_push: must be true or false"),
@@ -353,13 +353,14 @@ BAD_URLS += [
 
 
 @pytest.mark.parametrize("url", URLS)
-def test_clone_urls(url):
-    assert deploybot.is_clone_url(url) is None
+def test_clone_urls(read, url):
+    assert read(entry(clone_url=url))[0].clone_url == url
 
 
 @pytest.mark.parametrize("url", BAD_URLS)
-def test_hostile_clone_urls_and_passwords_are_refused(url):
-    assert deploybot.is_clone_url(url)
+def test_hostile_clone_urls_and_passwords_are_refused(refused, url):
+    ((_, message),) = refused(entry(clone_url=url))
+    assert message.startswith("clone_url: must ")
 
 
 def test_the_password_itself_is_not_repeated(refused):

@@ -52,7 +52,22 @@ SCHEMAS = [
             id TEXT PRIMARY KEY, body_sha256 TEXT NOT NULL, received_at TEXT NOT NULL, jobs TEXT NOT NULL, message TEXT NOT NULL
         ) STRICT;
     CREATE INDEX deliveries_body ON deliveries (body_sha256);
+    """,
     """
+    CREATE TABLE tokens (
+            id TEXT PRIMARY KEY, name TEXT NOT NULL UNIQUE, role TEXT NOT NULL, host TEXT, app TEXT, sha256 TEXT NOT NULL UNIQUE,
+            parent TEXT, created_at TEXT NOT NULL, created_by TEXT NOT NULL, expires_at TEXT, last_used_at TEXT
+        ) STRICT;
+    CREATE TABLE audit (
+            id INTEGER PRIMARY KEY, at TEXT NOT NULL, who TEXT NOT NULL, address TEXT NOT NULL, action TEXT NOT NULL,
+            target TEXT NOT NULL, detail TEXT NOT NULL
+        ) STRICT;
+    CREATE TABLE pushes (
+            repo TEXT NOT NULL, ref TEXT NOT NULL, pushed_at INTEGER, before TEXT NOT NULL, PRIMARY KEY (repo, ref)
+        ) STRICT, WITHOUT ROWID;
+    CREATE INDEX jobs_success ON jobs (app, host, id) WHERE status = 'success';
+    ALTER TABLE events ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0;
+    """,
 ]
 ROWS = {
     1: """
@@ -61,7 +76,12 @@ ROWS = {
     VALUES ('01a208d2-125d-7000-9179-b171dcd08d79', 'o/n', 'main', 'web-01', 'web', 'pending', '{}', 0, 0, 60,
             '2026-01-01T00:00:00.000Z', 'me', '{}', '2026-01-01T00:00:00.000Z');
     INSERT INTO events VALUES (1, 1, 'job', '01a208d2-125d-7000-9179-b171dcd08d79', 'web-01', 'web', 0, 0, '{}');
-    """
+    """,
+    2: """
+    INSERT INTO tokens VALUES ('t1', 'ci', 'operator', NULL, 'web', 'ab12', NULL, '2026-01-01T00:00:00.000Z', 'admin', NULL, NULL);
+    INSERT INTO audit VALUES (1, '2026-01-01T00:00:00.000Z', 'admin', '192.0.2.1', 'token.create', 'ci', '');
+    INSERT INTO pushes VALUES ('o/n', 'refs/heads/main', 1767225600, 'b');
+    """,
 }
 
 
@@ -131,7 +151,12 @@ def test_an_upgrade_keeps_what_was_there(tmp_path, version):
     store = Store(path)
     with store.read() as db:
         (job,) = db.jobs({}, None, None, 10)
-        assert (job.repo, job.status, db.last_position(), db.agent_of("web-01")[0]) == ("o/n", "pending", 1, "a1")
+        assert (job.repo, job.status, db.last_position(), db.agent_of("web-01").id) == ("o/n", "pending", 1, "a1")
+        assert db.log_end(job.id, 0) == (0, 0)
+        if version > 1:
+            assert [(token.name, token.app) for token in db.tokens()] == [("ci", "web")]
+            assert [row["target"] for row in db.audit({}, None, 10)] == ["ci"]
+            assert db.newest_push("O/N", "refs/heads/main") == (1767225600, "b")
     store.close()
 
 

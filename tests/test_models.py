@@ -423,7 +423,7 @@ def test_ids_grow_past_the_last_one_before_a_restart(clock):
 def test_the_floor_of_a_time_parts_the_ids_before_it_from_those_after(clock):
     early = TimeOrderedIds(clock, None)()
     clock.advance(1)
-    floor = TimeOrderedIds.floor(clock.at)
+    floor = TimeOrderedIds.layout(clock.ms())
     assert early < floor <= TimeOrderedIds(clock, None)()
 
 
@@ -472,6 +472,7 @@ def test_a_role_may_do_its_own_and_an_admin_all():
     assert may == {
         Scope.PUBLIC: {Scope.PUBLIC},
         Scope.VIEWER: {Scope.PUBLIC, Scope.VIEWER},
+        Scope.OPERATOR: {Scope.PUBLIC, Scope.VIEWER, Scope.OPERATOR},
         Scope.AGENT: {Scope.PUBLIC, Scope.AGENT},
         Scope.ADMIN: set(Scope),
     }
@@ -479,9 +480,18 @@ def test_a_role_may_do_its_own_and_an_admin_all():
 
 def test_a_principal_of_a_host_speaks_for_that_host_alone():
     Principal("x", Scope.AGENT, "a").speaks_for("a")
-    Principal("x", Scope.AGENT).speaks_for("b")
-    with pytest.raises(Forbidden):
+    Principal("x", Scope.ADMIN).speaks_for("b")
+    with pytest.raises(Forbidden, match="belongs to a, not to b"):
         Principal("x", Scope.AGENT, "a").speaks_for("b")
+    with pytest.raises(Forbidden, match="may only register"):
+        Principal("x", Scope.AGENT).speaks_for("b")
+
+
+def test_a_principal_of_an_app_sees_that_app_alone():
+    for app in (None, "web"):
+        Principal("x", Scope.OPERATOR, app=app).sees("web")
+    with pytest.raises(Forbidden, match="the app web alone"):
+        Principal("x", Scope.OPERATOR, app="web").sees("webb")
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1_790_000_000.123, 951_782_400.999])

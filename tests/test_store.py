@@ -11,10 +11,10 @@ import sys
 import threading
 
 import pytest
-from conftest import wait_for
+from conftest import failing_at, wait_for
 
 import deploybot
-from deploybot import EventFilter, Job, NotFound, Queries, StartError, Store, Unavailable
+from deploybot import EventFilter, Job, NotFound, Principal, Queries, Scope, StartError, Store, Unavailable
 
 NOW = "2026-11-23T13:13:37.123Z"
 
@@ -47,6 +47,10 @@ def job(number=1, **columns):
     return Job(**{**values, "id": f"00000000-0000-7000-8000-{number:012x}", **columns})
 
 
+def put_job(tx, made):
+    tx.rows(f"INSERT INTO jobs VALUES ({', '.join('?' * len(made))})", *made)
+
+
 def ids(connection):
     return [row[0] for row in connection.execute("SELECT id FROM jobs ORDER BY id")]
 
@@ -56,40 +60,13 @@ def add(number, then=None, **columns):
 
     def do(tx):
         made = job(number, **columns)
-        tx.add_job(made)
+        put_job(tx, made)
         event = tx.add_event(made, "job", 1, 0, "{}")
         if then:
             then(tx)
         return event.position
 
     return do
-
-
-class Faulty:
-    """A connection that fails at a statement."""
-
-    def __init__(self, db, statement, error=None):
-        self.db, self.statement, self.seen = db, statement, 0
-        self.error = error or sqlite3.OperationalError("disk I/O error")
-
-    def execute(self, sql, *values):
-        if sql.startswith(self.statement):
-            self.seen += 1
-            raise self.error
-        return self.db.execute(sql, *values)
-
-    def __getattr__(self, name):
-        return getattr(self.db, name)
-
-
-@contextlib.contextmanager
-def failing_at(store, statement, error=None):
-    db = store._db
-    store._db = Faulty(db, statement, error)
-    try:
-        yield store._db
-    finally:
-        store._db = db
 
 
 @contextlib.contextmanager
@@ -453,6 +430,12 @@ JOB = job(1).id
 QUERIES = {
     "agent_of": [("web-01",)],
     "agents": [()],
+    "audit": [
+        ({}, None, 101),
+        ({}, 500, 101),
+        ({"who": "github"}, None, 101),
+        ({"action": "push", "who": "github"}, 9, 5),
+    ],
     "delivery": [("x", "y")],
     "events": [(EventFilter(), 2990, 3100), (EventFilter(job_id=JOB), 0, 9000), (EventFilter("quiet"), 2990, 3100)],
     "expired": [(JOB, NOW)],
@@ -479,6 +462,8 @@ QUERIES = {
     "log_end": [(JOB, 1)],
     "log_events": [(JOB, 0)],
     "meta": [("epoch",)],
+    "newest_push": [("O/N", "refs/heads/main")],
+    "old_jobs": [("", "~", 20), (JOB, "~", 20), ("", JOB, 20)],
     "open_counts": [(), ("web-01",), ("web-01", "quiet-1")],
     "open_job": [("o/n", "main", "web-01", "web"), ("o/n", "main", "quiet", "web")],
     "recent_chunks": [
@@ -490,6 +475,7 @@ QUERIES = {
     "releases": [()],
     "running_apps": [("web-01",)],
     "running_jobs": [()],
+    "tokens": [()],
     "waiting": [()],
 }
 CALLS = [(name, values) for name, calls in QUERIES.items() for values in calls]
@@ -504,10 +490,11 @@ def aged(tmp_path_factory):
     def fill(tx):
         for number in range(HISTORY):
             ended = job(number, status="success")
-            tx.add_job(ended)
+            put_job(tx, ended)
             tx.add_event(ended, "job", 1, 0, "{}")
+            tx.audited(NOW, Principal("github", Scope.PUBLIC), "push", "o/n")
         for number in range(3):
-            tx.add_job(job(HISTORY + number, host=f"quiet-{number}", app="other", status="running", attempt=1))
+            put_job(tx, job(HISTORY + number, host=f"quiet-{number}", app="other", status="running", attempt=1))
         tx.position += 50_000  # the newest log lines are looked for in the last 50,000 positions
         tx.add_event(job(0), "log", 1, 0, "[]")
 
@@ -573,3 +560,17 @@ def test_the_duplicate_check_and_the_claim_read_open_jobs_alone(aged):
             for line in plan(aged._db, sql)
             if "jobs" in line
         ), sql
+
+
+def test_the_walk_of_retention_reads_a_page_of_ids_and_two_successes_a_job(aged):
+    """In the order of the primary key, so that it goes on where it was; what stays is found in the index of successes."""
+    seen = []
+    aged._db.set_trace_callback(seen.append)
+    assert [kept for _, _, kept in Queries(aged._db).old_jobs("", "~", 3)] == [0, 0, 0]
+    assert [kept for _, _, kept in Queries(aged._db).old_jobs(job(HISTORY - 4).id, "~", 4)] == [0, 1, 1, 0]
+    aged._db.set_trace_callback(None)
+    for sql in seen:
+        reads = str(plan(aged._db, sql))
+        assert "sqlite_autoindex_jobs_1 (id>? AND id<?)" in reads
+        assert "jobs_success (app=? AND host=? AND id>?)" in reads
+        assert "SCAN jobs" not in reads and "TEMP B-TREE" not in reads

@@ -244,7 +244,8 @@ def test_readers_that_vanish_in_silence_are_found(controller):
     wait_for(lambda: threading.active_count() <= threads, 30)
 
 
-def test_a_reader_that_never_reads_costs_nobody_anything(controller):
+def test_a_reader_that_never_reads_costs_nobody_anything(make_controller):
+    controller = make_controller(log_limit="1GiB")
     job = running(controller)
     sleeper = socket.socket()
     sleeper.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
