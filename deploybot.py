@@ -92,6 +92,7 @@ RETRY_AFTER = 5  # seconds
 GRACE = 60  # seconds that an agent gets to report a timeout before the controller ends the job itself
 POLL_INTERVAL = 5  # seconds between heartbeats of an agent that does not park
 FLUSH_INTERVAL = 10.0  # seconds between two writings of the agents' last contact
+MAX_SESSIONS = 100  # browsers that are signed in with one token: the oldest goes
 SESSION_LIFETIME = 7 * 86400  # seconds that a browser stays signed in
 DELIVERY_DAYS = 30  # days that a delivery is remembered: GitHub redelivers for three
 RETENTION_PAUSE = 3600.0  # seconds between two walks over the old jobs
@@ -392,8 +393,9 @@ Reason = enum.StrEnum(
     ["EXIT_CODE", "FETCH_FAILED", "TIMEOUT", "HEALTH_CHECK", "REJECTED", "AGENT_LOST", "AGENT_CRASHED", "CANCELLED"]
     + ["SUPERSEDED", "STOPPED", "EXPIRED"],
 )
-# What a route asks for, and what a principal has.
-Scope = enum.StrEnum("Scope", ["PUBLIC", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
+# What a route asks for (ANY: whoever has a token), and the last four are roles that a principal has.
+Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
+ROLES = (Scope.ADMIN, Scope.OPERATOR, Scope.VIEWER, Scope.AGENT)
 # What each role may call, beside what is public.
 GRANTS = {
     Scope.PUBLIC: frozenset(()),
@@ -902,7 +904,7 @@ class Principal(NamedTuple):
     address: str = ""
 
     def may(self, scope: Scope) -> bool:
-        return scope is Scope.PUBLIC or scope in GRANTS[self.scope]
+        return scope in (Scope.PUBLIC, Scope.ANY) or scope in GRANTS[self.scope]
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -930,7 +932,7 @@ class TokenRequest(NamedTuple):
     @classmethod
     def parse(cls, data: Any) -> TokenRequest:
         f = Fields(data, cls._fields)
-        role = f.choice("role", [scope for scope in Scope if scope is not Scope.PUBLIC], required=True)
+        role = f.choice("role", ROLES, required=True)
         asked = cls(
             role,
             f.text("name", matches(TOKEN_NAME, "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")),
@@ -938,9 +940,9 @@ class TokenRequest(NamedTuple):
             f.text("app", is_app),
             f.integer("expires_in", 60, 10 * 365 * 86400),
         )
-        if asked.host and role != Scope.AGENT:
+        if asked.host and role in ROLES and role != Scope.AGENT:
             f.wrong("host", "is for tokens of the role agent alone")
-        if asked.app and role not in (Scope.OPERATOR, Scope.VIEWER):
+        if asked.app and role in (Scope.ADMIN, Scope.AGENT):
             f.wrong("app", "is for tokens of the roles operator and viewer alone")
         return f.done(asked)
 
@@ -2181,7 +2183,13 @@ class Auth:
         token = self._token(asked, sha256(secret), parent, by.name)
         if (ends := self.expiry(by)) is not None:
             token = token._replace(expires_at=min(ends, token.expires_at or ends))
-        self._store.write(lambda tx: self._add(tx, token, by, "session.create", ""))
+
+        def do(tx: Tx) -> None:
+            for older in sorted(one for one in self._tokens.values() if one.parent == parent)[: 1 - MAX_SESSIONS]:
+                self._remove(tx, older, by, "session.end")
+            self._add(tx, token, by, "session.create", "")
+
+        self._store.write(do)
         return token, secret
 
     def _token(self, asked: TokenRequest, digest: str, parent: str | None, by: str) -> Token:
@@ -3195,7 +3203,7 @@ class Jobs:
         with self._lock:
             old = self._by_host.get(agent.hostname)
             if old and not agent.contact:  # read from the database just now
-                agent.contact, agent.online, agent.told = old.contact, old.online, old.told
+                agent.contact, agent.told, agent.online = old.contact, old.told, old.online and agent.session != ""
             self._agents[agent.id] = self._by_host[agent.hostname] = agent
             if old and old.token_sha256:
                 self._hosts_by_secret.pop(old.token_sha256, None)
@@ -3254,7 +3262,9 @@ class Jobs:
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")  # origin form alone (RFC 9112, 3.2.1)
 # A colon right after the name, and no control character but a tab in the value (RFC 9112, 5.1).
 HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*)")
-BARE_LF = re.compile(rb"(?<!\r)\n")
+BARE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")  # CR or LF without the other
+# A name or an address, and a port (RFC 9112, 3.2; RFC 3986, 3.2.2); no comma, as two joined by a proxy look so.
+AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 ONCE = ("host", "content-length", "authorization", "content-type", "expect", "last-event-id", "origin")
 
 
@@ -3326,8 +3336,8 @@ def parse_head(head: bytes) -> tuple[str, str, int, dict[str, str]]:
         headers[name] = value
     if "transfer-encoding" in headers:
         raise Refusal(400, "Transfer-Encoding is not taken: send Content-Length")
-    if match[3] == b"1" and not headers.get("host"):
-        raise Refusal(400, "HTTP/1.1 needs a Host header")
+    if not AUTHORITY.fullmatch(headers.get("host", "missing" if match[3] == b"0" else "")):
+        raise Refusal(400, "the Host header must be a name or an address, and perhaps a port; HTTP/1.1 needs one")
     return match[1].decode(), match[2].decode(), int(match[3]), headers
 
 
@@ -3616,7 +3626,7 @@ class Handler(socketserver.BaseRequestHandler):
             if self._holds_place:
                 self._holds_place = False
                 self.server.places.release()
-        wishes = headers.get("connection", "").lower().replace(" ", "").split(",")
+        wishes = re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
         keep = self._minor == 1 and "close" not in wishes
         keep = keep and not self._unread and not self.server.stopping
         if isinstance(response, Stream):
@@ -3659,10 +3669,10 @@ class Handler(socketserver.BaseRequestHandler):
     def _check_unfinished(data: bytes) -> None:
         """Refuses what can no longer become a good head, without waiting for its end."""
         line, complete, _ = data.partition(b"\r\n")
-        if BARE_LF.search(data) or (complete and not REQUEST_LINE.fullmatch(line)):
-            raise Refusal(400, "the request line must be METHOD /path HTTP/1.1, and lines end with CR LF")
-        if len(data) > MAX_HEAD or (not complete and len(line) > MAX_LINE):
+        if len(data) > MAX_HEAD + 3 or len(line) > MAX_LINE:  # 3: the blank line may have begun
             raise Refusal(431, f"a head has at most {MAX_HEAD} bytes, and {MAX_LINE} a line")
+        if BARE.search(data) or (complete and not REQUEST_LINE.fullmatch(line)):
+            raise Refusal(400, "the request line must be METHOD /path HTTP/1.1, and lines end with CR LF")
 
     def _receive(self, size: int, deadline: float) -> bytes:
         """With a deadline (monotonic, 0 for none) raises TimeoutError; without, BlockingIOError after IDLE_DEADLINE."""
@@ -3805,7 +3815,8 @@ class Server(http.server.ThreadingHTTPServer):
             self._connections.add(request)
         try:
             threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True).start()
-        except RuntimeError:  # no more threads: this one client is sent away, the others are served
+        except RuntimeError:  # no more threads: this client is sent away, and the next one finds room
+            self._evict()
             self.shutdown_request(request)
 
     def _evict(self) -> bool:
@@ -4223,7 +4234,7 @@ ROUTES = [
     Route("POST", "/v1/tokens", Scope.ADMIN, create_token),
     Route("GET", "/v1/tokens", Scope.ADMIN, lambda api, _: {"tokens": [token.public() for token in api.auth.tokens()]}),
     Route("DELETE", "/v1/tokens/{id}", Scope.ADMIN, revoke_token),
-    Route("GET", "/v1/session", Scope.VIEWER, who_asks, for_app=True),
+    Route("GET", "/v1/session", Scope.ANY, who_asks, for_app=True),
     Route("POST", "/v1/session", Scope.PUBLIC, sign_in),
     Route("DELETE", "/v1/session", Scope.PUBLIC, sign_out),
     Route("GET", "/v1/audit", Scope.ADMIN, list_audit),
