@@ -36,7 +36,6 @@ import http.server
 import ipaddress
 import itertools
 import json
-import json.scanner
 import logging
 import math
 import os
@@ -1058,96 +1057,68 @@ def app_without_entry(repo: str, name: str | None) -> App:
 
 
 class Located(dict[str, Any]):
-    """A mapping of apps.yaml that knows where it stands."""
+    """A mapping of apps.yaml that knows where it stands. Raises AppsError for a key that stands twice."""
 
-    def __init__(self, pairs: Iterable[tuple[str, Any]], line: int, lines: Mapping[str, int]):
+    def __init__(self, pairs: Iterable[tuple[str, Any]], line: int, lines: Iterable[tuple[str, int]]):
         super().__init__(pairs)
         self.line = line
-        self.lines = lines
+        self.lines: dict[str, int] = {}
+        for key, at in lines:
+            if key in self.lines:
+                raise AppsError([(at, f"{key}: stands here for the second time")])
+            self.lines[key] = at
 
     def line_of(self, key: str) -> int:
         return self.lines.get(key, self.line)
 
 
-def refuse_repeated(keys: Iterable[tuple[str, int]]) -> None:
-    """`keys`: (key, line)."""
-    seen: set[str] = set()
-    for key, line in keys:
-        if key in seen:
-            raise AppsError([(line, f"{key}: stands here for the second time")])
-        seen.add(key)
+def parse_json(text: str) -> Any:
+    """Its objects know their lines. Raises AppsError, and ValueError for what is no JSON."""
+    json.loads(text, parse_int=small_integer)
+    ends = [match.start() for match in re.finditer("\n", text)]
+    spans, starts = [], []  # of objects, in the order in which they end: that of the calls of an object_pairs_hook
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[{}]', text):
+        if token[0] == "{":
+            starts.append(token.start())
+        elif token[0] == "}":
+            spans.append((starts.pop(), token.end()))
+    following = iter(spans)
 
-
-class LocatedDecoder(json.JSONDecoder):
-    """JSON whose objects know their line: the decoder of the standard library, in Python, with an object parser around its own."""
-
-    def __init__(self) -> None:
-        super().__init__(object_pairs_hook=list, parse_int=small_integer)
-        self._parse = self.parse_object
-        self.parse_object = self._located
-        self.scan_once = json.scanner.py_make_scanner(self)
-
-    def decode(self, text: str) -> Any:  # type: ignore[override]
-        self._line_ends = [match.start() for match in re.finditer("\n", text)]
-        return super().decode(text)
-
-    def _line(self, at: int) -> int:
-        return bisect.bisect_left(self._line_ends, at) + 1
-
-    def _located(self, text_and_start: tuple[str, int], *rest: Any) -> tuple[Located, int]:
-        pairs, end = self._parse(text_and_start, *rest)
-        text, start = text_and_start
-        lines = [(key, self._line(at)) for key, at in self._places(text, start, end, pairs)]
-        refuse_repeated(lines)
-        return Located(pairs, self._line(start), dict(lines)), end
-
-    @staticmethod
-    def _places(text: str, start: int, end: int, pairs: list[tuple[str, Any]]) -> Iterator[tuple[str, int]]:
-        """Where each key stands, also one that stands twice."""
-        at: dict[str, int] = {}
+    def located(pairs: list[tuple[str, Any]]) -> Located:
+        at, end = next(following)
+        line, lines = bisect.bisect_left(ends, at) + 1, []
         for key, _ in pairs:
-            pattern = re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:"
-            match = re.compile(pattern).search(text, at.get(key, start), end)
-            at[key] = match.end() if match else start
-            yield key, match.start() if match else start
+            match = re.compile(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:").search(text, at, end)
+            at = match.end() if match else at
+            lines.append((key, bisect.bisect_left(ends, match.start()) + 1 if match else line))
+        return Located(pairs, line, lines)
+
+    return json.loads(text, parse_int=small_integer, object_pairs_hook=located)
 
 
-class YamlReader:
-    """YAML's nodes to plain values and Located mappings; an alias is built once, so none can grow."""
+def located_loader(yaml: Any) -> Any:
+    """A SafeLoader whose mappings know their lines. It builds an alias once, so none can grow."""
 
-    def __init__(self, yaml: Any, text: str):
-        self._yaml = yaml
-        self._scalars = yaml.SafeLoader("")
-        self._built: dict[int, Any] = {}
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        self.document = None if node is None else self._value(node)
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_object(self, node: Any, deep: bool = False) -> Any:
+            try:
+                return super().construct_object(node, deep)
+            except (yaml.YAMLError, AppsError, RecursionError):
+                raise
+            except Exception:  # PyYAML lets through what int(), date() and its own tables raise
+                message = f"{node.value[:80]!r} is not a value of the type {node.tag}"
+                raise AppsError([(node.start_mark.line + 1, message)]) from None
 
-    def _value(self, node: Any) -> Any:
-        if id(node) not in self._built:
-            if isinstance(node, self._yaml.MappingNode):
-                self._built[id(node)] = self._mapping(node)
-            elif isinstance(node, self._yaml.SequenceNode):
-                self._built[id(node)] = [self._value(item) for item in node.value]
-            else:
-                self._built[id(node)] = self._scalar(node)
-        return self._built[id(node)]
+        def located(self, node: Any) -> Located:
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise AppsError([(key.start_mark.line + 1, "a key must be a word")])
+            lines = [(key.value, key.start_mark.line + 1) for key, _ in node.value]
+            pairs = [(key.value, self.construct_object(value, deep=True)) for key, value in node.value]
+            return Located(pairs, node.start_mark.line + 1, lines)
 
-    def _scalar(self, node: Any) -> Any:
-        try:
-            return self._scalars.construct_object(node)
-        except Exception:  # PyYAML lets through what int(), date() and its own tables raise
-            raise AppsError(
-                [(node.start_mark.line + 1, f"{node.value[:80]!r} is not a value of the type {node.tag}")]
-            ) from None
-
-    def _mapping(self, node: Any) -> Located:
-        for key, _ in node.value:
-            if not isinstance(key, self._yaml.ScalarNode):
-                raise AppsError([(key.start_mark.line + 1, "a key must be a word")])
-        lines = [(key.value, key.start_mark.line + 1) for key, _ in node.value]
-        refuse_repeated(lines)
-        pairs = [(key.value, self._value(value)) for key, value in node.value]
-        return Located(pairs, node.start_mark.line + 1, dict(lines))
+    Loader.add_constructor("tag:yaml.org,2002:map", Loader.located)
+    return Loader
 
 
 def pyyaml() -> Any:
@@ -1166,7 +1137,7 @@ def parse_yaml(text: str) -> Any:
         error = "reading YAML needs the package PyYAML (apt install python3-yaml, or pip install PyYAML); JSON works without"
         raise AppsError([(1, error)])
     try:
-        return YamlReader(yaml, text).document
+        return yaml.load(text, located_loader(yaml))  # a SafeLoader
     except yaml.reader.ReaderError as error:
         raise AppsError([(text.count("\n", 0, error.position) + 1, "a control character stands here")]) from None
     except yaml.MarkedYAMLError as error:
@@ -1181,7 +1152,7 @@ def parse_apps_text(text: str) -> Any:
         if text.lstrip()[:1] not in ("{", "["):
             return parse_yaml(text) if text.strip() else None
         try:
-            return LocatedDecoder().decode(text)
+            return parse_json(text)
         except ValueError as mistake:
             if pyyaml():  # YAML's own flow style begins like JSON
                 return parse_yaml(text)
