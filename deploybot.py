@@ -389,8 +389,7 @@ ENDED = frozenset((Status.SUCCESS, Status.FAILED, Status.CANCELLED))
 # Why a job ended as it did, where that says more than its status.
 Reason = enum.StrEnum(
     "Reason",
-    ["EXIT_CODE", "FETCH_FAILED", "TIMEOUT", "HEALTH_CHECK", "REJECTED", "AGENT_LOST", "AGENT_CRASHED", "CANCELLED"]
-    + ["SUPERSEDED", "STOPPED", "EXPIRED"],
+    "EXIT_CODE FETCH_FAILED TIMEOUT HEALTH_CHECK REJECTED AGENT_LOST AGENT_CRASHED CANCELLED SUPERSEDED STOPPED EXPIRED",
 )
 # What a route asks for (ANY: whoever has a token), and the last four are roles that a principal has.
 Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
@@ -2091,6 +2090,7 @@ class Auth:
         principal = self.find(sha256(token))
         if principal is None:
             self._failed.add(network_of(address), "tokens from your address were not valid")
+            log.warning("a token that is not valid came from %s", address)
             raise Unauthorized("this token is not valid (any more)")
         return principal
 
@@ -4158,7 +4158,7 @@ def asset(name: str) -> str:
         ) from None
 
 
-def page(name: str) -> Callable[[Controller, Request], Response]:
+def page(name: str) -> Callable[[Controller, Request], Answer]:
     """A page whose one script and one style carry a nonce; nothing else may run or load."""
 
     def show(api: Controller, request: Request) -> Answer:
