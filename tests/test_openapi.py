@@ -20,7 +20,14 @@ import deploybot
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = json.loads((ROOT / "openapi.json").read_text(encoding="utf-8"))
 PAGES = ("www/docs.html", "www/dashboard.html")
-ROLES = ("public", "viewer", "agent", "admin")
+ROLES = ("public", "any", "viewer", "operator", "agent", "admin")
+MAY = {  # least role of a call to the roles that may make it
+    "any": ("viewer", "operator", "agent", "admin"),
+    "viewer": ("viewer", "operator", "admin"),
+    "operator": ("operator", "admin"),
+    "agent": ("agent", "admin"),
+    "admin": ("admin",),
+}
 
 
 # ---------------------------------------------------------------- JSON Schema
@@ -297,6 +304,18 @@ def test_every_call_is_whole():
         where = f"{method} {path}"
         assert op["x-role"] in ROLES and (op["security"] == []) == (op["x-role"] == "public"), where
         assert op["summary"] and op["description"] and set(op["tags"]) <= tags, where
+        said = op["description"].rpartition("\n\n")[2]
+        if op["x-role"] == "any":
+            assert said == "Needs a token, of any role."
+        elif op["x-role"] == "public":
+            assert said == "Needs no token."
+        else:
+            assert tuple(re.findall(r"`(\w+)`", said)) == MAY[op["x-role"]], where
+            assert op.get("x-app", False) == ("of one app" in said), where
+        schemes = [*op["security"]]
+        assert schemes == ([] if not schemes else [{"bearer": []}] + [{"cookie": []}] * (op["x-role"] != "agent")), (
+            where
+        )
         named = {p["name"] for p in map(resolve, op.get("parameters", [])) if p["in"] == "path"}
         assert named == set(re.findall(r"{(\w+)}", path)), where
         for status, response in op["responses"].items():
@@ -308,11 +327,23 @@ def test_every_call_is_whole():
 
 
 def test_the_same_calls_as_routes():
-    said = {(method, path): op["x-role"] for method, path, op in operations()}
-    real = {
-        (route.method, route.pattern): str(getattr(route.scope, "value", route.scope)) for route in deploybot.ROUTES
-    }
+    said = {(method, path): (op["x-role"], op.get("x-app", False)) for method, path, op in operations()}
+    real = {(route.method, route.pattern): (str(route.scope), route.for_app) for route in deploybot.ROUTES}
     assert said == real
+
+
+def test_the_statuses_of_every_call():
+    """What any call of its kind may answer is said of each."""
+    for method, path, op in operations():
+        wanted = {"400", "503", "4XX"}
+        wanted |= {"401", "403", "429"} if op["x-role"] != "public" or path == "/v1/session" else set()
+        wanted |= {"403"} if method != "GET" else set()
+        wanted |= {"413"} if "requestBody" in op else set()
+        wanted |= {"404"} if "{" in path else set()
+        if op["operationId"] == "signOut":
+            wanted -= {"401"}
+        assert wanted <= op["responses"].keys(), f"{method} {path}"
+    assert DOCUMENT["components"]["responses"]["Refused"]["x-statuses"] == [405, 408, 413, 417, 431]
 
 
 def test_version_is_the_controllers():
@@ -346,8 +377,16 @@ def test_page_keeps_markup_and_handlers_out_of_attributes(page):
     for tag in tags:
         assert not re.search(r"\s(?:on[a-z]+|style)\s*=", tag), tag
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|javascript:|localStorage", page
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function|javascript:|localStorage|sessionStorage|document\.cookie",
+        page,
     )
+
+
+def test_dashboard_signs_in_by_cookie_alone():
+    page = (ROOT / "www/dashboard.html").read_text(encoding="utf-8")
+    assert "Authorization" not in page and "Bearer" not in page
+    for call in ('"/v1/session", {method: "POST"', 'read("/v1/session", "DELETE")', 'read("/v1/session")'):
+        assert page.count(call) == 1, call
 
 
 def test_dashboard_is_small():
@@ -401,7 +440,14 @@ def api(make_controller):
     secrets = {"agent_token": tokens["agent"], "read_token": tokens["viewer"], "webhook_secret": SECRET}
     controller = make_controller(apps=json.dumps({"apps": [app]}), open="false", **secrets)
     tokens["admin"] = (controller.folder / "admin.token").read_text().strip()
-    return Api(controller, tokens)
+    api = Api(controller, tokens)
+    tokens["operator"] = make_token(api, role="operator", name="operator")
+    return api
+
+
+def make_token(api, status=201, **asked):
+    """The secret of a new token."""
+    return api.ask("POST", "/v1/tokens", asked, status=status).get("secret")
 
 
 def operation(method, path):
@@ -536,12 +582,163 @@ def test_a_host_with_a_secret_answers_as_documented(api):
     api.ask("POST", "/v1/agents/register", {"hostname": "web-01", "token_sha256": digests[1]}, role="agent", status=409)
 
 
+def test_an_enrolment_answers_as_documented(api):
+    ask = {"hostname": "web-01"}
+    agent = api.ask("POST", "/v1/agents/register", ask, role="agent", status=200)
+    beating = f"/v1/agents/{agent['id']}/heartbeat"
+    api.ask("POST", beating, {"status": "online"}, role="agent", status=403)
+    api.tokens["web-01"] = agent["token"]
+    api.ask("POST", beating, {"status": "online"}, role="web-01", status=200)
+    assert "token" not in api.ask("POST", "/v1/agents/register", ask, role="web-01", status=200)
+    assert (
+        "ctl.py hosts reset web-01" in api.ask("POST", "/v1/agents/register", ask, role="agent", status=409)["detail"]
+    )
+    api.tokens["web-02"] = make_token(api, role="agent", host="web-02")
+    for path, body in ((beating, {"status": "online"}), ("/v1/agents/register", ask)):
+        api.ask("POST", path, body, role="web-02", status=403)
+    assert "token" not in api.ask("POST", "/v1/agents/register", {"hostname": "web-02"}, role="web-02", status=200)
+    assert api.ask("POST", "/v1/hosts/web-01/reset", status=200)["host"]["agent_id"] == agent["id"]
+    api.ask("POST", beating, {"status": "online"}, role="web-01", status=401)
+    assert api.ask("POST", "/v1/agents/register", ask, role="agent", status=200)["id"] == agent["id"]
+
+
+def test_tokens_answer_as_documented(api):
+    made = api.ask(
+        "POST", "/v1/tokens", {"role": "operator", "app": "web-frontend", "name": "ci", "expires_in": 60}, status=201
+    )
+    make_token(api, role="agent", host="web-01.example.com")
+    make_token(api, 409, role="viewer", name="ci")
+    make_token(api, 409, role="viewer", name="admin")
+    wrong = {"role": "public", "name": "-", "host": "a b", "app": "A", "expires_in": 59, "more": 1}
+    assert {error["field"] for error in api.ask("POST", "/v1/tokens", wrong, status=422)["errors"]} == wrong.keys()
+    for role, field in (("admin", "app"), ("agent", "app"), ("viewer", "host")):
+        (error,) = api.ask("POST", "/v1/tokens", {"role": role, field: "web"}, status=422)["errors"]
+        assert error["field"] == field
+    api.tokens["ci"] = made["secret"]
+    api.ask("GET", "/v1/jobs", role="ci", status=200)
+    listed = api.ask("GET", "/v1/tokens", status=200)["tokens"]
+    assert [token["name"] for token in listed][:2] == ["operator", "ci"] and listed[2]["name"].startswith("agent-")
+    assert api.ask("DELETE", f"/v1/tokens/{made['token']['id']}", status=200)["token"]["name"] == "ci"
+    api.ask("GET", "/v1/jobs", role="ci", status=401)
+    api.ask("DELETE", f"/v1/tokens/{made['token']['id']}", status=404)
+
+
+def test_the_token_of_one_app_answers_as_documented(api):
+    api.tokens["ci"] = make_token(api, role="operator", app="web-frontend")
+    ask = {"repo": "myorg/web-frontend", "ref": "main", "host": "web-01"}
+    job = api.ask("POST", "/v1/jobs", ask, role="ci", status=201)["job"]
+    other = create(api, "web-02")
+    api.ask("POST", "/v1/jobs", {**ask, "repo": "myorg/app"}, role="ci", status=403)
+    assert api.ask("GET", "/v1/jobs", role="ci", status=200)["jobs"] == [job]
+    assert [app["name"] for app in api.ask("GET", "/v1/apps", role="ci", status=200)["apps"]] == ["web-frontend"]
+    assert api.ask("GET", "/v1/session", role="ci", status=200)["app"] == "web-frontend"
+    api.ask("GET", "/v1/jobs?app=other", role="ci", status=403)
+    api.ask("GET", "/v1/logs/stream?app=other", role="ci", status=403)
+    api.ask("GET", f"/v1/logs/stream?job_id={other['id']}", role="ci", status=403)
+    for method, action in (("GET", ""), ("GET", "/logs"), ("POST", "/cancel"), ("POST", "/retry")):
+        api.ask(method, f"/v1/jobs/{other['id']}{action}", role="ci", status=403)
+    for method, path, op in operations():
+        if op["x-role"] != "public" and not op.get("x-app"):
+            api.ask(method, filled(path), b"{}", role="ci", status=403)
+    api.ask("POST", f"/v1/jobs/{job['id']}/cancel", role="ci", status=200)
+    api.ask("POST", f"/v1/jobs/{job['id']}/retry", role="ci", status=201)
+
+
+def sign_in(api, token, status=200, **headers):
+    """(what was answered, the cookie's header)."""
+    got, said, data = api.controller.raw("POST", "/v1/session", {"token": token}, {"Authorization": None, **headers})
+    assert got == status, data
+    return api.hold("POST", "/v1/session", got, said, data.decode()), said["Set-Cookie"]
+
+
+def test_a_sign_in_answers_as_documented(api):
+    me, cookie = sign_in(api, api.tokens["operator"])
+    assert (me["name"], me["role"]) == ("operator", "operator") and me["expires_at"]
+    value, *attributes = cookie.split("; ")
+    assert attributes == ["Path=/", "Max-Age=604800", "HttpOnly", "SameSite=Strict"]
+    scheme = DOCUMENT["components"]["securitySchemes"]["cookie"]
+    assert re.fullmatch(scheme["name"] + r"=dbt_[\w-]{43}", value)
+    assert api.ask("GET", "/v1/session", role=None, headers={"Cookie": f"a=b; {value}"}, status=200) == me
+    assert api.ask("GET", "/v1/session", role="viewer", headers={"Cookie": value}, status=200)["role"] == "viewer"
+    assert len(api.ask("GET", "/v1/tokens", status=200)["tokens"]) == 1
+    for _ in range(2):
+        assert api.ask("DELETE", "/v1/session", role=None, headers={"Cookie": value}, status=200) == {}
+    api.ask("GET", "/v1/session", role=None, headers={"Cookie": value}, status=401)
+    for body, status in (({}, 422), ({"token": ""}, 422), ({"token": "dbt_wrong"}, 401), (b"{", 400)):
+        api.ask("POST", "/v1/session", body, role=None, status=status)
+    api.ask("POST", "/v1/session", {"token": api.tokens["agent"]}, role=None, status=403)
+
+
+def test_who_asks_is_told_to_any_token(api):
+    for role in api.tokens:
+        me = api.ask("GET", "/v1/session", role=role, status=200)
+        assert me["role"] == role and me["app"] is me["host"] is me["expires_at"] is None
+    api.tokens["host"] = make_token(api, role="agent", host="web-01")
+    assert api.ask("GET", "/v1/session", role="host", status=200)["host"] == "web-01"
+
+
+def test_a_write_from_another_sites_page_is_403(api):
+    for method, path, _ in operations():
+        if method != "GET":
+            for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+                detail = api.ask(method, filled(path), b"{}", headers=headers, status=403)["detail"]
+                assert "another site" in detail, (method, path)
+
+
+def test_too_many_failed_sign_ins_answer_as_documented(api):
+    for _ in range(10):
+        api.ask("GET", "/v1/session", headers={"Authorization": "Bearer dbt_wrong"}, status=401)
+    for method, path, op in operations():
+        if "429" in op["responses"]:
+            headers = {"Authorization": "Bearer dbt_wrong"}
+            api.ask(method, filled(path), {"token": "dbt_wrong"}, headers=headers, status=429)
+    assert (
+        0 < api.ask("GET", "/v1/jobs", headers={"Authorization": "Bearer dbt_wrong"}, status=429)["retry_after"] <= 60
+    )
+    api.ask("GET", "/v1/jobs", status=200)
+
+
+def test_too_many_writes_answer_as_documented(make_controller):
+    api = Api(make_controller(open=False, token="dbt_admin", rate_limit=2), {"admin": "dbt_admin"})
+    for status in (200, 200, 429):
+        api.ask("POST", "/v1/reload", status=status)
+    api.ask("GET", "/v1/jobs", status=200)
+
+
+def test_the_audit_answers_as_documented(api):
+    """Every action that the document names, and no other."""
+    _, job = running(api, "web-01")
+    finish(api, job)
+    waiting = create(api, "web-02")
+    api.ask("POST", f"/v1/jobs/{waiting['id']}/cancel", status=200)
+    api.ask("POST", f"/v1/jobs/{waiting['id']}/retry", status=201)
+    push(api)
+    for action in ("drain", "resume", "reset"):
+        api.ask("POST", f"/v1/hosts/web-01/{action}", status=200)
+    api.ask("DELETE", "/v1/hosts/web-01", status=200)
+    _, cookie = sign_in(api, api.tokens["operator"])
+    api.ask("DELETE", "/v1/session", role=None, headers={"Cookie": cookie.split(";")[0]}, status=200)
+    api.ask("DELETE", f"/v1/tokens/{api.ask('GET', '/v1/tokens', status=200)['tokens'][0]['id']}", status=200)
+    api.ask("POST", "/v1/reload", status=200)
+    page = api.ask("GET", "/v1/audit?limit=1000", status=200)
+    assert page["next"] is None
+    actions = DOCUMENT["components"]["schemas"]["AuditEntry"]["properties"]["action"]["enum"]
+    assert {entry["action"] for entry in page["audit"]} == set(actions)
+    first = api.ask("GET", "/v1/audit?limit=1", status=200)
+    assert first["audit"] == page["audit"][:1] and first["next"] == page["audit"][0]["id"]
+    assert api.ask("GET", f"/v1/audit?limit=1&before={first['next']}", status=200)["audit"] == page["audit"][1:2]
+    pushes = api.ask("GET", "/v1/audit?who=github&action=push", status=200)["audit"]
+    assert [entry["target"] for entry in pushes] == ["myorg/web-frontend"]
+    for wrong in ("limit=0", "limit=1001", "before=0", "before=x", "how=so", "who=" + "x" * 201):
+        api.ask("GET", f"/v1/audit?{wrong}", status=422)
+
+
 def test_hosts_and_apps_answer_as_documented(api):
     _, job = running(api, "web-01")
     create(api, "web-99")
     hosts = {host["hostname"]: host for host in api.ask("GET", "/v1/hosts", status=200)["hosts"]}
     assert hosts["web-01"]["running"] == 1 and hosts["web-99"]["agent_status"] == "unknown"
-    assert api.ask("POST", "/v1/hosts/web-01/drain", status=200)["host"]["drained"]
+    assert api.ask("POST", "/v1/hosts/web-01/drain", status=200, role="operator")["host"]["drained"]
     assert not api.ask("POST", "/v1/hosts/web-01/resume", status=200)["host"]["drained"]
     api.ask("DELETE", "/v1/hosts/web-01", status=409)
     finish(api, job)
@@ -608,7 +805,7 @@ CALLS = [pytest.param(method, path, op, id=op["operationId"]) for method, path, 
 
 def calls_with(status):
     return [
-        param for param in CALLS if status in param.values[2]["responses"] and param.values[1] != "/v1/webhooks/github"
+        param for param in CALLS if status in param.values[2]["responses"] and param.values[2]["x-role"] != "public"
     ]
 
 
@@ -620,9 +817,8 @@ def test_no_token_and_a_wrong_one(api, method, path, op):
 
 @pytest.mark.parametrize(("method", "path", "op"), calls_with("403"))
 def test_a_role_that_may_not(api, method, path, op):
-    allowed = {"viewer": ("viewer", "admin"), "agent": ("agent", "admin"), "admin": ("admin",)}[op["x-role"]]
-    for role in set(api.tokens) - set(allowed):
-        api.ask(method, filled(path), b"{}", role=role, status=403)
+    for role in set(api.tokens) - set(MAY[op["x-role"]]):
+        assert f"role {op['x-role']}" in api.ask(method, filled(path), b"{}", role=role, status=403)["detail"]
 
 
 @pytest.mark.parametrize(("method", "path", "op"), [param for param in CALLS if "{" in param.values[1]])
