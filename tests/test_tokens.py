@@ -447,6 +447,24 @@ def test_signing_out_ends_the_cookie_and_nothing_else(c):
     assert status(c.acting(answer["secret"])) == 200, "a token is revoked, not signed out"
 
 
+def test_of_many_sign_ins_with_one_token_the_oldest_goes(c, clock, monkeypatch):
+    """Who holds a token cannot fill the database with them."""
+    monkeypatch.setattr(deploybot, "MAX_SESSIONS", 3)
+    other, browsers = signed_in(c, "dbt_read"), []
+    for _ in range(5):
+        clock.advance(1)
+        browsers.append(signed_in(c, "dbt_admin"))
+    assert [c.call("GET", "/v1/session", headers=one)[0] for one in [*browsers, other]] == [
+        401,
+        401,
+        200,
+        200,
+        200,
+        200,
+    ]
+    assert stored(c, "SELECT count(*) FROM tokens") == [(4,)]
+
+
 def test_a_token_that_is_sent_counts_for_more_than_the_cookie(c):
     browser = {**signed_in(c, "dbt_read"), "Authorization": "Bearer dbt_admin"}
     assert c.call("GET", "/v1/session", headers=browser)[1]["name"] == "admin"
