@@ -1388,7 +1388,8 @@ class Queries:
         return self._db.execute(sql, values).fetchall()
 
     def meta(self, name: str) -> str:
-        return str(self.one("SELECT value FROM meta WHERE name = ?", name)[0])
+        """Empty where there is none."""
+        return str((self.one("SELECT value FROM meta WHERE name = ?", name) or ("",))[0])
 
     def last_position(self) -> int:
         return int(self.one("SELECT coalesce(max(position), 0) FROM events")[0])
@@ -1592,6 +1593,13 @@ class Tx(Queries):
         """(last contact, agent id) of each."""
         self._db.executemany("UPDATE agents SET last_heartbeat = ? WHERE id = ?", seen)
 
+    def begin_epoch(self, epoch: str) -> None:
+        """Of a copy: its positions count anew, no job gets another attempt, no agent has a session."""
+        self._do("UPDATE meta SET value = ? WHERE name = 'epoch'", epoch)
+        self._do("DELETE FROM meta WHERE name = 'copied_at'")
+        self._do("UPDATE jobs SET retries = 0 WHERE status = 'running'")
+        self._do("UPDATE agents SET session = ''")
+
     def audited(self, at: str, by: Principal, action: str, target: str, detail: str = "") -> None:
         """Who did it, and from where: in the transaction that does it."""
         self.add("audit", None, at, by.name, by.address, action, target, detail)
@@ -1627,6 +1635,144 @@ class Tx(Queries):
         self._do(f"PRAGMA incremental_vacuum({pages})").fetchall()
 
 
+OLDEST_SQLITE = (3, 37)  # the first with STRICT tables; RETURNING came with 3.35, VACUUM INTO with 3.27
+DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+BESIDE = (
+    "-wal",
+    "-shm",
+    "-journal",
+)  # what SQLite keeps beside a database, and takes for a part of whatever stands there
+RESTORE = "restore a backup: deploybot.py restore FILE"
+
+
+class Facts(NamedTuple):
+    schema: int
+    jobs: int
+    agents: int
+
+
+@contextlib.contextmanager
+def database_errors(path: object) -> Iterator[None]:
+    """What is wrong with that database becomes a StartError of one line, which says what to do where it is damaged."""
+    try:
+        yield
+    except OSError as error:
+        raise StartError(f"database {path}: {error.strerror}: {error.filename}") from None
+    except sqlite3.Error as error:
+        hint = f"; {RESTORE}" if getattr(error, "sqlite_errorcode", 0) & 0xFF in DAMAGE else ""
+        raise StartError(f"database {path}: {error}{hint}") from None
+    except (Unavailable, ValueError, TypeError, LookupError) as error:  # what stands in it makes no sense
+        log.debug("database %s", path, exc_info=True)
+        raise StartError(f"database {path}: damaged: {error}; {RESTORE}") from None
+
+
+def lock_database(path: pathlib.Path) -> Any:
+    """The lock file, locked: two daemons on one database would hand out a job twice."""
+    file = open(f"{path}.lock", "w")  # noqa: SIM115 (held for as long as the store is)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise StartError(f"database {path}: another deploybot.py uses it") from None
+    return file
+
+
+def connect(path: pathlib.Path, mode: str = "rwc") -> sqlite3.Connection:
+    """Mode `ro` changes nothing: it neither writes the WAL back nor removes it."""
+    uri = f"{path.absolute().as_uri()}?mode={mode}"
+    return sqlite3.connect(
+        uri, timeout=10.0, isolation_level=None, check_same_thread=False, cached_statements=256, uri=True
+    )
+
+
+def schema_of(db: sqlite3.Connection, path: pathlib.Path) -> int:
+    """0 of an empty database. Raises StartError for one that is not ours, or made by a newer DeployBot."""
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: {OLDEST_SQLITE[0]}.{OLDEST_SQLITE[1]} is needed")
+    version, newest = db.execute("PRAGMA user_version").fetchone()[0], len(MIGRATIONS)
+    tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
+    if version < 0 or not ({"meta", "jobs"} <= tables if version else not tables):
+        raise StartError(f"database {path}: not one of DeployBot's, or damaged: choose another --db, or {RESTORE}")
+    if version > newest:
+        raise StartError(f"database {path}: made by a newer DeployBot (schema {version}, this one knows {newest})")
+    return version
+
+
+def examine(path: pathlib.Path) -> Facts:
+    """Reads all of a database, whose daemon may run. Raises StartError where it is not whole or not ours."""
+    with database_errors(path), contextlib.closing(connect(path, "ro")) as db:
+        schema = schema_of(db, path)
+        found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if found != "ok":
+            raise StartError(f"database {path}: damaged: {found}; {RESTORE}")
+        return Facts(schema, *Queries(db).one("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)"))
+
+
+def sync(path: pathlib.Path) -> None:
+    """Makes a file, or what was created, renamed and removed in a folder, outlive a power cut."""
+    file = os.open(path, os.O_RDONLY)
+    os.fsync(file)
+    os.close(file)
+
+
+def copy_database(source: pathlib.Path, target: pathlib.Path) -> Facts:
+    """A snapshot as a file of its own (0600), there whole or not at all. Only reads the source, whose daemon may run.
+
+    It says that it is a copy: a daemon that serves it one day begins a new epoch (Jobs.recover).
+    """
+    partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
+    if target.resolve() in [pathlib.Path(f"{source.resolve()}{end}") for end in ("", ".lock", *BESIDE)]:
+        raise StartError(f"{target} is the database itself: choose another FILE")
+    with database_errors(f"{source} to {target}"):
+        try:
+            with contextlib.closing(connect(source, "ro")) as db:
+                schema_of(db, source)
+                os.close(os.open(partial, os.O_CREAT | os.O_EXCL, 0o600))
+                db.execute("VACUUM INTO ?", (str(partial.absolute()),))
+            with contextlib.closing(connect(partial)) as db:
+                db.execute("PRAGMA journal_mode = OFF")  # it is nobody's yet
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('copied_at', strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))")
+            facts = examine(partial)
+            sync(partial)
+            os.replace(partial, target)
+            sync(target.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    return facts
+
+
+def give_to_owner(path: pathlib.Path) -> None:
+    """Root, who restores, leaves nothing that the daemon's user cannot open."""
+    if os.geteuid() == 0:
+        folder = path.parent.stat()
+        os.chown(path, folder.st_uid, folder.st_gid)
+
+
+def restore_database(source: pathlib.Path, path: pathlib.Path, kept: pathlib.Path) -> Facts:
+    """Puts a copy of `source` in the place of a database that no daemon serves; what was there is kept.
+
+    It may be killed anywhere: while PATH.restoring is there no daemon starts, the old files have their new names before they lose
+    the old ones, and to restore once more ends the work.
+    """
+    ready = pathlib.Path(f"{path}.restoring")
+    with database_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with lock_database(path):
+            give_to_owner(pathlib.Path(f"{path}.lock"))
+            examine(source)
+            facts = copy_database(source, ready)
+            give_to_owner(ready)
+            for end in (*BESIDE, ""):
+                with contextlib.suppress(FileNotFoundError):
+                    os.link(f"{path}{end}", f"{kept}{end}")
+            for end in BESIDE:
+                pathlib.Path(f"{path}{end}").unlink(missing_ok=True)
+            sync(path.parent)
+            os.replace(ready, path)
+            sync(path.parent)
+    return facts
+
+
 class Work:
     """What one caller of Store.write() wants done, and how it went."""
 
@@ -1645,49 +1791,33 @@ class Store:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        try:
+        with database_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock_file = self._lock_out_others(path)
-            self._db = self._connect(path)
+            self._lock_file = lock_database(path)
+            if os.path.exists(f"{path}.restoring"):
+                raise StartError(f"database {path}: a restore was interrupted; {RESTORE}")
+            self._db = connect(path)
             self._prepare()
             self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
             for _ in range(READERS):
-                reader = self._connect(path)
+                reader = connect(path)
                 reader.execute("PRAGMA query_only = ON")
                 self._readers.put(reader)
             self.position = Queries(self._db).last_position()
-        except OSError as error:
-            raise StartError(f"database {path}: {error.strerror}: {error.filename}") from None
-        except sqlite3.Error as error:
-            raise StartError(f"database {path}: {error}") from None
         # Work that waits for a commit; appended by any thread, taken by the one that holds _writer.
         self._waiting: collections.deque[Work] = collections.deque()
         # Guards _db and position. Whoever holds it commits for all that wait; the others find their work done.
         self._writer = threading.Lock()
 
-    @staticmethod
-    def _lock_out_others(path: pathlib.Path) -> Any:
-        """Two daemons on one database would hand out a job twice."""
-        file = open(f"{path}.lock", "w")  # noqa: SIM115 (held for as long as the store is)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise StartError(f"database {path}: another deploybot.py uses it") from None
-        return file
-
-    @staticmethod
-    def _connect(path: pathlib.Path) -> sqlite3.Connection:
-        return sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False, cached_statements=256)
-
     def _prepare(self) -> None:
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version > len(MIGRATIONS):
-            raise StartError(
-                f"database {self.path}: made by a newer DeployBot (schema {version}, this one knows {len(MIGRATIONS)})"
-            )
+        version = schema_of(self._db, self.path)
         if version == 0:
+            log.warning("%s is not there: a new database is made", self.path)
             self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        elif version < len(MIGRATIONS):
+            kept = self.path.with_name(f"{self.path.name}.schema-{version}")
+            copy_database(self.path, kept)
+            log.warning("%s is brought to schema %d; as it was, it is kept as %s", self.path, len(MIGRATIONS), kept)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # what a client was told is done survives a power cut
         for number in range(version, len(MIGRATIONS)):
@@ -1743,9 +1873,9 @@ class Store:
         self._db.execute("SAVEPOINT work")
         try:
             value, failure = work.do(tx), None
-        except sqlite3.OperationalError:
-            raise
         except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                raise
             self._db.execute("ROLLBACK TO work")
             tx.position = position
             del tx.effects[effects:]
@@ -2454,6 +2584,11 @@ class Jobs:
     def recover(self) -> None:
         """Rebuilds memory from the database: agents, leases, which start anew, and the queue in its old order."""
         with self.store.read() as db:
+            copied_at = db.meta("copied_at")
+        if copied_at:
+            self.store.write(functools.partial(self._begin_anew, copied_at=copied_at))
+            log.warning("this is the backup of %s: a new epoch begins, jobs that waited are cancelled", copied_at)
+        with self.store.read() as db:
             for agent in db.agents():
                 agent.contact = self.clock.monotonic() - max(0.0, self.clock.now() - unix_time(agent.last_heartbeat))
                 self._remember(agent)
@@ -2461,6 +2596,14 @@ class Jobs:
                 self._lease(job, answered=0)
             for host, job_id, app in db.waiting():
                 self.queue.put(host, job_id, app)
+
+    def _begin_anew(self, tx: Tx, copied_at: str) -> None:
+        """A copy is served for the first time: no position, attempt or session that came after it was made is given out again."""
+        for job in tx.jobs({"status": Status.PENDING}, None, None, -1):
+            error = f"the database was restored from the backup of {copied_at}"
+            self._end(tx, job, Status.CANCELLED, Reason.CANCELLED, error=error)
+        self.epoch = secrets.token_hex(4)
+        tx.begin_epoch(self.epoch)
 
     # -- agents --------------------------------------------------------------------------------------------------------
 
@@ -2567,6 +2710,8 @@ class Jobs:
     def _current(self, agent_id: str, beat: Heartbeat) -> Agent:
         """The agent as registered last; raises NotFound, and Conflict where this call speaks for an older session."""
         agent = self._agent(agent_id)
+        if not agent.session:
+            raise NotFound(f"{agent.hostname} has no session any more: register again")
         if beat.session not in (None, agent.session):
             raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
         return agent
@@ -4267,6 +4412,15 @@ def tokens_of(config: Config) -> dict[str, Principal]:
     return tokens
 
 
+OTHER_VERBS = """
+Other verbs:
+  backup FILE               write a copy of the database, also while the controller runs
+  restore FILE              put a backup in the place of the database; the controller must be stopped
+  doctor                    check the database, the settings and the machine, and say what to do
+  check-apps FILE           say whether FILE would be taken as apps.yaml
+"""
+
+
 class Daemon:
     """The controller as a process: builds the parts, serves, sweeps, stops."""
 
@@ -4278,8 +4432,9 @@ class Daemon:
         self.store = Store(config.db)
         self.queue, self.metrics = JobQueue(), Metrics()
         self.hub = EventHub(self.store.position)
-        self.jobs = Jobs(self.store, self.queue, self.hub, self.apps, self.metrics, config, clock)
-        self.jobs.recover()
+        with database_errors(config.db):
+            self.jobs = Jobs(self.store, self.queue, self.hub, self.apps, self.metrics, config, clock)
+            self.jobs.recover()
         self.auth = Auth(tokens_of(config), config.open, self.jobs.host_of_secret, self.store, clock)
         self.api = Controller(
             *(config, clock, self.store, self.jobs, self.auth, self.apps, self.metrics, self.started, pulse),
@@ -4378,23 +4533,29 @@ def run(daemon: Daemon, signals: int) -> None:
         daemon.sweep()
 
 
-def serve(arguments: list[str]) -> int:
-    """Runs the controller until SIGTERM or SIGINT."""
+def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
+    """What all verbs share: every option, and the FILE of those that take one."""
+    secret_lines = "".join(f"  DEPLOYBOT_{name.upper():<16}{help}\n" for name, help in SECRETS.items())
     parser = argparse.ArgumentParser(
-        prog="deploybot.py",
-        description="The deployment controller. SIGHUP reads apps.yaml again, SIGTERM stops.",
-        epilog="Secrets are never flags:\n"
-        + "".join(f"  DEPLOYBOT_{name.upper():<16}{help}\n" for name, help in SECRETS.items())
-        + "Each also as ..._FILE, which names a file that holds it.\n\nOther verbs:\n  check-apps FILE           say whether "
-        "FILE would be taken as apps.yaml",
+        prog=f"deploybot.py {verb}".strip(),
+        description=description,
+        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it.\n{OTHER_VERBS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"deploybot {VERSION}")
+    if verb in ("backup", "restore"):
+        parser.add_argument("file", metavar="FILE", type=pathlib.Path)
     for option in OPTIONS:
         more = {"action": "store_const", "const": "true"} if option.parse is flag else {"metavar": option.field.upper()}
         parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
-    config = Config.load(vars(parser.parse_args(arguments)), os.environ)
+    given = vars(parser.parse_args(arguments))
+    return Config.load(given, os.environ), given.get("file", pathlib.Path())
+
+
+def serve(arguments: list[str]) -> int:
+    """Runs the controller until SIGTERM or SIGINT."""
+    config, _ = parse("", "The deployment controller. SIGHUP reads apps.yaml again, SIGTERM stops.", arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormat(config.log_format == "json"))
     log.addHandler(handler)
@@ -4407,6 +4568,30 @@ def serve(arguments: list[str]) -> int:
     daemon.start()
     run(daemon, signals)
     daemon.stop()
+    return 0
+
+
+def told(path: pathlib.Path, facts: Facts) -> str:
+    return f"{path}: {path.stat().st_size / MIB:.1f} MiB, {facts.jobs} jobs, schema {facts.schema}"
+
+
+def backup(arguments: list[str]) -> int:
+    config, file = parse("backup", "Write a copy of the database to FILE, also while the controller runs.", arguments)
+    print(told(file, copy_database(config.db, file)))
+    return 0
+
+
+def restore(arguments: list[str]) -> int:
+    config, file = parse("restore", "Put a backup in the place of the database.", arguments)
+    os.umask(0o077)
+    kept = config.db.with_name(f"{config.db.name}.before-restore-{Clock().stamp().replace(':', '')}")
+    print(told(config.db, restore_database(file, config.db, kept)))
+    if kept.exists():
+        print(f"what was there before is kept as {kept}")
+    print(
+        "Now start the controller. It cancels the jobs that were waiting, lets agents register anew, and takes the results of jobs that "
+        "still run.\nTokens and hosts are as they were then: ctl.py token list, ctl.py hosts."
+    )
     return 0
 
 
@@ -4430,7 +4615,12 @@ def check_apps(arguments: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {"serve": serve, "check-apps": check_apps}
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "serve": serve,
+    "backup": backup,
+    "restore": restore,
+    "check-apps": check_apps,
+}
 
 
 def main(arguments: list[str]) -> int:
