@@ -98,7 +98,7 @@ def fill(path, jobs=3, ended=0):
             queued_at=clock.stamp(),
         )  # fmt: skip
         made.append(job)
-    store.write(lambda tx: [tx.add_job(job) for job in made])
+    store.write(lambda tx: [tx.add("jobs", *job) for job in made])
     store.close()
 
 
@@ -367,7 +367,7 @@ def test_a_write_that_meets_damage_is_told_to_try_later(db, statement):
     store._db = Damaged()
     job = deploybot.NO_JOB._replace(id="x")
     with pytest.raises(Unavailable, match="malformed"):
-        store.write(lambda tx: tx.add_job(job))
+        store.write(lambda tx: tx.add("jobs", *job))
     store._db = real
     assert not real.in_transaction
     store.close()
