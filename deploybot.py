@@ -92,6 +92,7 @@ GRACE = 60  # seconds that an agent gets to report a timeout before the controll
 POLL_INTERVAL = 5  # seconds between heartbeats of an agent that does not park
 FLUSH_INTERVAL = 10.0  # seconds between two writings of the agents' last contact
 MAX_SESSIONS = 100  # browsers that are signed in with one token: the oldest goes
+LONG_SWEEP = 5.0  # seconds between two sweeps after which it was the controller that was away, not its agents
 SESSION_LIFETIME = 7 * 86400  # seconds that a browser stays signed in
 DELIVERY_DAYS = 30  # days that a delivery is remembered: GitHub redelivers for three
 RETENTION_PAUSE = 3600.0  # seconds between two walks over the old jobs
@@ -1288,9 +1289,12 @@ class Apps:
         self.path = path
         self.all: tuple[App, ...] = ()
 
+    def put(self, apps: tuple[App, ...]) -> None:
+        self.all = apps
+
     def load(self) -> None:
         """Raises AppsError or OSError; then the mapping in force stays."""
-        self.all = read_apps(self.path)
+        self.put(read_apps(self.path))
 
     def named(self, name: str) -> App | None:
         return next((app for app in self.all if app.name == name), None)
@@ -2209,7 +2213,7 @@ class Auth:
             found = COOKIE_VALUE.search(headers.get("cookie", ""))
             principal = self.find(sha256(found[1])) if found else None  # one that ran out is none
             if principal or (self._open and is_local()):
-                return principal or Principal("local", Scope.ADMIN)
+                return (principal or Principal("local", Scope.ADMIN))._replace(address=address)
             raise Unauthorized(NO_TOKEN)
         if kind.lower() != "bearer":
             raise Unauthorized(NO_TOKEN)
@@ -2222,10 +2226,16 @@ class Auth:
             self._failed.add(network_of(address), "tokens from your address were not valid")
             log.warning("a token that is not valid came from %s", address)
             raise Unauthorized("this token is not valid (any more)")
-        return principal
+        return principal._replace(address=address)
 
     def find(self, digest: str) -> Principal | None:
-        """Whose token has this SHA-256, if it counts now."""
+        """Whose token has this SHA-256, if it counts now; to ask is to use it."""
+        principal = self._known(digest)
+        if principal and principal.digest:
+            self._used.add(digest)
+        return principal
+
+    def _known(self, digest: str) -> Principal | None:
         found = self._configured.get(digest)
         if found is not None:
             return found
@@ -2233,19 +2243,16 @@ class Auth:
         if host is not None:
             return Principal(f"agent:{host}", Scope.AGENT, host, is_own=True)
         token = self._tokens.get(digest)
-        if token is None or not self._counts(token):
-            return None
-        self._used.add(digest)
-        return token.principal()
+        return token.principal() if token and self._counts(token) else None
 
     def _counts(self, token: Token) -> bool:
         if token.expires_at is not None and token.expires_at <= self._clock.stamp():
             return False
-        return token.parent is None or self.find(token.parent) is not None
+        return token.parent is None or self._known(token.parent) is not None
 
     def still(self, principal: Principal) -> bool:
         """Whether the token that was good when a long call began still is."""
-        return not principal.digest or self.find(principal.digest) is not None
+        return not principal.digest or self._known(principal.digest) is not None
 
     def expiry(self, principal: Principal) -> str | None:
         token = self._tokens.get(principal.digest)
@@ -2274,7 +2281,7 @@ class Auth:
 
     def sign_in(self, text: str, address: str) -> tuple[Token, str]:
         """A token of its own for a browser, and its secret. Raises Forbidden for the tokens of agents."""
-        by = self.of_token(text, address)._replace(address=address)
+        by = self.of_token(text, address)
         if not by.may(Scope.VIEWER):
             raise Forbidden(f"a token of the role {by.scope} cannot sign in")
         asked = TokenRequest(by.scope, None, None, by.app, SESSION_LIFETIME)
@@ -2327,18 +2334,23 @@ class Auth:
             del self._tokens[other.sha256]
 
     def sweep(self) -> None:
-        """Writes down which tokens were used, and forgets the sign-ins that ran out."""
-        now = self._clock.monotonic()
-        if now - self._flushed < FLUSH_INTERVAL:
-            return
-        self._flushed, used, self._used = now, self._used, set()
+        """Every FLUSH_INTERVAL: which tokens were used, and an end for the sign-ins that ran out."""
+        if self._clock.monotonic() - self._flushed >= FLUSH_INTERVAL:
+            self._flushed = self._clock.monotonic()
+            self.flush()
+
+    def flush(self) -> None:
+        used, self._used = self._used, set()
         at = self._clock.stamp()
         over = [token for token in list(self._tokens.values()) if token.parent and not self._counts(token)]
 
+        def remember() -> None:
+            for digest in used & self._tokens.keys():
+                self._tokens[digest] = self._tokens[digest]._replace(last_used_at=at)
+
         def do(tx: Tx) -> None:
             tx.used_tokens(at, used)
-            for digest in used & self._tokens.keys():
-                tx.after(self._tokens.__setitem__, digest, self._tokens[digest]._replace(last_used_at=at))
+            tx.after(remember)
             for token in over:
                 tx.remove_token(token.sha256)
                 tx.after(self._forget, token)
@@ -2569,7 +2581,7 @@ class Jobs:
         self._by_host: dict[str, Agent] = {}
         self._hosts_by_secret: dict[str, str] = {}  # SHA-256 of a secret to its host
         self._leases: dict[str, dict[str, Lease]] = {}  # host to job id to lease
-        self._flushed = clock.monotonic()
+        self._flushed = self._swept = clock.monotonic()
         self._ticks = itertools.count(1)  # orders the coming of heartbeats and the writing of answers
         self._retained = ""  # the last job that the walk over the old ones looked at
         self._retention_due = clock.monotonic()
@@ -2779,7 +2791,7 @@ class Jobs:
     def _claim(self, tx: Tx, agent: Agent, job_id: str, app: str) -> Job | None:
         """pending -> running for the session of this agent, decided in the database, where claims come one after another."""
         registered = tx.agent_of(agent.hostname)
-        if registered is None:
+        if registered is None or not registered.session:
             raise NotFound(f"no agent {agent.id}: register again")
         if registered.session != agent.session:
             raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
@@ -2910,13 +2922,14 @@ class Jobs:
 
     def _app_of(self, asked: JobRequest) -> App:
         """The app that the request names; the only one of the repository; else one by convention. Raises ValidationError."""
-        if asked.app is None:
-            apps = self.apps.of_repo(asked.repo)
-            return apps[0] if len(apps) == 1 else app_without_entry(asked.repo, None)
-        app = self.apps.named(asked.app)
-        if app and app.repo.lower() != asked.repo.lower():
+        apps = self.apps.of_repo(asked.repo)
+        if asked.app is None and len(apps) == 1:
+            return apps[0]
+        unnamed = app_without_entry(asked.repo, asked.app)
+        app = self.apps.named(unnamed.name) or unnamed
+        if app.repo.lower() != asked.repo.lower():
             raise ValidationError([("app", f"{app.name} belongs to {app.repo}")])
-        return app or app_without_entry(asked.repo, asked.app)
+        return app
 
     def _submit(self, tx: Tx, asked: JobRequest, app: App, by: str, retry_of: str | None = None) -> tuple[Job, bool]:
         existing = None if asked.force else tx.open_job(asked.repo, asked.ref, asked.host, app.name)
@@ -3127,10 +3140,13 @@ class Jobs:
     def sweep(self) -> None:
         """What time brings: lost agents, jobs over their time, pending jobs that waited too long. Called about once a second."""
         now = self.clock.monotonic()
+        away, self._swept = now - self._swept, now
         with self._lock:
             leases = [lease for held in self._leases.values() for lease in held.values()]
             contacts = {host: agent.contact for host, agent in self._by_host.items()}
         for lease in leases:
+            if away > min(LONG_SWEEP, self.config.lost_after / 2):  # we were stopped, and nobody could reach us
+                lease.since, lease.deadline = now, lease.deadline + away
             quiet = now - max(lease.since, contacts.get(lease.host, 0.0))
             if now > lease.deadline:
                 error = "ran for longer than its timeout, and the agent did not say so"
@@ -3639,10 +3655,9 @@ class Dispatcher:
         if route.method != "GET":
             refuse_other_sites(request)
         if route.scope is not Scope.PUBLIC:
-            principal = self._auth.principal(
+            request.principal = principal = self._auth.principal(
                 request.headers, request.address, lambda: is_from_here(request.peer, request.headers)
             )
-            request.principal = principal._replace(address=request.address)
             if not principal.may(route.scope):
                 raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {principal.scope}")
             if principal.app and not route.for_app:
@@ -4180,12 +4195,16 @@ def list_apps(api: Controller, request: Request) -> Answer:
 
 def reload_apps(api: Controller, request: Request) -> Answer:
     try:
-        api.apps.load()
+        found = read_apps(api.apps.path)
     except OSError as error:
         raise Unavailable(f"{api.apps.path} cannot be read: {error.strerror}; the mapping in force stays") from None
-    found = f"{len(api.apps.all)} apps"
-    api.store.write(lambda tx: tx.audited(api.clock.stamp(), request.principal, "reload", str(api.apps.path), found))
-    return {"apps": len(api.apps.all), "message": f"{api.apps.path} is in force"}
+
+    def do(tx: Tx) -> None:
+        tx.audited(api.clock.stamp(), request.principal, "reload", str(api.apps.path), f"{len(found)} apps")
+        tx.after(api.apps.put, found)
+
+    api.store.write(do)
+    return {"apps": len(found), "message": f"{api.apps.path} is in force"}
 
 
 def frame(event: Event, epoch: str) -> bytes:
@@ -4508,6 +4527,7 @@ class Daemon:
         self.server.stop()
         with contextlib.suppress(Unavailable):
             self.jobs.flush_contacts()
+            self.auth.flush()
         self.store.close()
         log.info("stopped")
 
