@@ -9,6 +9,10 @@ Threads: the main thread acts on signals and on the end of jobs. One thread send
 (git, scripts, their output) and the uploader (log lines, then the result). Locks, none of which is held while another is
 taken: Agent._lock, Spool._ready, Children._lock, Stop._lock.
 
+Rights. git runs as the agent. Scripts run as the agent, or as the user that --run-as names, who then owns what was checked out
+and nothing else: the mirror, `current`, the tracking files and the secret stay the agent's. A script's environment is made
+anew, and the values that --env-file puts into it are masked in what goes up.
+
 Output and lines. A message is one line of output without its newline. A line that stays without one for PARTIAL_AFTER, or
 grows past LINE_LIMIT, goes up in pieces, each a message of its own, so the stored messages put end to end are the output
 less its newlines: nothing missing, nothing twice. Output is read as UTF-8; what is none becomes U+FFFD. What the agent
@@ -36,6 +40,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import fnmatch
 import hashlib
 import http.client
 import json
@@ -56,8 +61,8 @@ import subprocess
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -91,6 +96,8 @@ CAPTURE_LIMIT = 16 * 1024  # of what a git command says
 ERROR_LIMIT = 4096  # the controller cuts longer errors
 KEEP_RELEASES = 5
 KEEP_ENTRIES = 1000  # tracking files of acknowledged attempts, so that none is started twice
+MASK_FROM = 6  # characters: a shorter value would mask half of a log
+GAP_LIMIT = 5  # gaps in a row that are closed from the spool; a controller that names one after another is not followed for ever
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_NEWER, EXIT_BUSY = range(5)
 
@@ -166,6 +173,13 @@ def without_passwords(text: str) -> str:
     return re.sub(r"://[^/@\s]+@", "://***@", text)
 
 
+def user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return f"user {os.geteuid()}"
+
+
 def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -188,33 +202,53 @@ def write_whole(path: Path, text: str, sync: bool = True) -> None:
         sync_folder(path.parent)
 
 
-def remove_tree(path: Path) -> None:
-    """Removes what can be removed, a file as well. Some builds leave folders without the right to write (Go's module cache)."""
-    if not path.is_dir():
-        return path.unlink(missing_ok=True)
-    shutil.rmtree(path, ignore_errors=True)
-    if not path.exists():
-        return
+def open_folders(path: Path) -> None:
     with contextlib.suppress(OSError):
         path.chmod(0o700)
     for folder, names, _ in os.walk(path):
-        for name in names:
+        for entry in (os.path.join(folder, name) for name in names):
             with contextlib.suppress(OSError):
-                os.chmod(os.path.join(folder, name), 0o700, follow_symlinks=True)
+                if not os.path.islink(entry):
+                    os.chmod(entry, 0o700)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes what can be removed, a file as well. Some builds leave folders without the right to write (Go's module cache)."""
+    if path.is_symlink() or not path.is_dir():
+        return path.unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
+    if path.exists() and os.geteuid() != 0:  # root needs no such right, and could be led elsewhere by whoever owns this
+        open_folders(path)
+        shutil.rmtree(path, ignore_errors=True)
     if path.exists():
         log.warning("%s could not be removed", path)
 
 
 def take_lock(path: Path) -> int | None:
     """A file lock that ends with this process; None while another holds it. Scripts do not inherit it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def take_name(name: str) -> socket.socket | None:
+    """A name on this machine that ends with this process, whatever folder or user it works in; None while another holds it.
+
+    An abstract socket, unix(7): no file that two users would have to share. Other systems than Linux have none, nothing is
+    held there.
+    """
+    holder = socket.socket(socket.AF_UNIX)
+    try:
+        holder.bind("\0deploybot-" + hashlib.sha256(name.encode()).hexdigest())
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            holder.close()
+            return None
+    return holder
 
 
 class Backoff:
@@ -268,6 +302,16 @@ class Limits:
 # Owns: flags over environment over defaults, every problem at once. Ignores: whether the controller is there.
 
 
+class Account(NamedTuple):
+    """Whose rights scripts have."""
+
+    name: str
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    home: str
+
+
 @dataclass(frozen=True)
 class Config:
     url: str
@@ -278,6 +322,9 @@ class Config:
     once: bool = False
     log_level: str = "INFO"
     token: str | None = None
+    allow_repos: tuple[str, ...] = ()  # none: any
+    account: Account | None = None
+    variables: dict[str, str] = field(default_factory=dict)  # for scripts, from --env-file
 
 
 # flag, variable, help. No secret is ever a flag: others on this machine can read command lines.
@@ -286,6 +333,13 @@ OPTIONS = (
     ("--hostname", "DEPLOYBOT_HOSTNAME", "the host whose jobs to take (this machine's name)"),
     ("--workdir", "DEPLOYBOT_WORKDIR", "mirrors, releases, the agent's own state (/var/lib/deploybot-agent as root)"),
     ("--git-protocols", "DEPLOYBOT_GIT_PROTOCOLS", "what git may fetch over (https:ssh); add file for trials"),
+    (
+        "--allow-repo",
+        "DEPLOYBOT_ALLOW_REPO",
+        "what may be deployed here: myorg/*; again, or with commas, for more (any)",
+    ),
+    ("--run-as", "DEPLOYBOT_RUN_AS", "the user that scripts run as, where the agent is root (the agent's own user)"),
+    ("--env-file", "DEPLOYBOT_ENV_FILE", "NAME=VALUE lines for scripts; the values are shown as *** in logs (none)"),
     ("--slots", "DEPLOYBOT_SLOTS", "how many jobs run at once, each of another app, 1 to 64 (1)"),
     ("--log-level", "DEPLOYBOT_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR (INFO)"),
 )
@@ -303,7 +357,8 @@ def build_parser() -> argparse.ArgumentParser:
         "4 another agent works in this folder.",
     )
     for flag, variable, text in OPTIONS:
-        parser.add_argument(flag, metavar="VALUE", help=f"{text} [{variable}]")
+        action = "append" if flag == "--allow-repo" else "store"
+        parser.add_argument(flag, metavar="VALUE", action=action, help=f"{text} [{variable}]")
     parser.add_argument("--once", action="store_true", help="take one job and end")
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
     return parser
@@ -345,17 +400,105 @@ def read_token(env: dict[str, str], problems: list[str]) -> str | None:
     return token or None
 
 
+def repo_patterns(text: str, problems: list[str]) -> tuple[str, ...]:
+    patterns = tuple(part.strip().lower() for part in text.split(",") if part.strip())
+    if not all(re.fullmatch(r"[a-z0-9._*?\[\]!-]+/[a-z0-9._*?\[\]!-]+", pattern) for pattern in patterns):
+        problems.append("--allow-repo: must be OWNER/NAME, each with * or ? where need be, as myorg/*")
+    return patterns
+
+
+def find_account(name: str, problems: list[str]) -> Account | None:
+    if not name:
+        return None
+    try:
+        entry = pwd.getpwnam(name)
+    except (KeyError, ValueError):
+        problems.append(f"--run-as: there is no user {one_line(name)!r} on this machine")
+        return None
+    if os.geteuid() != 0:
+        problems.append(f"--run-as: only root can run scripts as another user; this agent runs as {user_name()}")
+    if entry.pw_uid == 0:
+        problems.append("--run-as: is to take rights away from scripts, and root has them all")
+    groups = tuple(os.getgrouplist(entry.pw_name, entry.pw_gid))
+    return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir)
+
+
+# One item of systemd.exec(5)'s EnvironmentFile=: a comment, or a name, values in quotes (which may hold ends of lines), and a
+# value without.
+ENV_ITEM = re.compile(
+    r"[#;][^\r\n]*|(?P<name>[^=\r\n]*)=[ \t]*"
+    r"(?P<quoted>(?:(?:'[^']*'|\"(?:\\[\s\S]|[^\"\\])*\")[ \t]*)*)(?P<plain>(?:\\[\s\S]|[^\r\n\\])*)"
+)
+ENV_BLANK, ENV_LINE = re.compile(r"[ \t\r\n]*"), re.compile(r"[^\r\n]*")
+ENV_QUOTED = re.compile(r"'([^']*)'|\"((?:\\[\s\S]|[^\"\\])*)\"")
+ENV_TAIL = re.compile(r"(?<!\\)((?:\\\\)*)[ \t]+\Z")  # blanks at the end, less one that a backslash keeps
+
+
+def env_value(quoted: str, plain: str) -> str:
+    def in_quotes(found: re.Match) -> str:
+        kept = {"\n": ""} | {sign: sign for sign in '"\\`$'}
+        return found[1] if found[2] is None else re.sub(r"\\([\s\S])", lambda e: kept.get(e[1], e[0]), found[2])
+
+    bare = re.sub(r"\\([\s\S])", lambda e: e[1].strip("\r\n"), ENV_TAIL.sub(r"\1", plain))
+    return "".join(map(in_quotes, ENV_QUOTED.finditer(quoted))) + bare
+
+
+def parse_env_file(text: str, problems: list[str]) -> dict[str, str]:
+    """As systemd reads it, but what systemd leaves out in silence is a problem, named by its line and never by its text."""
+    values: dict[str, str] = {}
+    at = 0
+    while (at := ENV_BLANK.match(text, at).end()) < len(text):
+        number, item = text.count("\n", 0, at) + 1, ENV_ITEM.match(text, at)
+        at = (item or ENV_LINE.match(text, at)).end()
+        if item and item["name"] is None:
+            continue
+        name = item["name"].rstrip() if item else ""
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            problems.append(f"--env-file: line {number} is no NAME=VALUE")
+        elif name.startswith("DEPLOYBOT_"):
+            problems.append(f"--env-file: line {number}: {name} is a setting of the agent, and no script gets it")
+        elif item["plain"][:1] in ("'", '"') or "\0" in item[0]:
+            problems.append(f"--env-file: line {number}: the value of {name} has no closing quote, or a NUL")
+        else:
+            values[name] = env_value(item["quoted"], item["plain"])
+    return values
+
+
+def read_env_file(path: str, problems: list[str]) -> dict[str, str]:
+    if not path:
+        return {}
+    try:
+        text, mode = Path(path).read_bytes().decode(), Path(path).stat().st_mode
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"--env-file: {one_line(error)}")
+        return {}
+    if Path(path).is_file() and mode & 0o027:
+        problems.append(f"--env-file: others can read or change {one_line(path)}: chmod u=rw,g=r,o= {one_line(path)}")
+    return parse_env_file(text, problems)
+
+
+def check_ca_file(url: str, env: dict[str, str], problems: list[str]) -> None:
+    """OpenSSL passes over a SSL_CERT_FILE that it cannot read, and then knows no CA at all."""
+    if url.startswith("https:") and (file := env.get("SSL_CERT_FILE")):
+        try:
+            ssl.create_default_context(cafile=file)
+        except OSError as error:
+            problems.append(f"SSL_CERT_FILE: no certificate can be read from {one_line(file)} ({one_line(error)})")
+
+
 def load_config(argv: list[str], env: dict[str, str]) -> Config:
     """Raises ConfigError with every problem."""
     args = build_parser().parse_args(argv)
 
     def value(flag: str, variable: str, default: str) -> str:
         given = getattr(args, flag[2:].replace("-", "_"))
+        given = ",".join(given) if isinstance(given, list) else given
         return given if given is not None else env.get(variable) or default
 
-    defaults = ("http://localhost:8080", socket.gethostname(), default_workdir(env), "https:ssh", "1", "INFO")
+    machine = socket.gethostname(), default_workdir(env)
+    defaults = ("http://localhost:8080", *machine, "https:ssh", "", "", "", "1", "INFO")
     values = [value(flag, variable, default) for (flag, variable, _), default in zip(OPTIONS, defaults, strict=True)]
-    url, hostname, workdir, protocols, slots, level = values
+    url, hostname, workdir, protocols, repos, user, env_file, slots, level = values
     problems = [problem] if (problem := url_problem(url)) else []
     if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", hostname):
         problems.append(f"--hostname: {one_line(hostname)!r} is no host name (RFC 1123)")
@@ -367,12 +510,14 @@ def load_config(argv: list[str], env: dict[str, str]) -> Config:
     if level.upper() not in LOG_LEVELS:
         problems.append(f"--log-level: must be one of {', '.join(LOG_LEVELS)}")
     token = read_token(env, problems)
+    check_ca_file(url, env, problems)
+    more = repo_patterns(repos, problems), find_account(user, problems), read_env_file(env_file, problems)
     if shutil.which("git", path=env.get("PATH")) is None:
         problems.append("git is not installed, or not on PATH")
     if problems:
         raise ConfigError(problems)
     folder = Path(workdir).expanduser().absolute()
-    return Config(url, hostname, folder, protocols, int(slots), args.once, level.upper(), token)
+    return Config(url, hostname, folder, protocols, int(slots), args.once, level.upper(), token, *more)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,6 +556,7 @@ class Job:
     build: Command
     activate: Command
     deploy: Command
+    agent: str  # the controller's id of this host, the same for whichever agent speaks for it
 
 
 def parse_key(data: Any) -> JobKey | None:
@@ -457,24 +603,84 @@ def parse_job(data: dict) -> Job:
         raise StepFailed("rejected", f"the agent does not take this job: {', '.join(wrong)}")
     branch = metadata.get("branch") if is_text(metadata.get("branch")) else ""
     key = JobKey(data["id"], data["attempt"])
-    commands = (spec.get("build"), spec.get("activate"), spec.get("deploy"))
+    commands = (spec.get("build"), spec.get("activate"), spec.get("deploy"), str(data.get("assigned_agent")))
     return Job(key, data["app"], data["repo"], data["ref"], data["host"], branch, timeout, spec["clone_url"], *commands)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spool
-# Owns: output cut into lines, kept in a file until it is uploaded. Ignores: HTTP, and who writes.
+# Owns: output without its secrets, cut into lines, kept in a file until it is uploaded. Ignores: HTTP, and who writes.
+
+
+def secret_words(values: Iterable[str]) -> tuple[str, ...]:
+    """What a Masker looks for: a value of several lines is printed as several, so each of them is a word of its own."""
+    lines = {line.strip() for value in values for line in re.split(r"[\r\n]+", value)}
+    return tuple(sorted(line for line in lines if len(line) >= MASK_FROM))
+
+
+class Masker:
+    """Puts *** in the place of words, in text that comes in pieces.
+
+    The end of a piece that may be the start of a word is held back until what follows decides it. Words that overlap are
+    masked together, and a word that is the start of another does not give away the rest of that one.
+    """
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self._words = words
+        self._rest = ""  # held back ...
+        self._covered = 0  # ... and how much of it belongs to a word whose *** was passed on before
+
+    def feed(self, piece: str, final: bool = False) -> str:
+        if not self._words:
+            return piece
+        text = self._rest + piece
+        held = self._start_of_a_word(text)
+        end = len(text) if final else held
+        spans = self._found(text)
+        if final and end - held >= MASK_FROM:  # its writer was cut off in the middle of it
+            spans.append((held, end))
+        shown, at = [], 0
+        for begin, stop in sorted(spans):
+            if begin >= end:
+                break
+            if begin >= at and (begin, self._covered) != (0, stop):
+                shown += [text[at:begin], "***"]
+            at = max(at, stop)
+        shown.append(text[at:end])
+        self._rest, self._covered = text[end:], max(0, at - end)
+        return "".join(shown)
+
+    def _found(self, text: str) -> list[tuple[int, int]]:
+        spans = [(0, self._covered)] if self._covered else []
+        for word in self._words:
+            at = text.find(word)
+            while at >= 0:
+                spans.append((at, at + len(word)))
+                at = text.find(word, at + 1)
+        return spans
+
+    def _start_of_a_word(self, text: str) -> int:
+        """Where the longest end of the text begins that is a start of a word, and not the whole of it."""
+        line = text[text.rfind("\n") + 1 :]
+
+        def overlap(word: str) -> int:
+            longest = min(len(word) - 1, len(line))
+            return next((size for size in range(longest, 0, -1) if line.endswith(word[:size])), 0)
+
+        return len(text) - max(map(overlap, self._words))
 
 
 class LineCutter:
-    """Bytes to messages. Keeps what has no newline yet, and never cuts a character in two."""
+    """Bytes to messages. Keeps what has no newline yet, and never cuts a character in two, or a secret."""
 
-    def __init__(self) -> None:
+    def __init__(self, words: tuple[str, ...] = ()) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._masker = Masker(words)
         self._rest = ""
 
     def feed(self, data: bytes, final: bool = False) -> list[str]:
-        *lines, self._rest = (self._rest + self._decoder.decode(data, final)).split("\n")
+        text = self._masker.feed(self._decoder.decode(data, final), final)
+        *lines, self._rest = (self._rest + text).split("\n")
         messages = [piece for line in lines for piece in self._pieces(line)]
         *full, self._rest = self._pieces(self._rest)
         return messages + full
@@ -497,14 +703,24 @@ class LineCutter:
 class Spool:
     """The messages of one attempt in a file, one JSON object a line; `offset` counts those that are acknowledged.
 
-    One thread writes, one reads. The file outlives the agent, so that a killed one loses no output.
+    One thread writes, one reads. The file outlives the agent, so that a killed one loses no output. It holds no word of
+    `words`. Its first line is the one that the controller counts as `first`: of an attempt that goes up again, as a
+    controller that was restored asks for its result once more, the lines before are gone.
     """
 
-    def __init__(self, path: Path, now: Callable[[], float] = time.time, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        path: Path,
+        now: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        words: tuple[str, ...] = (),
+        first: int = 0,
+    ) -> None:
         self._path, self._now, self._clock = path, now, clock
         # Guards _end, _since and _closed. The uploader waits in batch(); every write and close() wake it.
         self._ready = threading.Condition()
-        self._cutter = LineCutter()
+        self._words = words
+        self._cutter = LineCutter(words)
         self._partial_since: float | None = None  # when the line that has no newline yet began
         self._taken = 0  # bytes of output so far
         self._closed = False
@@ -514,7 +730,8 @@ class Spool:
         self._reader = open(path, "rb")  # noqa: SIM115
         self._end = self._cut_torn_end()
         self._position = 0  # of the first line that is not acknowledged
-        self.offset = 0
+        self._first = self.offset = first
+        self._bridge: bytes | None = None  # the line before the first one, which stands for those that are gone
         self._since = 0.0 if self._end else None
 
     def _cut_torn_end(self) -> int:
@@ -556,7 +773,11 @@ class Spool:
 
     def say(self, text: str, level: str = "info") -> None:
         """A line of the agent's own."""
-        self._store([f"[deploybot] {one_line(text)}"], level)
+        self._store([f"[deploybot] {one_line(self.masked(text))}"], level)
+
+    def masked(self, text: str) -> str:
+        """For what is told about the output elsewhere, as in the result."""
+        return Masker(self._words).feed(text, final=True)
 
     def close(self) -> None:
         self.end_output()
@@ -567,9 +788,7 @@ class Spool:
     def _store(self, messages: list[str], level: str = "info") -> None:
         if not messages:
             return
-        time_text = timestamp(self._now())
-        lines = [{"message": message, "level": level, "timestamp": time_text} for message in messages]
-        data = b"".join(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        data = b"".join(self._line(message, level) + b"\n" for message in messages)
         try:
             if self._writer.write(data) != len(data):
                 raise OSError("the disk is full")
@@ -581,6 +800,10 @@ class Spool:
             self._end += len(data)
             self._since = self._clock() if self._since is None else self._since
             self._ready.notify_all()
+
+    def _line(self, message: str, level: str) -> bytes:
+        line = {"message": message, "level": level, "timestamp": timestamp(self._now())}
+        return json.dumps(line, ensure_ascii=False).encode()
 
     # For the reader.
 
@@ -607,7 +830,7 @@ class Spool:
 
     def _read(self, end: int) -> list[bytes]:
         self._reader.seek(self._position)
-        lines: list[bytes] = []
+        lines = [self._bridge] if self._bridge and self.offset < self._first else []
         size = 0
         while self._reader.tell() < end and len(lines) < BODY_LINES:
             line = self._reader.readline()[:-1]
@@ -619,9 +842,15 @@ class Spool:
 
     def seek(self, offset: int) -> None:
         """Go on at the line that the controller waits for, wherever that is."""
+        if offset < self._first - (self._bridge is not None):
+            lost, self._first = self._first - offset, offset + 1
+            text = f"[deploybot] {lost} line(s) are missing here: the controller lost them, and this host no longer has them"
+            self._bridge = self._line(text, "warning")
         if offset < self.offset:
-            self._position = self.offset = 0
+            self._position, self.offset = 0, min(offset, self._first)
         self._reader.seek(self._position)
+        if offset >= self._first > self.offset:
+            self.offset = self._first
         while self.offset < offset and self._reader.tell() < self._end:
             self._reader.readline()
             self.offset += 1
@@ -665,10 +894,10 @@ class Entry:
     def end(self, result: dict) -> None:
         self.note(state="ended", result=result)
 
-    def done(self) -> None:
-        """Acknowledged. The commands go, as they may hold secrets; the key and the result stay."""
+    def done(self, lines: int) -> None:
+        """Acknowledged, with that many lines. The commands go, as they may hold secrets; the key and the result stay."""
         self.data["job"] = {"id": self.key.job_id, "attempt": self.key.attempt}
-        self.note(state="done")
+        self.note(state="done", lines=lines)
 
 
 class Journal:
@@ -689,7 +918,7 @@ class Journal:
         """What an earlier agent left, oldest first; old files of finished attempts are removed on the way."""
         entries = [(path, self._load(path)) for path in sorted(self._folder.glob("*.json"))]
         finished = [path for path, entry in entries if entry and entry.data["state"] == "done"]
-        for path in finished[:-KEEP_ENTRIES]:
+        for path in finished[:-KEEP_ENTRIES] + [path.with_suffix(".log") for path in finished]:
             path.unlink(missing_ok=True)
         return [entry for _, entry in entries if entry and entry.data["state"] != "done"]
 
@@ -721,8 +950,32 @@ PRIVATE = re.compile(
 )
 
 
-def clean_environment(env: dict[str, str]) -> dict[str, str]:
+STANDARD_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def git_environment(env: dict[str, str]) -> dict[str, str]:
+    """The host's own, as proxies, agents of ssh and credential helpers count."""
     return {name: value for name, value in env.items() if not PRIVATE.fullmatch(name)}
+
+
+def script_environment(env: dict[str, str], account: Account | None, variables: dict[str, str]) -> dict[str, str]:
+    """Made anew: what an agent was started with, secrets of whoever started it among it, is no script's business."""
+    home = account.home if account else env.get("HOME") or os.path.expanduser("~")
+    user = account.name if account else user_name()
+    path, language = env.get("PATH") or STANDARD_PATH, env.get("LANG") or "C.UTF-8"
+    return {"PATH": path, "HOME": home, "USER": user, "LANG": language, **variables}
+
+
+def prctl(option: int, value: int) -> bool:
+    """prctl(2); False where there is none."""
+    with contextlib.suppress(OSError, AttributeError):
+        return ctypes.CDLL(None, use_errno=True).prctl(option, value, 0, 0, 0) == 0
+    return False
+
+
+def hide_memory() -> None:
+    """PR_SET_DUMPABLE: a script of the same user cannot read the agent's environment or memory, where its tokens are."""
+    prctl(4, 0)
 
 
 class Stat(NamedTuple):
@@ -792,15 +1045,16 @@ class Children:
         self.adopting = False
 
     def adopt(self) -> None:
-        """PR_SET_CHILD_SUBREAPER, prctl(2); without it only marked and related processes are found."""
-        with contextlib.suppress(OSError, AttributeError):
-            self.adopting = ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0) == 0
+        """PR_SET_CHILD_SUBREAPER; without it only marked and related processes are found."""
+        self.adopting = prctl(36, 1)
 
-    def start(self, argv: list[str], cwd: Path, env: dict[str, str]) -> subprocess.Popen:
+    def start(self, argv: list[str], cwd: Path, env: dict[str, str], account: Account | None) -> subprocess.Popen:
+        """With `account` as that user, in its groups and no other, and without any capability of ours."""
+        rights = {"user": account.uid, "group": account.gid, "extra_groups": account.groups} if account else {}
         with self._lock:
             process = subprocess.Popen(
                 argv, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                bufsize=0, start_new_session=True,
+                bufsize=0, start_new_session=True, **rights,
             )  # fmt: skip
             self._own.add(process.pid)
         return process
@@ -958,10 +1212,12 @@ class Runner:
     def __init__(self, family: Family, grace: float, clock: Callable[[], float], on_start: Callable[[], None]) -> None:
         self._family, self._grace, self._clock, self._on_start = family, grace, clock, on_start
 
-    def run(self, argv: list[str], cwd: Path, env: dict[str, str], sink: Any, limits: Limits) -> int:
+    def run(
+        self, argv: list[str], cwd: Path, env: dict[str, str], sink: Any, limits: Limits, account: Account | None = None
+    ) -> int:
         """Its exit code. Raises Stopped when its limits ended it, OSError when it does not start."""
         limits.check()
-        process = CHILDREN.start(argv, cwd, env)
+        process = CHILDREN.start(argv, cwd, env, account)
         self._family.lead(process.pid)
         try:
             self._on_start()
@@ -1131,7 +1387,10 @@ class Mirror:
         return said if HEX.fullmatch(said) else None
 
     def _state(self) -> dict:
+        """{} for a mirror that is to be made anew. Its configuration can name commands, so another user's is none of ours."""
         try:
+            if self._path.lstat().st_uid != os.geteuid():
+                return {}
             return json.loads(self._marker.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
@@ -1143,7 +1402,7 @@ class Mirror:
 
     def _build(self, partial: bool) -> None:
         remove_tree(self._path)
-        self._path.mkdir(parents=True)
+        self._path.mkdir(parents=True, mode=0o700)  # history and other branches are nobody else's to read
         self._git("init", "--quiet", "--bare", "--template=")
         self._git("config", "remote.origin.url", self._url)
         self._fetch(partial)
@@ -1180,27 +1439,61 @@ class Mirror:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Releases
-# Owns: WORKDIR/APP: the lock, releases/TIME-SHORTSHA, the `current` link. Ignores: git and scripts.
+# Owns: WORKDIR/APP: the locks, releases/TIME-SHORTSHA, the `current` link. Ignores: git and scripts.
+
+
+def hand_over(tree: Path, account: Account) -> None:
+    """Makes all in it the account's, links themselves and not what they lead to. From the leaves to the root: a folder is its
+    own only after what is in it, so that it can swap nothing under our feet."""
+    for _, folders, files, descriptor in os.fwalk(tree, topdown=False):
+        for name in folders + files:
+            os.chown(name, account.uid, account.gid, dir_fd=descriptor, follow_symlinks=False)
+    os.chown(tree, account.uid, account.gid, follow_symlinks=False)
 
 
 class AppFolder:
-    def __init__(self, path: Path, now: Callable[[], float]) -> None:
-        self.path, self._now = path, now
+    """`host` names who else may run this app on this machine: agents with other folders, of the same host at its controller."""
+
+    def __init__(self, path: Path, now: Callable[[], float], host: str, account: Account | None = None) -> None:
+        self.path, self._now, self._account = path, now, account
+        self._name = f"{host} {path.name}"
         self.current = path / "current"
         self._releases = path / "releases"
         self._releases.mkdir(parents=True, exist_ok=True)
+        if account:
+            self._keep_ours()
+
+    def _keep_ours(self) -> None:
+        """Scripts may enter, and change nothing but their release. Raises StepFailed where the folders are not the agent's."""
+        for folder in (self.path, self._releases):
+            found = folder.lstat()
+            if folder.is_symlink() or found.st_uid != os.geteuid():
+                owner = user_name()
+                raise StepFailed("rejected", f"{folder} must be {owner}'s own folder: chown {owner}: {folder}")
+            folder.chmod(0o755)
 
     @contextlib.contextmanager
     def locked(self, limits: Limits, on_wait: Callable[[], None]) -> Iterator[None]:
-        """Keeps two jobs of the app apart, whatever agent runs them. Raises Stopped when the limits come first."""
-        while (descriptor := take_lock(self.path / "lock")) is None:
-            limits.check()
-            on_wait()
-            time.sleep(TICK)
-        try:
+        """Keeps two jobs of the app apart, whatever agents run them: by the file those of this folder, by the name those of
+        this machine. Raises Stopped when the limits come first."""
+        with contextlib.ExitStack() as held:
+            for take, close in ((self._take_file, os.close), (self._take_name, socket.socket.close)):
+                while (taken := take()) is None:
+                    limits.check()
+                    on_wait()
+                    time.sleep(TICK)
+                held.callback(close, taken)
             yield
-        finally:
-            os.close(descriptor)
+
+    def _take_file(self) -> int | None:
+        return take_lock(self.path / "lock")
+
+    def _take_name(self) -> socket.socket | None:
+        return take_name(self._name)
+
+    def hand_over(self, release: Path) -> None:
+        if self._account:
+            hand_over(release, self._account)
 
     def add(self, commit: str) -> Path:
         now = self._now()
@@ -1269,6 +1562,9 @@ class Machine:
     git_protocols: str
     env: dict[str, str]
     slots: int = 1
+    allow_repos: tuple[str, ...] = ()
+    account: Account | None = None
+    variables: dict[str, str] = field(default_factory=dict)
     grace: float = KILL_GRACE
     now: Callable[[], float] = time.time
     clock: Callable[[], float] = time.monotonic
@@ -1286,10 +1582,12 @@ class Deployment:
         self._family = Family(job.key.job_id, machine.slots == 1, leader)
         self._runner = Runner(self._family, machine.grace, machine.clock, self._note_leader)
         self._limits = Limits(stop, machine.clock() + job.timeout, machine.clock)
-        self._app = AppFolder(machine.workdir / job.app, machine.now)
-        self._base_env = {**clean_environment(machine.env), "DEPLOY_JOB_ID": job.key.job_id}
+        self._app = AppFolder(machine.workdir / job.app, machine.now, f"{job.agent} {job.host}", machine.account)
+        mark = {"DEPLOY_JOB_ID": job.key.job_id}
         protections = {"GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": machine.git_protocols}
-        self._mirror = Mirror(self._app.path / "repo.git", job.clone_url, self._run_git, self._base_env | protections)
+        git_env = git_environment(machine.env) | protections | mark
+        self._mirror = Mirror(self._app.path / "repo.git", job.clone_url, self._run_git, git_env)
+        self._script_env = script_environment(machine.env, machine.account, machine.variables) | mark
         self._resolved = Resolved("", "")
         self._rolled_back_to: str | None = None
 
@@ -1323,12 +1621,17 @@ class Deployment:
         except Exception as failure:
             step = unexpected(failure, self._job.key.job_id)
             reason, error = step.reason, str(step)
-        result = {"status": status, "reason": reason, "exit_code": exit_code, "error": error and error[:ERROR_LIMIT]}
+        error = error and self._spool.masked(error)[:ERROR_LIMIT]
+        result = {"status": status, "reason": reason, "exit_code": exit_code, "error": error}
         return {**result, "commit": self._resolved.commit or None, "rolled_back_to": self._rolled_back_to}
 
     # The steps.
 
     def _deploy(self) -> None:
+        repo, patterns = self._job.repo.lower(), self._machine.allow_repos
+        if patterns and not any(fnmatch.fnmatchcase(repo, pattern) for pattern in patterns):
+            allowed = ", ".join(patterns)
+            raise StepFailed("rejected", f"this host does not deploy {self._job.repo}: --allow-repo is {allowed}")
         waiting = iter([f"waiting for another job of {self._job.app} on this host"])
         with self._app.locked(self._limits, lambda: [self._spool.say(text) for text in waiting]):
             release = self._prepare()
@@ -1355,6 +1658,7 @@ class Deployment:
 
     def _check_out_and_build(self, release: Path, before: Path | None) -> None:
         self._mirror.check_out(self._resolved.commit, release)
+        self._app.hand_over(release)
         job = self._job
         name, command = ("deploy", job.deploy) if job.deploy else ("build", job.build)
         if not (job.deploy or job.build or job.activate) and os.access(release / CONVENTION, os.X_OK):
@@ -1409,7 +1713,7 @@ class Deployment:
     def _variables(self, release: Path, commit: str, previous: Path | None) -> dict[str, str]:
         job = self._job
         return {
-            **self._base_env,
+            **self._script_env,
             "DEPLOY_APP": job.app,
             "DEPLOY_REPO": job.repo,
             "DEPLOY_REF": job.ref,
@@ -1427,7 +1731,7 @@ class Deployment:
         self._spool.last = ""
         self._spool.say(f"running {name}")  # not the command itself: it may hold a secret, and more people read logs
         try:
-            code = self._runner.run(argv, cwd, env, self._spool, self._limits)
+            code = self._runner.run(argv, cwd, env, self._spool, self._limits, self._machine.account)
         except OSError as error:
             code = 127 if isinstance(error, FileNotFoundError) else 126  # as a shell says it
             self._spool.last = f"{argv[0]}: {error.strerror}"
@@ -1462,6 +1766,10 @@ class Deployment:
 # Owns: HTTP to the controller over one kept-alive connection. Ignores: what is said over it.
 
 
+# X509_V_ERR_*: no issuer found (2, 20), self-signed, alone or at the end of the chain (18, 19), nothing to verify it with (21).
+UNKNOWN_CA = {2, 18, 19, 20, 21}
+
+
 class Controller:
     """One connection, for one thread. Redirects are not followed: they would carry the token to another host."""
 
@@ -1489,6 +1797,11 @@ class Controller:
     def _cause(self, error: Exception) -> str:
         if getattr(error, "reason", None) == "WRONG_VERSION_NUMBER":
             return f"it speaks http there: try http://{self._netloc}"
+        if isinstance(error, ssl.SSLCertVerificationError) and error.verify_code in UNKNOWN_CA:
+            hint = "name the file of that CA in SSL_CERT_FILE"
+            return f"its certificate is of a CA that this machine does not know: {hint} ({error.verify_message})"
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return f"its certificate is refused: {error.verify_message}"
         return one_line(error) or type(error).__name__
 
     def _exchange(self, method: str, path: str, data: bytes, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
@@ -1572,11 +1885,12 @@ class Controller:
 class Run:
     """One attempt that this agent holds until its end is acknowledged."""
 
-    def __init__(self, entry: Entry, machine: Machine) -> None:
+    def __init__(self, entry: Entry, machine: Machine, words: tuple[str, ...]) -> None:
         self.entry = entry
         self.key = entry.key
         self.stop = Stop()
-        self.spool = Spool(entry.spool_path, machine.now, machine.clock)
+        self.spool = Spool(entry.spool_path, machine.now, machine.clock, words, entry.data.get("lines", 0))
+        self.app = entry.data["job"].get("app")
         self.commit: str | None = None
         self.ended = threading.Event()  # the worker is done: nothing of the job runs here any more
 
@@ -1609,18 +1923,20 @@ class Uploader:
         return True
 
     def _logs(self) -> None:
-        spool = self._run.spool
+        spool, gaps = self._run.spool, 0
         while (lines := spool.batch(timeout=1.0)) is not None:
             if self._over.is_set():
                 raise Unreachable("the agent ends")
             if lines:
                 try:
                     self._send(lines)
+                    gaps = 0
                 except Refused as refusal:
-                    if refusal.next_offset not in (None, spool.offset):
-                        spool.seek(refusal.next_offset)
-                    elif refusal.status in (404, 409):
+                    gaps += 1
+                    if refusal.next_offset is None and refusal.status in (404, 409):
                         raise
+                    if refusal.next_offset not in (None, spool.offset) and gaps <= GAP_LIMIT:
+                        spool.seek(refusal.next_offset)
                     else:  # lines that are never taken must not keep the result from getting there
                         log.error("job %s: log lines were refused: %s", self._run.key.job_id, refusal)
                         spool.seek(spool.offset + len(lines))
@@ -1681,6 +1997,8 @@ class Agent:
         self._state = config.workdir / ".agent"  # no app's name starts with a dot
         self._journal = Journal(self._state / "jobs")
         self._secret = own_secret(self._state)
+        self._words = secret_words([*machine.variables.values(), config.token or "", self._secret])
+        self._registered = self._state / "registered"  # there once the controller knew this secret
         self._sign_in: str | None = self._secret  # what the heart sends; the enrolment token while it registers
         self._heart = Controller(config.url, lambda: self._sign_in)
         self._identity: tuple[str, str | None] | None = None  # id and session, None until registered; the heart's own
@@ -1694,14 +2012,14 @@ class Agent:
         self._silent = threading.Event()  # no more heartbeats
         self._over = threading.Event()  # no more uploads
         self._chosen: Run | None = None  # the one job of --once
+        self._recovering: list[Run] = []  # what an agent that died left; set before any job is taken
         self._trouble = ""
 
     # The main thread.
 
     def run(self) -> int:
         """Works until it is told to end; returns the exit code."""
-        for entry in self._journal.unfinished():
-            self._hold(entry, Deployment.recover)
+        self._recovering = [self._hold(entry, Deployment.recover) for entry in self._journal.unfinished()]
         heart = threading.Thread(target=self._beat, name="heart", daemon=True)
         heart.start()
         code = self._serve()
@@ -1833,6 +2151,9 @@ class Agent:
 
     def _advice(self, refusal: Refused) -> str | None:
         """What to do about a registration that was refused, where that is known."""
+        if refusal.status == 401 and self._config.token is None and self._registered.exists():
+            make = f"ctl.py token create --role agent --host {self._config.hostname}"
+            return f"401: the secret of this host is no longer known there: set {TOKEN_VARIABLE} (`{make}` makes one)"
         if refusal.status == 401 and self._config.token is None:
             return f"401: no token: set {TOKEN_VARIABLE} (the value is in the controller's settings)"
         if refusal.status == 401:
@@ -1844,23 +2165,32 @@ class Agent:
         return None
 
     def _register(self) -> None:
-        """With the enrolment token, or as whoever this host already is. Raises Refused or Unreachable."""
+        """As whoever this host already is, or with the token that it was given. Raises Refused or Unreachable.
+
+        A host that the controller knew once shows its own secret first: a token that has been revoked since would count as a
+        failed sign-in each time, against all hosts behind the same address.
+        """
         body = {
             "hostname": self._config.hostname,
             "capabilities": {"agent": VERSION, "python": platform.python_version(), "system": platform.system()},
             "slots": self._config.slots,
             "token_sha256": hashlib.sha256(self._secret.encode()).hexdigest(),
         }
+        ways = [self._config.token, self._secret]
+        first, second = reversed(ways) if self._registered.exists() else ways
         try:
-            self._sign_in = self._config.token
+            self._sign_in = first
             answer = self._heart.call("POST", "/v1/agents/register", body)
         except Refused as refusal:
-            if refusal.status not in (401, 403):  # 403: a token for something else, as the one for reading
+            # 403: a token for something else, as the one for reading; of the host's own secret it is the last word.
+            if refusal.status != 401 and (refusal.status, first) != (403, self._config.token):
                 raise
-            self._sign_in = self._secret
+            self._sign_in = second
             answer = self._heart.call("POST", "/v1/agents/register", body)
         finally:
             self._sign_in = self._secret
+        with contextlib.suppress(OSError):
+            self._registered.touch(mode=0o600)
         self._identity = (urllib.parse.quote(str(answer.get("id")), safe=""), answer.get("session"))
         log.info("registered as %s at %s", self._config.hostname, self._config.url)
 
@@ -1883,10 +2213,10 @@ class Agent:
 
     def _obey(self, answer: dict) -> float:
         """Does what the answer says; seconds until the next heartbeat."""
-        cancel = answer.get("cancel") or []
-        for run in self._holding():
-            if run.key.job_id in cancel:
-                run.stop.set("cancelled")
+        for job_id in answer.get("cancel") or []:
+            runs = sorted((run for run in self._holding() if run.key.job_id == job_id), key=lambda run: run.key)
+            for run in runs[:-1] or runs:  # of two attempts the older is meant: it has no business here any more
+                run.stop.set("fenced" if len(runs) > 1 else "cancelled")
         interval = answer.get("interval")
         pause = min(float(interval), INTERVAL_LIMIT) if isinstance(interval, (int, float)) and interval > 0 else 0.0
         if answer.get("job") is not None:
@@ -1904,25 +2234,45 @@ class Agent:
                 return
         if known := self._journal.find(key):
             log.warning("job %s, attempt %d was started before; its result goes up again", *key)
-            self._hold(known, Deployment.recover)
+            self._again(known)
             return
+        for run in self._holding():
+            if run.key.job_id == key.job_id and run.key.attempt < key.attempt:
+                run.stop.set("fenced")  # this one takes its place
         log.info("job %s, attempt %d: %s %s", *key, one_line(data.get("app")), one_line(data.get("ref")))
         run = self._hold(self._journal.begin(data, boot_id()), Deployment.perform)
         if self._config.once:
             self._chosen, self._leaving = run, True
             self.events.put("ended")  # it may have been quicker than this line
 
+    def _again(self, entry: Entry) -> None:
+        """What was acknowledged, as a restored controller has forgotten that it was, maybe with part of the log."""
+        note = "this attempt ended before; its result goes up again" if entry.data["state"] == "done" else ""
+        if note:
+            entry.note(state="ended")
+        self._hold(entry, Deployment.recover, note)
+
     # The threads of a job.
 
-    def _hold(self, entry: Entry, work: Callable[[Deployment], dict]) -> Run:
-        run = Run(entry, self._machine)
+    def _hold(self, entry: Entry, work: Callable[[Deployment], dict], note: str = "") -> Run:
+        run = Run(entry, self._machine, self._words)
+        if note:
+            run.spool.say(note)
         with self._lock:
             self._runs[run.key] = run
         threading.Thread(target=self._worker, args=(run, work), name="worker", daemon=True).start()
         threading.Thread(target=self._uploader, args=(run,), name="uploader", daemon=True).start()
         return run
 
+    def _wait_for_recovery(self, run: Run) -> None:
+        """What a dead agent left of this app is ended first: it may be an older attempt at the same job, with the same mark."""
+        for other in self._recovering:
+            while other.app == run.app and not run.stop.cause and not other.ended.wait(TICK):
+                pass
+
     def _worker(self, run: Run, work: Callable[[Deployment], dict]) -> None:
+        if work is Deployment.perform:
+            self._wait_for_recovery(run)
         if run.entry.result is None:
             result = self._result_of(run, work)
             try:
@@ -1942,7 +2292,7 @@ class Agent:
             return work(self._deployment(run))
         except Exception as failure:
             step = failure if isinstance(failure, StepFailed) else unexpected(failure, run.key.job_id)
-            return {"status": "failed", "reason": step.reason, "error": str(step)}
+            return {"status": "failed", "reason": step.reason, "error": run.spool.masked(str(step))}
 
     def _deployment(self, run: Run) -> Deployment:
         job = parse_job(run.entry.data["job"])
@@ -1958,7 +2308,7 @@ class Agent:
 
     def _let_go(self, run: Run) -> None:
         try:
-            run.entry.done()
+            run.entry.done(run.spool.offset)
             run.spool.remove()
         except OSError as error:
             log.error("job %s: %s", run.key.job_id, one_line(error))
@@ -1983,13 +2333,6 @@ def catch_signals(agent: Agent) -> None:
         signal.signal(signum, lambda *_: agent.events.put("signal"))
 
 
-def user_name() -> str:
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return f"user {os.geteuid()}"
-
-
 def lock_workdir(folder: Path) -> int | None:
     """Two agents in one folder would take each other's running jobs for those of a dead one. Raises ConfigError."""
     try:
@@ -1999,10 +2342,35 @@ def lock_workdir(folder: Path) -> int | None:
         raise ConfigError([f"--workdir {folder}: cannot be written by {user_name()} ({error.strerror})"]) from error
 
 
+def check_account(account: Account, workdir: Path) -> None:
+    """Raises ConfigError where scripts could swap what the agent does as root, or could not reach their release."""
+    owners = [(folder, folder.stat()) for folder in (workdir.resolve(), *workdir.resolve().parents)]
+    sticky = 0o1000  # as in /tmp: one may add there, and not touch what is another's
+    for folder, found in [*owners, (workdir / ".agent", (workdir / ".agent").stat())]:
+        if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & sticky):
+            raise ConfigError([f"--run-as: only root may write {folder}: chown root: {folder}; chmod go-w {folder}"])
+    enter = ["/bin/sh", "-c", 'cd -- "$1"', "sh", str(workdir)]
+    rights = {"user": account.uid, "group": account.gid, "extra_groups": account.groups}
+    try:
+        done = subprocess.run(enter, cwd="/", capture_output=True, check=False, **rights)
+    except OSError as error:
+        raise ConfigError([f"--run-as: {one_line(error)}"]) from error
+    if done.returncode != 0:
+        raise ConfigError([f"--run-as: {account.name} may not enter {workdir}: chmod a+x each folder on the way"])
+
+
+def prepare(config: Config) -> int | None:
+    """The lock on the working folder, None while another agent has it. Raises ConfigError."""
+    lock = lock_workdir(config.workdir)
+    if lock is not None and config.account:
+        check_account(config.account, config.workdir)
+    return lock
+
+
 def main(argv: list[str] | None = None) -> int:
     try:
         config = load_config(sys.argv[1:] if argv is None else argv, dict(os.environ))
-        lock = lock_workdir(config.workdir)
+        lock = prepare(config)
     except (ConfigError, OSError) as error:
         for problem in getattr(error, "problems", [one_line(error)]):
             print(f"agent.py: {problem}", file=sys.stderr)
@@ -2011,8 +2379,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"agent.py: another agent works in {config.workdir}", file=sys.stderr)
         return EXIT_BUSY
     set_up_logging(config.log_level)
+    hide_memory()
     CHILDREN.adopt()
-    agent = Agent(config, Machine(config.workdir, config.git_protocols, dict(os.environ), config.slots))
+    more = config.slots, config.allow_repos, config.account, config.variables
+    agent = Agent(config, Machine(config.workdir, config.git_protocols, dict(os.environ), *more))
     catch_signals(agent)
     return agent.run()
 

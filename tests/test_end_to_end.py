@@ -23,7 +23,7 @@ echo "building $DEPLOY_APP on $DEPLOY_HOST at $DEPLOY_COMMIT from $DEPLOY_BRANCH
 while [ -e "$GATE/hold" ]; do sleep 0.05; done
 if [ -e broken ]; then echo "this build is broken" >&2; exit 3; fi
 echo "page of $DEPLOY_COMMIT" > built.txt
-echo "built"
+echo "built with $TOKEN_OF_A_REGISTRY"
 """
 
 
@@ -34,7 +34,10 @@ class Site:
         self.folder, self.source, self.gate = folder, folder / "source", folder / "gate"
         self.gate.mkdir()
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("DEPLOYBOT_", "GIT_"))}
-        self.env = {**plain, "HOME": str(folder), "GIT_CONFIG_NOSYSTEM": "1", "GATE": str(self.gate), "NO_COLOR": "1"}
+        self.env = {**plain, "HOME": str(folder), "GIT_CONFIG_NOSYSTEM": "1", "NO_COLOR": "1"}
+        self.variables = folder / "variables.env"  # of the scripts
+        self.variables.touch(0o600)
+        self.variables.write_text(f"GATE='{self.gate}'\nTOKEN_OF_A_REGISTRY=hunter2000\n")
         self.processes = []
         self.source.mkdir()
         self.git("init", "--quiet", "--initial-branch=main")
@@ -57,7 +60,7 @@ class Site:
         for host in HOSTS:
             self.start(
                 "agent.py", "--url", self.api.url, "--hostname", host, "--workdir", str(folder / host),
-                "--git-protocols", "file",
+                "--git-protocols", "file", "--env-file", str(self.variables), "--allow-repo", "MyOrg/*",
             )  # fmt: skip
         wait_for(lambda: {host["hostname"] for host in self.api.ok("GET", "/v1/hosts")["hosts"]} == set(HOSTS), LIMIT)
 
@@ -219,9 +222,9 @@ def test_a_push_deploys_on_both_hosts_and_a_bad_one_changes_nothing(site):
         )
         assert site.page(host) == f"page of {first}\n"
         assert (site.folder / host / "web" / "current").is_symlink()
-        wait_for(lambda: "built" in messages(seen, host), LIMIT)  # noqa: B023
+        wait_for(lambda: "built with ***" in messages(seen, host), LIMIT)  # noqa: B023
     shown += following.communicate(timeout=LIMIT)[0]
-    assert following.returncode == 0 and "built" in shown
+    assert following.returncode == 0 and "built with ***" in shown
     assert not list(site.folder.rglob("canary")), "what is pushed is no code"
     stored = [line["message"] for line in site.api.lines({"id": jobs["web-02"]})]
     wait_for(lambda: messages(seen, "web-02") == stored, LIMIT)
