@@ -338,13 +338,11 @@ class Sender:
             statuses.append(status)
             if status[0] == "5" and not (status == "503" and b"\r\nRetry-After: " in head):
                 wrong.append(f"status {status}: {rest[:300]!r}")
-            if (
-                not end
-                or may_be_of_head
-                or re.search(rb"\r\n(transfer-encoding:|content-type: text/event-stream)", head, re.I)
-            ):
+            if not end or may_be_of_head or b"\r\nTransfer-Encoding:" in head:
                 break
             length = re.search(rb"\r\nContent-Length: ([0-9]+)", head)
+            if not length and b"\r\nConnection: close" in head:  # HTTP/1.0: it ends with the connection
+                break
             if status not in ("100", "204") and not length:
                 wrong.append(f"no length: {head!r}")
                 break
