@@ -77,6 +77,14 @@ class Controller:
         self.config = deploybot.dataclasses.replace(self.config, port=self.port, **changes)
         self.start()
 
+    def passes(self, seconds):
+        """So much time goes by while the controller sweeps; one leap of the clock would say that it was stopped meanwhile."""
+        step = min(deploybot.LONG_SWEEP, self.config.lost_after / 2)
+        while seconds > 0:
+            self.clock.advance(min(step, seconds))
+            self.daemon.sweep()
+            seconds -= step
+
     def acting(self, token):
         """The same controller, called with that token."""
         other = copy.copy(self)

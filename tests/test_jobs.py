@@ -191,8 +191,7 @@ def second_attempt(c, clock):
     """A job whose first attempt was lost; (agent, attempt 1, attempt 2)."""
     agent, first = claimed(c, retries=1)
     c.logs(first, "of the first")
-    clock.advance(c.config.lost_after + 1)
-    c.jobs.sweep()
+    c.passes(c.config.lost_after + 1)
     return agent, first, c.beat(agent, running=[])["job"]
 
 
@@ -225,8 +224,7 @@ def test_4_a_result_before_the_cancel_took_effect_stands(controller):
 def test_4_a_late_failure_of_a_lost_job_is_refused(timed, clock):
     """Also where it looks like the end that the controller gave it."""
     _, job = claimed(timed)
-    clock.advance(timed.config.lost_after + 1)
-    timed.jobs.sweep()
+    timed.passes(timed.config.lost_after + 1)
     assert result(timed, job, "failed", reason="fetch_failed")[0] == 409
     assert timed.job(job["id"])["reason"] == "agent_lost"
 
@@ -236,8 +234,7 @@ def test_4_a_late_failure_of_a_lost_job_is_refused(timed, clock):
 
 def test_5_offline_then_back_and_the_result_is_taken(timed, clock):
     agent, job = claimed(timed)
-    clock.advance(timed.config.agent_timeout + 1)
-    timed.jobs.sweep()
+    timed.passes(timed.config.agent_timeout + 1)
     assert timed.ok("GET", "/v1/hosts")["hosts"][0]["agent_status"] == "offline"
     assert timed.job(job["id"])["status"] == "running"
     timed.beat(agent, running=holding(job))
@@ -247,11 +244,9 @@ def test_5_offline_then_back_and_the_result_is_taken(timed, clock):
 
 def test_5_agent_lost(timed, clock):
     _, job = claimed(timed)
-    clock.advance(timed.config.lost_after - 1)
-    timed.jobs.sweep()
+    timed.passes(timed.config.lost_after - 1)
     assert timed.job(job["id"])["status"] == "running"
-    clock.advance(2)
-    timed.jobs.sweep()
+    timed.passes(2)
     ended = timed.job(job["id"])
     assert (ended["status"], ended["reason"]) == ("failed", "agent_lost")
     assert "no contact" in ended["error"]
@@ -259,8 +254,7 @@ def test_5_agent_lost(timed, clock):
 
 def test_5_retries_make_another_attempt_and_then_no_more(timed, clock):
     _, first, second = second_attempt(timed, clock)
-    clock.advance(timed.config.lost_after + 1)
-    timed.jobs.sweep()
+    timed.passes(timed.config.lost_after + 1)
     ended = timed.job(second["id"])
     assert (ended["status"], ended["reason"], ended["attempt"]) == ("failed", "agent_lost", 2)
     assert events(timed, first) == ["pending", "running", "pending", "running", "failed"]
@@ -269,32 +263,45 @@ def test_5_retries_make_another_attempt_and_then_no_more(timed, clock):
 def test_5_a_cancelled_job_gets_no_other_attempt(timed, clock):
     _, job = claimed(timed, retries=5)
     cancel(timed, job)
-    clock.advance(timed.config.lost_after + 1)
-    timed.jobs.sweep()
+    timed.passes(timed.config.lost_after + 1)
     assert timed.job(job["id"])["status"] in ("failed", "cancelled")
 
 
-def test_5_a_heartbeat_renews_the_lease(timed, clock):
+def test_5_a_heartbeat_renews_the_lease(timed):
     agent, job = claimed(timed, timeout=86400)
     for _ in range(5):
-        clock.advance(timed.config.lost_after - 1)
+        timed.passes(timed.config.lost_after - 1)
         timed.beat(agent)
-        timed.jobs.sweep()
     assert timed.job(job["id"])["status"] == "running"
 
 
-def test_5_the_controller_ends_a_job_a_minute_after_its_timeout(timed, clock):
+def test_5_the_controller_ends_a_job_a_minute_after_its_timeout(timed):
     agent, job = claimed(timed, timeout=100, retries=3)
-    clock.advance(100 + deploybot.GRACE - 1)
+    timed.passes(100 + deploybot.GRACE - 1)
     timed.beat(agent)
-    timed.jobs.sweep()
     assert timed.job(job["id"])["status"] == "running", "the agent has the first word"
-    clock.advance(2)
-    timed.beat(agent)
-    timed.jobs.sweep()
+    timed.passes(2)
     ended = timed.job(job["id"])
     assert (ended["status"], ended["reason"]) == ("failed", "timeout")
     assert timed.beat(agent, running=holding(job))["cancel"] == [job["id"]], "the agent is told to stop it"
+
+
+def test_5_a_controller_that_was_stopped_blames_nobody(timed, clock):
+    """SIGSTOP, a paused machine: nobody could reach it, so leases and times start anew as after a restart."""
+    agent, job = claimed(timed, timeout=100)
+    _, other = claimed(timed, "web-02", timeout=86400)
+    timed.passes(60)
+    clock.advance(timed.config.lost_after * 10)
+    timed.daemon.sweep()
+    assert [timed.job(one["id"])["status"] for one in (job, other)] == ["running", "running"]
+    timed.passes(40 + deploybot.GRACE - 1)
+    assert timed.job(job["id"])["status"] == "running", "what was left of its time is left"
+    timed.passes(2)
+    assert timed.job(job["id"])["reason"] == "timeout"
+    timed.beat(agent)
+    assert timed.job(other["id"])["status"] == "running"
+    timed.passes(timed.config.lost_after)
+    assert timed.job(other["id"])["reason"] == "agent_lost"
 
 
 def test_5_leases_start_anew_after_a_restart(timed, clock):
@@ -303,8 +310,7 @@ def test_5_leases_start_anew_after_a_restart(timed, clock):
     timed.restart()
     timed.jobs.sweep()
     assert timed.job(job["id"])["status"] == "running"
-    clock.advance(timed.config.lost_after + 1)
-    timed.jobs.sweep()
+    timed.passes(timed.config.lost_after + 1)
     assert timed.job(job["id"])["reason"] == "agent_lost"
 
 
@@ -661,8 +667,7 @@ def test_a_job_that_nobody_takes_expires(timed, clock):
     young = timed.create(ref="young")
     timed.jobs.sweep()
     assert timed.job(old["id"])["status"] == "pending"
-    clock.advance(2)
-    timed.jobs.sweep()
+    timed.passes(2)
     ended = timed.job(old["id"])
     assert ended["reason"] == "expired" and ended["status"] in ENDS
     assert timed.beat(agent)["job"]["id"] == young["id"]
@@ -674,7 +679,6 @@ def test_a_second_attempt_does_not_expire_by_the_age_of_the_job(timed, clock):
         clock.advance(timed.config.pending_expiry / 2)
         timed.beat(agent, running=holding(job))
         timed.jobs.sweep()
-    clock.advance(timed.config.lost_after + 1)
-    timed.jobs.sweep()
+    timed.passes(timed.config.lost_after + 1)
     timed.jobs.sweep()
     assert timed.job(job["id"])["status"] == "pending"
