@@ -296,6 +296,17 @@ def secret(help: str) -> Any:
     return dataclasses.field(default=None, repr=False, metadata={"secret": help})
 
 
+def options_of(config: Any) -> list[Option]:
+    found = [(field.name, field.metadata.get("option")) for field in dataclasses.fields(config)]
+    return [Option(name.replace("_", "-"), *option) for name, option in found if option]
+
+
+def secrets_of(config: Any) -> dict[str, str]:
+    """Name to help."""
+    found = {field.name: field.metadata.get("secret", "") for field in dataclasses.fields(config)}
+    return {name: help for name, help in found.items() if help}
+
+
 def check_token(token: str) -> None:
     """What a header can carry (RFC 6750, 2.1). Raises ValueError."""
     if not re.fullmatch(r"[!-~]+", token):
@@ -352,7 +363,7 @@ class Config:
         """From flags and environment. Raises StartError with every problem."""
         values: dict[str, Any] = {}
         problems: list[str] = []
-        for option in OPTIONS:
+        for option in options_of(cls):
             given = flags.get(option.field)
             source = f"--{option.name}" if given is not None else option.variable
             text = given if given is not None else env.get(option.variable) or option.default  # empty is not set
@@ -360,7 +371,7 @@ class Config:
                 values[option.field] = option.parse(text)
             except ValueError as error:
                 problems.append(f"{source}: {text!r} {error}")
-        for name in SECRETS:
+        for name in secrets_of(cls):
             try:
                 values[name] = read_secret("DEPLOYBOT_" + name.upper(), env)
                 if values[name] and name != "webhook_secret":
@@ -374,9 +385,7 @@ class Config:
         return cls(**values)
 
 
-FIELDS = dataclasses.fields(Config)
-OPTIONS = [Option(f.name.replace("_", "-"), *f.metadata["option"]) for f in FIELDS if "option" in f.metadata]
-SECRETS = {f.name: f.metadata["secret"] for f in FIELDS if "secret" in f.metadata}
+OPTIONS, SECRETS = options_of(Config), secrets_of(Config)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2581,7 +2590,7 @@ class Jobs:
         self._by_host: dict[str, Agent] = {}
         self._hosts_by_secret: dict[str, str] = {}  # SHA-256 of a secret to its host
         self._leases: dict[str, dict[str, Lease]] = {}  # host to job id to lease
-        self._flushed = self._swept = clock.monotonic()
+        self._flushed = clock.monotonic()
         self._ticks = itertools.count(1)  # orders the coming of heartbeats and the writing of answers
         self._retained = ""  # the last job that the walk over the old ones looked at
         self._retention_due = clock.monotonic()
@@ -3137,16 +3146,21 @@ class Jobs:
 
     # -- time --------------------------------------------------------------------------------------------------------
 
+    def excuse(self, away: float) -> None:
+        """The controller was stopped for so many seconds, and nobody could reach it: no agent is to blame for them."""
+        now = self.clock.monotonic()
+        with self._lock:
+            for held in self._leases.values():
+                for lease in held.values():
+                    lease.since, lease.deadline = now, lease.deadline + away
+
     def sweep(self) -> None:
         """What time brings: lost agents, jobs over their time, pending jobs that waited too long. Called about once a second."""
         now = self.clock.monotonic()
-        away, self._swept = now - self._swept, now
         with self._lock:
             leases = [lease for held in self._leases.values() for lease in held.values()]
             contacts = {host: agent.contact for host, agent in self._by_host.items()}
         for lease in leases:
-            if away > min(LONG_SWEEP, self.config.lost_after / 2):  # we were stopped, and nobody could reach us
-                lease.since, lease.deadline = now, lease.deadline + away
             quiet = now - max(lease.since, contacts.get(lease.host, 0.0))
             if now > lease.deadline:
                 error = "ran for longer than its timeout, and the agent did not say so"
@@ -4445,7 +4459,8 @@ class Daemon:
 
     def __init__(self, config: Config, clock: Clock | None = None, pulse: float = PULSE):
         clock = clock or Clock()
-        self.config, self.started = config, clock.monotonic()
+        self.config = config
+        self.started = self._swept = clock.monotonic()
         self.apps = Apps(config.apps)
         self._load_apps()
         self.store = Store(config.db)
@@ -4512,7 +4527,11 @@ class Daemon:
             log.error("%s: %s (the mapping in force stays)", self.config.apps, error.strerror)
 
     def sweep(self) -> None:
+        now = self.api.clock.monotonic()
+        away, self._swept = now - self._swept, now
         try:
+            if away > LONG_SWEEP:
+                self.jobs.excuse(away)
             self.jobs.sweep()
             self.auth.sweep()
         except Unavailable as error:
