@@ -169,7 +169,7 @@ class Controller(Process):
         self.db, self.apps_file = folder / "data" / "deploybot.db", folder / "apps.yaml"
         if apps is not None or not self.apps_file.exists():
             self.apps_file.write_text(json.dumps(apps or {"apps": []}))
-        self.port = 0
+        self.port = free_port()
         super().__init__([], folder / "controller.log", {}, folder)
 
     def begin(self) -> int:
@@ -241,10 +241,13 @@ def fds(pid: int) -> int:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago; better let the program choose, with port 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that was free a moment ago, below those that Linux gives to outgoing connections: a restart finds it free again."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 # ---------------------------------------------------------------------------------------------------------------------

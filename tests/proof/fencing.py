@@ -7,8 +7,10 @@ frozen for longer than an agent waits for an answer.
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import pathlib
+import random
 import shutil
 import signal
 import sys
@@ -55,12 +57,13 @@ def processes_of(job_id: str) -> list[int]:
 
 
 class Scene:
-    """One controller for all scenes; each has a host of its own."""
+    """One controller for many scenes at once; each has hosts of its own."""
 
-    def __init__(self, proof: Proof):
-        self.proof, self.folder = proof, proof.folder / "gates"
-        self.folder.mkdir()
-        self.repository = Repository(proof.folder / "source", 1, proof.chance)
+    def __init__(self, proof: Proof, name: str):
+        self.proof, self.base = proof, proof.folder / name
+        self.folder = self.base / "gates"
+        self.folder.mkdir(parents=True)
+        self.repository = Repository(self.base / "source", 1, random.Random(proof.seed))
         script = self.repository.folder / "tick.sh"
         script.write_text(SCRIPT)
         script.chmod(0o755)
@@ -79,7 +82,7 @@ class Scene:
 
     def agent(self, host: str, folder: str = "hosts") -> Agent:
         """One that has registered."""
-        agent = Agent(self.proof.folder / folder, host, self.controller.port, self.repository.env)
+        agent = Agent(self.base / folder, host, self.controller.port, self.repository.env)
         agent.launch()
         agent.says("registered as")
         return agent
@@ -234,7 +237,7 @@ def another_secret(scene: Scene) -> None:
     """Whoever has the enrolment token alone does not take over a host that has enrolled."""
     agent = scene.agent("twins-01")
     job_id = scene.running(scene.create(agent.host))
-    other = Agent(scene.proof.folder / "impostor", agent.host, scene.controller.port, scene.repository.env)
+    other = Agent(scene.base / "impostor", agent.host, scene.controller.port, scene.repository.env)
     other.launch()
     other.says("409")
     more = [scene.create(agent.host) for _ in range(2)]
@@ -252,7 +255,7 @@ def same_secret(scene: Scene) -> None:
     """A host that was cloned with its secret: the newer one is it; the older is told, ends its script, takes nothing and ends."""
     older = scene.agent("twins-02")
     job_id = scene.running(scene.create(older.host))
-    state = scene.proof.folder / "clone" / older.host / ".agent"
+    state = scene.base / "clone" / older.host / ".agent"
     state.mkdir(parents=True, mode=0o700)
     shutil.copy(older.workdir / ".agent" / "secret", state / "secret")
     more = [scene.create(older.host) for _ in range(3)]
@@ -305,7 +308,7 @@ def older_session(scene: Scene) -> None:
 def one_folder(scene: Scene) -> None:
     """A second agent in the folder of the first ends by itself."""
     agent = scene.agent("twins-04")
-    second = Agent(scene.proof.folder / "hosts", agent.host, scene.controller.port, scene.repository.env)
+    second = Agent(scene.base / "hosts", agent.host, scene.controller.port, scene.repository.env)
     second.launch()
     check(second.wait(30) == 4, "the second one ended with", second.poll())
     scene.works(agent)
@@ -415,17 +418,28 @@ SHORT: tuple[Callable[[Scene], None], ...] = (
     one_folder, stopped_controller, reset_host, reset_words,
 )  # fmt: skip
 FULL: tuple[Callable[[Scene], None], ...] = (*SHORT, stubborn_script, frozen_script, long_stopped_controller)
+ALONE = (stopped_controller, long_stopped_controller)  # no other scene has their controller
 
 
 def prove(proof: Proof) -> None:
     scenes = [scene for scene in (FULL if proof.full else SHORT) if proof.options.only in (None, scene.__name__)]
     proof.chance.shuffle(scenes)
-    stage = Scene(proof)
-    for scene in scenes:
+
+    def play(scene: Callable[[Scene], None], stage: Scene) -> None:
         began = time.monotonic()
         scene(stage)
         proof.say(f"{scene.__name__}: {time.monotonic() - began:.1f} s")
-    check("Traceback" not in stage.controller.said(), "a traceback in", stage.controller.log)
+
+    shared = Scene(proof, "shared")
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:  # most of the time they wait
+        plays = [
+            pool.submit(play, scene, Scene(proof, scene.__name__) if scene in ALONE else shared) for scene in scenes
+        ]
+        failures = [future.exception() for future in plays]
+    for failure in filter(None, failures):
+        raise failure
+    for log in proof.folder.glob("*/controller/controller.log"):
+        check("Traceback" not in log.read_text(), "a traceback in", log)
     proof.figure("scenes", len(scenes))
 
 
