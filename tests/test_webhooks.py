@@ -394,6 +394,220 @@ def test_the_clone_url_never_comes_from_the_push(controller):
     assert claimed["spec"]["clone_url"] == "https://git.example.com/web.git"
 
 
+# -- secrets of apps ---------------------------------------------------------------------------------------------------
+
+OWN = {
+    "name": "own",
+    "repo": "myorg/web",
+    "hosts": ["own-01"],
+    "deploy_on_push": True,
+    "webhook_secret_file": "own.secret",
+}
+OTHER = {
+    "name": "other",
+    "repo": "evil/other",
+    "hosts": ["h"],
+    "deploy_on_push": True,
+    "webhook_secret_file": "other.secret",
+}
+
+
+@pytest.fixture
+def guarded(make_controller):
+    """Apps of the same repository with the secret of the controller and with one of its own, and one of another repository."""
+    return guard(make_controller(webhook_secret=SECRET), WEB, OWN, OTHER)
+
+
+def guard(controller, *apps, own="own secret\n", other="other secret\n"):
+    (controller.folder / "own.secret").write_text(own)
+    (controller.folder / "other.secret").write_text(other)
+    controller.apps_file.write_text(json.dumps({"apps": apps}))
+    controller.ok("POST", "/v1/reload")
+    return controller
+
+
+def signed(controller, secret, body=None, **headers):
+    """(status, hosts of the jobs made, message) of a push signed with that secret."""
+    data = json.dumps(body or payload()).encode()
+    status, answer = deliver(controller, data, X_Hub_Signature_256=signature(data, secret), **headers)
+    made = [controller.job(job)["host"] for job in answer.get("jobs_created", ())]
+    return status, made, answer.get("message", answer.get("detail"))
+
+
+def test_an_app_takes_what_is_signed_with_its_own_secret_alone(guarded):
+    assert signed(guarded, "own secret")[:2] == (200, ["own-01"])
+    assert signed(guarded, SECRET, payload(before="b" * 40))[:2] == (200, ["web-01", "web-02"])
+
+
+def test_the_secret_of_another_app_makes_nothing(guarded):
+    """Who may sign pushes of one repository cannot forge another's."""
+    status, made, message = signed(guarded, "other secret")
+    assert (status, made) == (200, [])
+    assert message == "ignored: it is signed with another secret than those of the apps of myorg/web"
+    assert jobs(guarded) == []
+    assert signed(guarded, "nobody's")[0] == 401
+    assert signed(guarded, "own secret")[1] == ["own-01"], "and the forged one does not count as this delivery"
+
+
+def test_a_forged_push_holds_back_no_real_one(guarded):
+    """Neither by the id of a delivery nor by its time."""
+    future = {"full_name": "myorg/web", "default_branch": "main", "pushed_at": 4_000_000_000}
+    signed(guarded, "other secret", payload(repository=future), X_GitHub_Delivery="d-1")
+    now = {**future, "pushed_at": 1_790_000_000}
+    assert signed(guarded, "own secret", payload(repository=now), X_GitHub_Delivery="d-1")[1] == ["own-01"]
+
+
+def test_without_a_secret_of_the_controller_an_app_with_its_own_is_served(make_controller):
+    controller = guard(make_controller(), WEB, OWN)
+    assert signed(controller, "own secret")[:2] == (200, ["own-01"])
+    assert signed(controller, SECRET)[0] == 401
+    assert signed(controller, "")[0] == 401
+
+
+def test_while_a_secret_is_rotated_its_file_holds_both(guarded):
+    guard(guarded, OWN, own="\n  new secret \r\n\nown secret\n")
+    for number, secret in enumerate(("new secret", "own secret")):
+        assert signed(guarded, secret, payload(after=f"{number + 1}" * 40, before=f"{number + 3}" * 40))[1] == [
+            "own-01"
+        ]
+    assert signed(guarded, "new secret \r")[0] == 401
+    guard(guarded, OWN, own="new secret")
+    assert signed(guarded, "own secret", payload(after="8" * 40))[0] == 401
+    assert signed(guarded, "new secret", payload(after="9" * 40, before="7" * 40))[1] == ["own-01"]
+
+
+def test_a_redelivery_with_another_secret_is_not_answered_with_the_jobs(guarded):
+    """What was made for an app is told to those who can sign for it."""
+    assert signed(guarded, "own secret", X_GitHub_Delivery="d-1")[1] == ["own-01"]
+    evil = payload(repository={"full_name": "evil/other", "default_branch": "main"})
+    assert signed(guarded, "other secret", X_GitHub_Delivery="d-1")[:2] == (200, [])
+    assert signed(guarded, "other secret", evil, X_GitHub_Delivery="d-1")[1] == ["h"], (
+        "another delivery, though of that id"
+    )
+
+
+def test_a_secret_file_that_is_none_is_a_mistake_with_its_line(controller, tmp_path):
+    """And says what is wrong without what is in it."""
+    good = "apps:\n- name: web\n  repo: o/n\n  hosts: [h]\n  webhook_secret_file: {}\n"
+    (controller.folder / "empty").write_text(" \n\n")
+    (controller.folder / "odd").write_bytes(b"s3cr3t\xff\xfe")
+    (controller.folder / "good").write_text("x")
+    for file, message in (
+        ("missing", "missing: No such file or directory"),
+        ("empty", "empty is empty"),
+        ("odd", "odd is not UTF-8"),
+        (".", ".: Is a directory"),
+        ("7", "must be the path of a file"),
+        ('"a\\0b"', "must be the path of a file"),
+        ("[good]", "must be the path of a file"),
+        (controller.folder / "gone" / "x", "No such file or directory"),
+    ):
+        controller.apps_file.write_text(good.format(file))
+        status, answer = controller.call("POST", "/v1/reload")
+        assert (status, [error["field"] for error in answer["errors"]]) == (422, ["line 5"]), file
+        told = answer["errors"][0]["message"]
+        assert told.startswith("webhook_secret_file: ") and message in told, told
+        assert "s3cr3t" not in told and "0xff" not in told
+    for file in ("good", "./good", controller.folder / "good"):
+        controller.apps_file.write_text(good.format(file))
+        assert controller.ok("POST", "/v1/reload")["apps"] == 1
+
+
+def test_no_reader_sees_the_secret_of_an_app(guarded):
+    agent = guarded.register("own-01")
+    signed(guarded, "own secret")
+    seen = [guarded.raw("GET", path)[2] for path in ("/v1/apps", "/v1/jobs", "/v1/audit")]
+    seen.append(json.dumps(guarded.beat(agent)["job"]).encode())
+    for text in seen:
+        assert b"own" in text and b"own secret" not in text and b"own.secret" not in text
+
+
+# -- deliveries come in any order --------------------------------------------------------------------------------------
+
+A, B, C = "a" * 40, "b" * 40, "c" * 40
+
+
+def pushed(controller, after, before=ZERO, at=None, ref="refs/heads/main", **headers):
+    """(how many jobs were made, the message) of a push."""
+    repository = {"full_name": "myorg/web", "default_branch": "main", **({} if at is None else {"pushed_at": at})}
+    status, answer = deliver(controller, payload(after=after, before=before, ref=ref, repository=repository), **headers)
+    assert status == 200
+    return len(answer["jobs_created"]), answer["message"]
+
+
+LATE = (0, "ignored: a newer push to main was taken before")
+
+
+def test_an_older_push_that_comes_late_replaces_nothing(hooked):
+    assert pushed(hooked, B, A, 200)[0] == 2
+    assert pushed(hooked, A, ZERO, 199) == LATE
+    assert {job["ref"] for job in jobs(hooked)} == {B}
+    assert pushed(hooked, C, B, 201)[0] == 2
+
+
+def test_the_guard_outlives_a_restart_and_the_end_of_the_jobs(hooked):
+    pushed(hooked, B, A, 200)
+    finish_all(hooked)
+    hooked.restart()
+    assert pushed(hooked, A, ZERO, 199) == LATE
+    assert pushed(hooked, A, ZERO, 199, X_GitHub_Delivery="again")[1].startswith(
+        "taken before, nothing new is made: ignored"
+    )
+
+
+def test_two_pushes_of_one_second_are_told_apart_by_the_commit_before(hooked):
+    assert pushed(hooked, B, A, 200)[0] == 2
+    assert pushed(hooked, A, ZERO, 200) == LATE
+    assert pushed(hooked, C, B, 200)[0] == 2
+
+
+@pytest.mark.parametrize(("first", "second"), [(None, None), (200, None), (None, 200), (None, "300"), (None, True)])
+def test_without_a_time_the_commit_before_tells(hooked, first, second):
+    assert pushed(hooked, B, A, first)[0] == 2
+    assert pushed(hooked, A, ZERO, second) == LATE
+    assert pushed(hooked, C, B, second)[0] == 2
+
+
+def test_a_forced_push_back_is_the_newest(hooked):
+    """It names a commit that was there before, and it is what somebody wants now."""
+    pushed(hooked, B, A, 200)
+    finish_all(hooked)
+    assert pushed(hooked, A, B, 201)[0] == 2
+    assert (
+        pushed(hooked, B, A, 200, X_GitHub_Delivery="x")[0] in (0, 2) and hooked.job(jobs(hooked)[0]["id"])["ref"] == A
+    )
+
+
+def test_each_branch_and_repository_has_an_order_of_its_own(controller):
+    apps = [{**WEB, "branches": ["*"]}, {**WEB, "name": "two", "repo": "myorg/two", "branches": ["*"]}]
+    controller.apps_file.write_text(json.dumps({"apps": apps}))
+    controller.ok("POST", "/v1/reload")
+    assert pushed(controller, B, A, 200)[0] == 2
+    assert pushed(controller, A, ZERO, 100, ref="refs/heads/dev")[0] == 2
+    two = payload(repository={"full_name": "myorg/two", "pushed_at": 100})
+    assert len(deliver(controller, two)[1]["jobs_created"]) == 2
+    late = payload(after=A, repository={"full_name": "MyOrg/WEB", "pushed_at": 100})
+    assert deliver(controller, late)[1]["message"] == LATE[1], "names of repositories have no case"
+
+
+def test_what_deploys_nothing_holds_nothing_back(hooked):
+    """A push is the newest once an app took it."""
+    hooked.set_app(**{**WEB, "deploy_on_push": False})
+    assert pushed(hooked, B, A, 200)[0] == 0
+    hooked.set_app(**WEB)
+    assert pushed(hooked, A, ZERO, 100)[0] == 2
+
+
+def test_the_commit_of_a_tag_is_what_it_points_at():
+    """`after` may be the tag's own object, which no branch reaches."""
+    push = Push.parse(payload(ref="refs/tags/v1", after=B, head_commit={"id": A, "message": "x"}))
+    assert (push.commit, push.branch) == (A, None)
+    for odd in (None, {}, {"id": "main"}, {"id": 7}, {"id": A + "0"}):
+        assert Push.parse(payload(ref="refs/tags/v1", after=B, head_commit=odd)).commit == B
+    assert Push.parse(payload(ref="refs/heads/main", after=B, head_commit={"id": A})).commit == B
+    assert Push.parse(payload(ref="refs/tags/v1", after=ZERO, deleted=True, head_commit=None)).commit is None
+
+
 # -- sizes -------------------------------------------------------------------------------------------------------------
 
 
