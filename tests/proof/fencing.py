@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from chaos import Agent, Repository
-from common import LightAgent, Proof, check, run, wait_for
+from common import Client, LightAgent, Proof, check, run, wait_for
 
 LOST_AFTER = 2.0  # seconds
 ENDED = ("success", "failed", "cancelled")
@@ -75,10 +75,16 @@ class Scene:
             "name": "app", "repo": "myorg/app", "clone_url": f"file://{self.repository.folder}", "hosts": ["web-01"],
             "deploy": ["./tick.sh", str(self.folder)],
         }  # fmt: skip
-        self.controller = proof.controller(
-            "--lost-after", LOST_AFTER, "--agent-timeout", LOST_AFTER, apps={"apps": [app]}
-        )
-        self.client = self.controller.client()
+        times = ("--lost-after", LOST_AFTER, "--agent-timeout", LOST_AFTER)
+        self.controller = proof.controller(*times, name=f"{name}/controller", apps={"apps": [app]})
+        self._clients = threading.local()
+
+    @property
+    def client(self) -> Client:
+        """One a thread."""
+        if not hasattr(self._clients, "one"):
+            self._clients.one = Client(self.controller.port, timeout=120)
+        return self._clients.one
 
     def agent(self, host: str, folder: str = "hosts") -> Agent:
         """One that has registered."""
