@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import sqlite3
-import threading
 
 import pytest
 from conftest import TOKENS, EventStream, wait_for
@@ -58,6 +57,18 @@ def stored(c, sql, *values):
     """Rows of the database as another program sees them."""
     with sqlite3.connect(c.config.db) as db:
         return db.execute(sql, values).fetchall()
+
+
+def at_once(c, *calls):
+    """What calls that write answer, where all share one commit, in that order."""
+    store = c.daemon.store
+    with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+        with store._writer:
+            futures = []
+            for number, call in enumerate(calls, 1):
+                futures.append(pool.submit(call))
+                wait_for(lambda number=number: len(store._waiting) == number)
+        return [future.result(20) for future in futures]
 
 
 # -- made --------------------------------------------------------------------------------------------------------------
@@ -293,17 +304,15 @@ def test_revoked_while_its_last_use_is_written_it_stays_revoked(c, clock):
     token, mine = made(c, name="ci")
     assert status(mine) == 200
     clock.advance(deploybot.FLUSH_INTERVAL)
-    store = c.daemon.store
-    with store._writer:
-        first = threading.Thread(target=revoke, args=(c, token))
-        first.start()
-        wait_for(lambda: len(store._waiting) == 1)
-        second = threading.Thread(target=c.daemon.auth.sweep)
-        second.start()
-        wait_for(lambda: len(store._waiting) == 2)
-    first.join()
-    second.join()
+    at_once(c, lambda: revoke(c, token), c.daemon.auth.sweep)
     assert (status(mine), listed(c)) == (401, [])
+
+
+def test_of_two_that_revoke_a_token_at_once_one_did_it(c):
+    token, _ = made(c, name="ci")
+    answers = at_once(c, *[lambda: revoke(c, token)[0]] * 2)
+    assert answers == [200, 404]
+    assert [row["action"] for row in c.ok("GET", "/v1/audit")["audit"]] == ["token.revoke", "token.create"]
 
 
 @pytest.mark.parametrize("how", ["its token", "its sign-in", "its parent", "its time"])
