@@ -23,6 +23,7 @@ from chaos import Agent, Repository
 from common import Client, LightAgent, Proof, check, run, wait_for
 
 LOST_AFTER = 2.0  # seconds
+AWAY = 7.0  # seconds that a controller is stopped: longer than LOST_AFTER, and than the pause that it takes for a slow machine
 ENDED = ("success", "failed", "cancelled")
 # Ticks until the gate opens. As branches: `plain` ends on TERM, `stubborn` does not.
 SCRIPT = """\
@@ -325,7 +326,7 @@ def one_folder(scene: Scene) -> None:
 # A controller that was stopped; a host that was reset
 
 
-def stopped_controller(scene: Scene, seconds: float = LOST_AFTER * 2) -> None:
+def stopped_controller(scene: Scene, seconds: float = AWAY) -> None:
     """It was itself away: no agent is lost by that, each job ends as its script does, and none is run again."""
     agents = [scene.agent(f"patient-{number}") for number in range(3)]
     jobs = [scene.running(scene.create(agent.host)) for agent in agents]
