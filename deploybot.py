@@ -56,7 +56,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 if sys.version_info < (3, 11):
     sys.exit("deploybot.py needs Python 3.11 or newer; this is " + sys.version.split()[0])
@@ -497,6 +497,7 @@ def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]
     return lambda text: None if pattern.fullmatch(text) else "must be " + words
 
 
+is_commit = matches(COMMIT, "40 or 64 hex digits in lower case")
 is_repo = matches(REPO, "owner/name")
 is_host = matches(HOST, "a host name as in RFC 1123")
 is_app = matches(APP, "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
@@ -632,6 +633,37 @@ class Fields:
         return model
 
 
+def field(how: Callable[..., Any], *rest: Any, default: Any = None, then: Any = None, **more: Any) -> Any:
+    """A field of a model: the method of Fields that reads it, what that takes, and a default. `then` converts what was read."""
+
+    def read(f: Fields, name: str) -> Any:
+        found = how(f, name, *rest, **more)
+        return default if found is None else then(found) if then else found
+
+    return dataclasses.field(default=default, metadata={"read": read})
+
+
+@functools.cache
+def readers(model: type) -> list[tuple[str, Callable[[Fields, str], Any]]]:
+    return [(one.name, one.metadata["read"]) for one in dataclasses.fields(model) if "read" in one.metadata]
+
+
+class Model:
+    """A dataclass whose fields say how they are read from an untrusted dict; `strict`: no others may be in it."""
+
+    strict = False
+
+    @classmethod
+    def read(cls: type[T], f: Fields) -> T:
+        return cls(**{name: read(f, name) for name, read in readers(cls)})
+
+    @classmethod
+    def parse(cls, data: Any) -> Self:
+        """Raises ValidationError with all that is wrong."""
+        f = Fields(data, [name for name, _ in readers(cls)] if cls.strict else None)
+        return f.done(cls.read(f))
+
+
 class Job(NamedTuple):
     """One deployment of one ref on one host: a row of `jobs`, in the order of its columns. Times are RFC 3339, UTC."""
 
@@ -699,79 +731,40 @@ class Agent:
         return dataclasses.astuple(self)[:9]
 
 
-class JobRequest(NamedTuple):
+@dataclasses.dataclass(slots=True)
+class JobRequest(Model):
     """What somebody asked for: POST /v1/jobs, or a push for one host."""
 
-    repo: str
-    ref: str
-    host: str
-    app: str | None = None
-    metadata: dict[str, Any] = {}
-    force: bool = False
-    timeout: int | None = None
-    retries: int | None = None
-
-    @classmethod
-    def parse(cls, data: Any) -> JobRequest:
-        f = Fields(data, cls._fields)
-        return f.done(
-            cls(
-                repo=f.text("repo", is_repo, required=True),
-                ref=f.text("ref", is_ref, required=True),
-                host=f.text("host", is_host, required=True, fold=True),
-                app=f.text("app", is_app),
-                metadata=f.mapping("metadata", MAX_METADATA),
-                force=f.boolean("force"),
-                timeout=f.integer("timeout", 1, MAX_TIMEOUT),
-                retries=f.integer("retries", 0, MAX_RETRIES),
-            )
-        )
+    strict = True
+    repo: str = field(Fields.text, is_repo, required=True)
+    ref: str = field(Fields.text, is_ref, required=True)
+    host: str = field(Fields.text, is_host, required=True, fold=True)
+    app: str | None = field(Fields.text, is_app)
+    metadata: dict[str, Any] = field(Fields.mapping, MAX_METADATA)
+    force: bool = field(Fields.boolean, default=False)
+    timeout: int | None = field(Fields.integer, 1, MAX_TIMEOUT)
+    retries: int | None = field(Fields.integer, 0, MAX_RETRIES)
 
 
-class Registration(NamedTuple):
-    hostname: str
-    capabilities: dict[str, Any]
-    slots: int
-    token_sha256: str | None
-
-    @classmethod
-    def parse(cls, data: Any) -> Registration:
-        f = Fields(data)
-        return f.done(
-            cls(
-                f.text("hostname", is_host, required=True, fold=True),
-                f.mapping("capabilities", MAX_METADATA),
-                f.integer("slots", 1, 64) or 1,
-                f.text("token_sha256", matches(SHA256, "64 hex digits in lower case")),
-            )
-        )
+@dataclasses.dataclass(slots=True)
+class Registration(Model):
+    hostname: str = field(Fields.text, is_host, required=True, fold=True)
+    capabilities: dict[str, Any] = field(Fields.mapping, MAX_METADATA)
+    slots: int = field(Fields.integer, 1, 64, default=1)
+    token_sha256: str | None = field(Fields.text, matches(SHA256, "64 hex digits in lower case"))
 
 
-class Heartbeat(NamedTuple):
-    status: str
-    session: str | None
-    running: frozenset[tuple[str, int]] | None  # (job id, attempt); None where the agent does not say
-    wait: int  # seconds
+def run(f: Fields) -> tuple[str, int]:
+    """(job id, attempt) that an agent holds."""
+    return f.text("job_id", matches(ID, "a job's id"), required=True), f.integer("attempt", 1, 1 << 31, required=True)
 
-    @classmethod
-    def parse(cls, data: Any) -> Heartbeat:
-        f = Fields(data)
-        running = f.items(
-            "running",
-            MAX_RUNNING,
-            lambda item: (
-                item.text("job_id", matches(ID, "a job's id"), required=True),
-                item.integer("attempt", 1, 1 << 31, required=True),
-            ),
-        )
-        return f.done(
-            cls(
-                f.choice("status", ("online", "offline"), required=True),
-                f.text("session", matches(SESSION, "a session that a registration answered")),
-                None if running is None else frozenset(running),
-                f.integer("wait", 0, MAX_WAIT) or 0,
-            )
-        )
+
+@dataclasses.dataclass(slots=True)
+class Heartbeat(Model):
+    status: str = field(Fields.choice, ("online", "offline"), required=True)
+    session: str | None = field(Fields.text, matches(SESSION, "a session that a registration answered"))
+    running: frozenset[tuple[str, int]] | None = field(Fields.items, MAX_RUNNING, run, then=frozenset)  # None: not said
+    wait: int = field(Fields.integer, 0, MAX_WAIT, default=0)  # seconds
 
 
 def fit_line(message: str) -> str:
@@ -784,61 +777,34 @@ def fit_line(message: str) -> str:
     return message
 
 
-class LogUpload(NamedTuple):
-    attempt: int
-    offset: int
-    lines: list[list[str]]  # [message, level, time]
-    commit: str | None
-
-    @classmethod
-    def parse(cls, data: Any, received: str) -> LogUpload:
-        """`received`: the time of lines that bring none."""
-        f = Fields(data)
-        return f.done(
-            cls(
-                f.integer("attempt", 1, 1 << 31, required=True),
-                f.integer("offset", 0, 1 << 53, required=True),
-                f.items("lines", MAX_LINES, lambda line: cls._line(line, received), required=True) or [],
-                f.text("commit", matches(COMMIT, "40 or 64 hex digits in lower case")),
-            )
-        )
-
-    @staticmethod
-    def _line(f: Fields, received: str) -> list[str]:
-        message = f.take("message", str, "a string", True)
-        stamp = f.text("timestamp", is_stamp)
-        if stamp and not f.errors and not OUR_STAMP.fullmatch(stamp):
-            stamp = rfc3339(unix_time(stamp))
-        return [fit_line(message or ""), f.choice("level", LEVELS) or "info", stamp or received]
+def log_line(f: Fields) -> list[str | None]:
+    message = f.take("message", str, "a string", True)
+    stamp = f.text("timestamp", is_stamp)
+    if stamp and not f.errors and not OUR_STAMP.fullmatch(stamp):
+        stamp = rfc3339(unix_time(stamp))
+    return [fit_line(message or ""), f.choice("level", LEVELS) or "info", stamp]
 
 
-class Result(NamedTuple):
-    attempt: int
-    status: str
-    exit_code: int | None
-    error: str | None
-    reason: str | None
-    commit: str | None
-    rolled_back_to: str | None
+@dataclasses.dataclass(slots=True)
+class LogUpload(Model):
+    attempt: int = field(Fields.integer, 1, 1 << 31, required=True)
+    offset: int = field(Fields.integer, 0, 1 << 53, required=True)
+    lines: list[list[Any]] = field(Fields.items, MAX_LINES, log_line, required=True)  # [message, level, time or None]
+    commit: str | None = field(Fields.text, is_commit)
 
-    @classmethod
-    def parse(cls, data: Any) -> Result:
-        f = Fields(data)
-        error = f.take("error", str, "a string", False)
-        commit = matches(COMMIT, "40 or 64 hex digits in lower case")
-        status = f.choice("status", ENDED_WORDS, required=True)
-        reason = f.choice("reason", AGENT_REASONS) or DEFAULT_REASON.get(status)
-        return f.done(
-            cls(
-                f.integer("attempt", 1, 1 << 31, required=True),
-                status,
-                f.integer("exit_code", -(1 << 31), (1 << 31) - 1),
-                error[:MAX_ERROR] if error else None,
-                reason if status != "success" else None,
-                f.text("commit", commit),
-                f.text("rolled_back_to", commit),
-            )
-        )
+
+@dataclasses.dataclass(slots=True)
+class Result(Model):
+    attempt: int = field(Fields.integer, 1, 1 << 31, required=True)
+    status: str = field(Fields.choice, ENDED_WORDS, required=True)
+    exit_code: int | None = field(Fields.integer, -(1 << 31), (1 << 31) - 1)
+    error: str | None = field(Fields.take, str, "a string", False, then=lambda text: text[:MAX_ERROR] or None)
+    reason: str | None = field(Fields.choice, AGENT_REASONS)
+    commit: str | None = field(Fields.text, is_commit)
+    rolled_back_to: str | None = field(Fields.text, is_commit)
+
+    def __post_init__(self) -> None:
+        self.reason = None if self.status == "success" else self.reason or DEFAULT_REASON.get(self.status)
 
 
 @dataclasses.dataclass(slots=True)
@@ -930,29 +896,22 @@ class Principal(NamedTuple):
             raise Forbidden(f"this token is for the app {self.app} alone")
 
 
-class TokenRequest(NamedTuple):
-    role: Scope
-    name: str | None
-    host: str | None
-    app: str | None
-    expires_in: int | None  # seconds
+@dataclasses.dataclass(slots=True)
+class TokenRequest(Model):
+    strict = True
+    role: str = field(Fields.choice, ROLES, required=True)
+    name: str | None = field(Fields.text, matches(TOKEN_NAME, "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @"))
+    host: str | None = field(Fields.text, is_host, fold=True)
+    app: str | None = field(Fields.text, is_app)
+    expires_in: int | None = field(Fields.integer, 60, 10 * 365 * 86400)  # seconds
 
-    @classmethod
-    def parse(cls, data: Any) -> TokenRequest:
-        f = Fields(data, cls._fields)
-        role = f.choice("role", ROLES, required=True)
-        asked = cls(
-            role,
-            f.text("name", matches(TOKEN_NAME, "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")),
-            f.text("host", is_host, fold=True),
-            f.text("app", is_app),
-            f.integer("expires_in", 60, 10 * 365 * 86400),
-        )
-        if asked.host and role in ROLES and role != Scope.AGENT:
-            f.wrong("host", "is for tokens of the role agent alone")
-        if asked.app and role in (Scope.ADMIN, Scope.AGENT):
-            f.wrong("app", "is for tokens of the roles operator and viewer alone")
-        return f.done(asked)
+    def check(self) -> TokenRequest:
+        """Raises ValidationError for what does not go together."""
+        if self.host and self.role != Scope.AGENT:
+            raise ValidationError([("host", "is for tokens of the role agent alone")])
+        if self.app and self.role not in (Scope.OPERATOR, Scope.VIEWER):
+            raise ValidationError([("app", "is for tokens of the roles operator and viewer alone")])
+        return self
 
 
 class Token(NamedTuple):
@@ -1033,23 +992,74 @@ class TimeOrderedIds:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def default_clone_url(repo: str) -> str:
-    return f"https://github.com/{repo}.git"
+def clone_url(text: Any) -> str:
+    """https, http, ssh, git and file URLs, paths, and git's own host:path; no password, no option. No error repeats it."""
+    if (
+        not isinstance(text, str)
+        or not 0 < len(text) <= 2048
+        or not text.isprintable()
+        or " " in text
+        or text[0] == "-"
+    ):
+        raise ValueError("must be a URL that git can clone")
+    if "::" in text.partition("/")[0]:
+        raise ValueError("must not name a transport helper")
+    try:
+        parts = urllib.parse.urlsplit(text)
+    except ValueError:
+        raise ValueError("must be a URL that git can clone") from None
+    if parts.password is not None or (parts.scheme in ("http", "https") and parts.username is not None):
+        raise ValueError(
+            "must not hold a password or token: give the agent's user credentials of its own (git help credentials)"
+        )
+    return text
 
 
-class App(NamedTuple):
-    name: str
-    repo: str
-    hosts: tuple[str, ...]
-    clone_url: str
-    deploy_on_push: bool = False
-    branches: tuple[str, ...] | None = None  # shell patterns; None: the repository's default branch
-    build: list[str] | str | None = None
-    activate: list[str] | str | None = None
-    deploy: list[str] | str | None = None
-    timeout: int = 3600  # seconds
-    retries: int = 0  # attempts after one that an agent lost
+def command(value: Any) -> list[str] | str:
+    """A list is argv, a string is for `sh -c`."""
+    words = value if isinstance(value, list) else [value]
+    if not words or not all(isinstance(word, str) and "\0" not in word for word in words) or not words[0].strip():
+        raise ValueError("must be a command: a list of strings, or one string for sh -c")
+    if not "".join(words).isascii():
+        "".join(words).encode()  # a lone surrogate is a ValueError
+    return value
+
+
+def is_pattern(text: str) -> str | None:
+    return None if 0 < len(text) <= 255 and text.isprintable() else "must be a shell pattern such as release/*"
+
+
+def seconds(value: Any) -> int:
+    found = duration(value if isinstance(value, str) else str(value))
+    if not 1 <= found <= MAX_TIMEOUT:
+        raise ValueError("must be from 1s to 7d")
+    return int(found)
+
+
+def path(value: Any) -> str:
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError("must be the path of a file")
+    return value
+
+
+@dataclasses.dataclass(slots=True)
+class App(Model):
+    name: str = field(Fields.text, is_app, required=True)
+    repo: str = field(Fields.text, is_repo, required=True)
+    hosts: tuple[str, ...] = field(Fields.texts, is_host, required=True, fold=True)
+    clone_url: str = field(Fields.read, clone_url, default="")
+    deploy_on_push: bool = field(Fields.boolean, default=False)
+    branches: tuple[str, ...] | None = field(Fields.texts, is_pattern)  # None: the repository's default branch
+    build: list[str] | str | None = field(Fields.read, command)
+    activate: list[str] | str | None = field(Fields.read, command)
+    deploy: list[str] | str | None = field(Fields.read, command)
+    timeout: int = field(Fields.read, seconds, default=3600)
+    retries: int = field(Fields.integer, 0, MAX_RETRIES, default=0)  # attempts after one that an agent lost
+    webhook_secret_file: str | None = field(Fields.read, path)
     webhook_secrets: tuple[str, ...] = ()  # that sign its pushes; none: the one of the whole controller
+
+    def __post_init__(self) -> None:
+        self.clone_url = self.clone_url or f"https://github.com/{self.repo}.git"
 
     def spec(self) -> str:
         """What the agent needs, as JSON: frozen into each job when it is made."""
@@ -1062,7 +1072,7 @@ def app_without_entry(repo: str, name: str | None) -> App:
         name = repo.lower().replace("/", "--").lstrip("._-")
         if len(name) > 64:
             name = f"{name[:51]}-{hashlib.sha256(repo.lower().encode()).hexdigest()[:12]}"
-    return App(name, repo, (), default_clone_url(repo))
+    return App(name, repo, ())
 
 
 class Located(dict[str, Any]):
@@ -1170,50 +1180,6 @@ def parse_apps_text(text: str) -> Any:
         raise AppsError([(1, "is nested too deeply")]) from None
 
 
-def clone_url(text: Any) -> str:
-    """https, http, ssh, git and file URLs, paths, and git's own host:path; no password, no option. No error repeats it."""
-    if (
-        not isinstance(text, str)
-        or not 0 < len(text) <= 2048
-        or not text.isprintable()
-        or " " in text
-        or text[0] == "-"
-    ):
-        raise ValueError("must be a URL that git can clone")
-    if "::" in text.partition("/")[0]:
-        raise ValueError("must not name a transport helper")
-    try:
-        parts = urllib.parse.urlsplit(text)
-    except ValueError:
-        raise ValueError("must be a URL that git can clone") from None
-    if parts.password is not None or (parts.scheme in ("http", "https") and parts.username is not None):
-        raise ValueError(
-            "must not hold a password or token: give the agent's user credentials of its own (git help credentials)"
-        )
-    return text
-
-
-def command(value: Any) -> list[str] | str:
-    """A list is argv, a string is for `sh -c`."""
-    words = value if isinstance(value, list) else [value]
-    if not words or not all(isinstance(word, str) and "\0" not in word for word in words) or not words[0].strip():
-        raise ValueError("must be a command: a list of strings, or one string for sh -c")
-    if not "".join(words).isascii():
-        "".join(words).encode()  # a lone surrogate is a ValueError
-    return value
-
-
-def is_pattern(text: str) -> str | None:
-    return None if 0 < len(text) <= 255 and text.isprintable() else "must be a shell pattern such as release/*"
-
-
-def seconds(value: Any) -> int:
-    found = duration(value if isinstance(value, str) else str(value))
-    if not 1 <= found <= MAX_TIMEOUT:
-        raise ValueError("must be from 1s to 7d")
-    return int(found)
-
-
 class AppReader:
     """Reads the document of apps.yaml; gathers every mistake with its line. `folder`: what its paths are relative to."""
 
@@ -1248,34 +1214,19 @@ class AppReader:
         if not isinstance(entry, Located):
             self.problems.append((document.line_of("apps"), "apps: each must be a mapping with name, repo and hosts"))
             return None
-        f = Fields(entry, (*App._fields[:-1], "webhook_secret_file"), quotes=True)
-        repo = f.text("repo", is_repo, required=True)
-        app = App(
-            name=f.text("name", is_app, required=True),
-            repo=repo,
-            hosts=f.texts("hosts", is_host, required=True, fold=True),
-            clone_url=f.read("clone_url", clone_url) or default_clone_url(repo),
-            deploy_on_push=f.boolean("deploy_on_push"),
-            branches=f.texts("branches", is_pattern),
-            build=f.read("build", command),
-            activate=f.read("activate", command),
-            deploy=f.read("deploy", command),
-            timeout=f.read("timeout", seconds) or 3600,
-            retries=f.integer("retries", 0, MAX_RETRIES) or 0,
-            webhook_secrets=f.read("webhook_secret_file", self._secrets) or (),
-        )
+        f = Fields(entry, [name for name, _ in readers(App)], quotes=True)
+        app = App.read(f)
         if app.deploy and (app.build or app.activate):
             f.wrong("deploy", "stands instead of build and activate; keep one form")
+        app.webhook_secrets = f.read("webhook_secret_file", self._secrets) or () if app.webhook_secret_file else ()
         return None if self._gather(entry, f) else app
 
-    def _secrets(self, file: Any) -> tuple[str, ...]:
+    def _secrets(self, file: str) -> tuple[str, ...]:
         """The secrets in that file, a line each."""
-        if not isinstance(file, str) or not file.isprintable():
-            raise ValueError("must be the path of a file")
         try:
             text = (self.folder / file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{file[:80]}: {error.strerror}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file[:80]} {getattr(error, 'strerror', 'is not UTF-8')}") from None
         found = tuple(line.strip() for line in text.splitlines() if line.strip())
         if not found:
             raise ValueError(f"{file[:80]} is empty")
@@ -2835,11 +2786,15 @@ class Jobs:
         Raises Conflict for an attempt that is not running any more, and for a gap, with `next_offset`.
         """
 
+        now = self.clock.stamp()
+
         def do(tx: Tx) -> tuple[int, bool]:
             job = self._running(tx, job_id, upload.attempt, principal)
             if upload.commit and upload.commit != job.commit:
                 job = tx.change_job(job, commit=upload.commit) or job
                 self._announce(tx, job)
+            for line in upload.lines:
+                line[2] = line[2] or now
             end, log_bytes = tx.log_end(job.id, job.attempt)
             last = upload.offset + len(upload.lines)
             if end and log_bytes >= self.config.log_limit:  # it said so already: what follows is taken and dropped
@@ -4103,7 +4058,7 @@ def retry_job(api: Controller, request: Request) -> Answer:
 
 
 def append_logs(api: Controller, request: Request) -> Answer:
-    upload = LogUpload.parse(request.json(), api.clock.stamp())
+    upload = LogUpload.parse(request.json())
     next_offset, cancel = api.jobs.append_logs(job_id(request), upload, request.principal)
     return {"next_offset": next_offset, "cancel": cancel}
 
@@ -4146,7 +4101,7 @@ def remove_host(api: Controller, request: Request) -> Answer:
 
 
 def create_token(api: Controller, request: Request) -> Answer:
-    token, secret = api.auth.create(TokenRequest.parse(request.json()), request.principal)
+    token, secret = api.auth.create(TokenRequest.parse(request.json()).check(), request.principal)
     return answer(201, {"token": token.public(), "secret": secret})
 
 

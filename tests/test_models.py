@@ -45,7 +45,7 @@ def request(**more):
 
 
 def upload(*lines, **more):
-    return LogUpload.parse({"attempt": 1, "offset": 0, "lines": list(lines), **more}, STAMP)
+    return LogUpload.parse({"attempt": 1, "offset": 0, "lines": list(lines), **more})
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_a_heartbeat_is_checked_whole():
 
 
 def test_log_lines_have_defaults():
-    assert upload({"message": "x"}).lines == [["x", "info", STAMP]]
+    assert upload({"message": "x"}).lines == [["x", "info", None]]
     given = {"message": "", "level": "error", "timestamp": "2026-01-02T03:04:05+01:00"}
     assert upload(given, commit=SHA) == LogUpload(1, 0, [["", "error", "2026-01-02T02:04:05.000Z"]], SHA)
 
@@ -346,8 +346,8 @@ def test_a_time_at_the_edge_is_refused_or_kept_in_our_form(stamp):
 
 def test_a_log_upload_is_checked_whole():
     wrong = {"attempt": 0, "offset": -1, "lines": {}, "commit": SHA.upper()}
-    assert errors_of(LogUpload.parse, wrong, STAMP).keys() == wrong.keys()
-    assert errors_of(LogUpload.parse, {}, STAMP).keys() == {"attempt", "offset", "lines"}
+    assert errors_of(LogUpload.parse, wrong).keys() == wrong.keys()
+    assert errors_of(LogUpload.parse, {}).keys() == {"attempt", "offset", "lines"}
 
 
 def test_a_result_has_the_reason_of_its_end():
@@ -468,12 +468,11 @@ def test_filters_want_what_matches_in_all():
 
 
 def test_a_role_may_do_its_own_and_an_admin_all():
-    may = {scope: {asked for asked in Scope if Principal("x", scope).may(asked)} for scope in Scope}
+    may = {scope: {asked for asked in Scope if Principal("x", scope).may(asked)} for scope in deploybot.ROLES}
     assert may == {
-        Scope.PUBLIC: {Scope.PUBLIC},
-        Scope.VIEWER: {Scope.PUBLIC, Scope.VIEWER},
-        Scope.OPERATOR: {Scope.PUBLIC, Scope.VIEWER, Scope.OPERATOR},
-        Scope.AGENT: {Scope.PUBLIC, Scope.AGENT},
+        Scope.VIEWER: {Scope.PUBLIC, Scope.ANY, Scope.VIEWER},
+        Scope.OPERATOR: {Scope.PUBLIC, Scope.ANY, Scope.VIEWER, Scope.OPERATOR},
+        Scope.AGENT: {Scope.PUBLIC, Scope.ANY, Scope.AGENT},
         Scope.ADMIN: set(Scope),
     }
 
