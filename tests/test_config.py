@@ -87,6 +87,7 @@ def test_whole_numbers(name):
         ("10MiB", 10 << 20),
         ("1GiB", 1 << 30),
         ("1.5KiB", 1536),
+        ("0.5", 1),
         ("999999999", 999_999_999),
     ],
 )
@@ -95,7 +96,7 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "0", "0MiB", "0.5", "-1", "10MB", "10 MiB", "10mib", "MiB", "1e6", "٣MiB", "1" * 13, "1MiB\n", "inf"]
+    "text", ["", "0", "0MiB", "0.0", "-1", "10MB", "10 MiB", "10mib", "MiB", "1e6", "٣MiB", "1" * 13, "1MiB\n", "inf"]
 )
 def test_what_is_no_size_is_refused(text):
     (told,) = problems(log_limit=text)
