@@ -431,6 +431,7 @@ ALONE = (stopped_controller, long_stopped_controller)  # no other scene has thei
 def prove(proof: Proof) -> None:
     scenes = [scene for scene in (FULL if proof.full else SHORT) if proof.options.only in (None, scene.__name__)]
     proof.chance.shuffle(scenes)
+    scenes.sort(key=lambda scene: scene not in ALONE)  # they take the longest
 
     def play(scene: Callable[[Scene], None], stage: Scene) -> None:
         began = time.monotonic()
