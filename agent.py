@@ -639,11 +639,11 @@ class Masker:
         spans = self._found(text)
         if final and end - held >= MASK_FROM:  # its writer was cut off in the middle of it
             spans.append((held, end))
-        shown, at = [], 0
+        shown, at = [], self._covered
         for begin, stop in sorted(spans):
             if begin >= end:
                 break
-            if begin >= at and (begin, self._covered) != (0, stop):
+            if begin >= at:
                 shown += [text[at:begin], "***"]
             at = max(at, stop)
         shown.append(text[at:end])
@@ -651,7 +651,8 @@ class Masker:
         return "".join(shown)
 
     def _found(self, text: str) -> list[tuple[int, int]]:
-        spans = [(0, self._covered)] if self._covered else []
+        """Where words begin and end, those that overlap as well."""
+        spans = []
         for word in self._words:
             at = text.find(word)
             while at >= 0:
@@ -1410,7 +1411,9 @@ class Mirror:
 
     def _fetch(self, partial: bool) -> None:
         how = ["--filter=blob:none"] if partial else []
-        self._git("fetch", "--quiet", "--prune", "--no-tags", "--no-recurse-submodules", *how, "origin", *REFSPECS)
+        what = ("--quiet", "--prune", "--no-tags", "--no-recurse-submodules", *how, "origin", *REFSPECS)
+        # Over dumb HTTP a fetch that lacks an object would start the same fetch again, without end.
+        self._git("fetch", *what, env={"GIT_NO_LAZY_FETCH": "1"})
 
     def _read_tree(self, commit: str, folder: Path, place: dict[str, str]) -> None:
         for path in (folder, Path(place["GIT_INDEX_FILE"])):
@@ -1460,10 +1463,8 @@ class AppFolder:
         self.current = path / "current"
         self._releases = path / "releases"
         self._releases.mkdir(parents=True, exist_ok=True)
-        if account:
-            self._keep_ours()
 
-    def _keep_ours(self) -> None:
+    def _check_owner(self) -> None:
         """Scripts may enter, and change nothing but their release. Raises StepFailed where the folders are not the agent's."""
         for folder in (self.path, self._releases):
             found = folder.lstat()
@@ -1476,6 +1477,8 @@ class AppFolder:
     def locked(self, limits: Limits, on_wait: Callable[[], None]) -> Iterator[None]:
         """Keeps two jobs of the app apart, whatever agents run them: by the file those of this folder, by the name those of
         this machine. Raises Stopped when the limits come first."""
+        if self._account:
+            self._check_owner()
         with contextlib.ExitStack() as held:
             for take, close in ((self._take_file, os.close), (self._take_name, socket.socket.close)):
                 while (taken := take()) is None:

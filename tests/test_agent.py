@@ -6,16 +6,19 @@ import hashlib
 import json
 import os
 import pwd
+import random
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -528,6 +531,116 @@ def test_pauses_double_up_to_a_limit_with_jitter():
     assert agent.Backoff(chance=lambda: 0.0).next() == 0.25 == backoff.next() / 2
 
 
+# Secrets in the output
+
+
+def masked(words, *pieces):
+    masker = agent.Masker(words)
+    return "".join([masker.feed(piece) for piece in pieces] + [masker.feed("", final=True)])
+
+
+def reference(words, text):
+    """Letter by letter: what stands in any occurrence of a word, or in the beginning of one at the end, is hidden."""
+    hidden = [False] * len(text)
+    for at in range(len(text)):
+        for word in words:
+            if text.startswith(word, at) or (word.startswith(text[at:]) and len(text) - at >= agent.MASK_FROM):
+                hidden[at : at + len(word)] = [True] * len(text[at : at + len(word)])
+    return "".join("*" if hide else letter for letter, hide in zip(text, hidden, strict=True))
+
+
+def test_a_mask_is_the_same_however_the_text_comes_in_pieces():
+    """Two letters make words that overlap, repeat and begin one another as often as can be."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance, met = random.Random(seed), 0
+    for _ in range(1500):
+        letters = chance.choice(["ab", "abc\n"])
+        words = agent.secret_words(
+            "".join(chance.choices("ab", k=chance.randint(6, 9))) for _ in range(chance.randint(1, 3))
+        )
+        text = "".join(chance.choices([*letters, *words, *(word[:4] for word in words)], k=chance.randint(0, 30)))
+        cuts = sorted(chance.choices(range(len(text) + 1), k=chance.randint(0, 12)))
+        pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        shown = masked(words, *pieces)
+        assert re.sub(r"\*+", "*", shown) == re.sub(r"\*+", "*", reference(words, text)), (words, pieces)
+        assert shown == masked(words, text)
+        met += "*" in shown
+    assert met > 500
+
+
+def test_what_is_hidden_and_what_not():
+    words = agent.secret_words(
+        ["hunter2000", "hunter2000-and-more", "short", " padded-value ", "first line\nsecond\r\nab"]
+    )
+    assert words == ("first line", "hunter2000", "hunter2000-and-more", "padded-value", "second")
+    for text, shown in (
+        ("a hunter2000, a hunter2000-and-more\n", "a ***, a ***\n"),
+        ("hunter2000-and-mor\n", "***-and-mor\n"),
+        ("hunter2000hunter2000", "******"),
+        ("hunter200", "***"),  # the writer was cut off in it
+        ("hunte", "hunte"),
+        ("short\nab\nfirst line\nsecond\n", "short\nab\n***\n***\n"),
+        ("hunter\n2000", "hunter\n2000"),
+    ):
+        assert masked(words, text) == masked(words, *text) == shown
+    assert masked((), "hunter2000") == "hunter2000"
+
+
+def test_nothing_is_held_back_that_starts_no_secret():
+    masker = agent.Masker(("hunter2000",))
+    assert [masker.feed(piece) for piece in ("Password: ", "hunt", "ing", " the hunter200", "1\nh")] == [
+        "Password: ", "", "hunting", " the ", "hunter2001\n"
+    ]  # fmt: skip
+
+
+def test_secrets_in_the_pieces_that_a_line_goes_up_in(tmp_path):
+    """A line goes up in pieces when it waits for its end, when it is long, and when a batch is due in the middle of it."""
+    clock, shown = Clock(), []
+    spool = agent.Spool(tmp_path / "log", clock, clock, words=("hunter2000",))
+
+    def take():
+        clock.time += agent.PARTIAL_AFTER + agent.BATCH_AFTER
+        spool.idle()
+        clock.time += agent.BATCH_AFTER
+        batch = spool.batch(0) or []
+        spool.seek(spool.offset + len(batch))
+        shown.extend(messages(batch))
+
+    for piece in (b"key: hun", b"ter2", b"000", b" used\n", b"x" * (agent.LINE_LIMIT - 4) + b"hunter2000\nhunter2"):
+        spool.write(piece)
+        take()
+    spool.close()
+    take()
+    assert shown == ["key: ", "***", " used", "x" * (agent.LINE_LIMIT - 4) + "***", "***"]
+    assert b"hunt" not in (tmp_path / "log").read_bytes()
+
+
+def test_the_limit_of_the_output_cuts_no_secret_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "OUTPUT_LIMIT", 1 << 20)
+    spool = agent.Spool(tmp_path / "log", words=("hunter2000",))
+    spool.write(b"x" * ((1 << 20) - 9) + b"hunter2000")
+    spool.close()
+    assert b"hunt" not in (tmp_path / "log").read_bytes() and b"***" in (tmp_path / "log").read_bytes()
+
+
+def test_secrets_stay_out_of_logs_and_errors(host, variables):
+    variables |= {
+        "PASSWORD": "hunter2000",
+        "KEY": "-----BEGIN KEY-----\nMIIEvQIBADANBgkq\n-----END KEY-----\n",
+        "PIN": "1234",
+    }
+    slowly = 'for part in hun ter2 000; do printf %s "$part"; sleep 0.1; done'
+    result = host.deploy(build=f'echo "$PASSWORD"; printf %s "$KEY"; {slowly}; echo; echo "$PIN"; ./no-such-hunter2000')
+    lines = host.output.splitlines()
+    assert [line for line in lines if line][:6] == ["***", "***", "***", "***", "***", "1234"]
+    assert result["exit_code"] == 127 and "./no-such-***" in lines[-1] and "./no-such-***" in result["error"]
+    assert host.deploy(ref="hunter2000")["error"].endswith(" has no branch, tag or commit ***")
+    host.deploy(build=["./no-such-hunter2000"])
+    spools = "".join(path.read_text() for path in (host.machine.workdir / ".agent/jobs").glob("*.log"))
+    assert "hunter" not in spools and "MIIE" not in spools and "[deploybot] " in spools
+
+
 # Git and releases
 
 
@@ -954,6 +1067,372 @@ def test_two_jobs_of_one_app_wait_for_each_other(host):
     assert "waiting for another job of web" in host.said
     os.close(held)
     assert host.deploy()["status"] == "success"
+
+
+# What a host does not do
+
+
+def test_a_repository_that_is_not_allowed_here_is_not_even_fetched(host):
+    host.machine.allow_repos = agent.repo_patterns("MyOrg/*,o/n?", [])
+    result = host.deploy()
+    assert (result["status"], result["reason"]) == ("failed", "rejected")
+    assert result["error"] == "this host does not deploy o/n: --allow-repo is myorg/*, o/n?"
+    assert not (host.app / "repo.git").exists() and host.releases == []
+    host.machine.allow_repos = agent.repo_patterns("myorg/*, O/N", [])
+    assert host.deploy()["status"] == "success"
+
+
+def submodule(source, text, path="sub"):
+    """A commit whose .gitmodules says what no git would write."""
+    (source.path / ".gitmodules").write_text(text)
+    commit = source.git("rev-parse", "HEAD")
+    source.git("add", ".gitmodules")
+    source.git("update-index", "--add", "--cacheinfo", f"160000,{commit},{path}")
+    source.git("commit", "--quiet", "--message=a submodule")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "url", "more"),
+    [
+        ("sub", "sub", "ext::sh -c touch% {canary}", ""),
+        ("sub", "sub", "--upload-pack=touch {canary}", ""),
+        ("sub", "sub", "-u./payload", ""),
+        ("sub", "sub", "{source}", "update = !touch {canary}"),
+        ("../../../outside", "sub", "{source}", ""),
+        ("sub", "../../../outside", "{source}", ""),
+        ("sub", "sub", "git::touch {canary}", ""),
+        ("sub", "sub", "http://127.0.0.1:1/x.git", ""),
+    ],
+)
+def test_a_hostile_submodule_runs_nothing_and_leaves_no_folder_but_its_own(host, tmp_path, env, name, path, url, more):
+    """The host's own configuration lets git speak all protocols; what the agent says has to count."""
+    canary = tmp_path / "canary"
+    (host.source.path / "payload").write_text(f"#!/bin/sh\ntouch {canary}\n")
+    (host.source.path / "payload").chmod(0o755)
+    with open(Path(env["HOME"], ".gitconfig"), "a") as file:
+        file.write('[protocol]\n\tallow = always\n[protocol "ext"]\n\tallow = always\n')
+    said = {"canary": canary, "source": host.source.url}
+    text = f'[submodule "{name}"]\n\tpath = {path}\n\turl = {url.format(**said)}\n\t{more.format(**said)}\n'
+    host.source.commit({})
+    submodule(host.source, text)
+    before = {entry.name for entry in tmp_path.iterdir()}
+    result = host.deploy()
+    assert not canary.exists() and {entry.name for entry in tmp_path.iterdir()} == before | {"work"}
+    if path == "sub" and not more and name == "sub":
+        assert result["reason"] == "fetch_failed" and not (host.app / "current").exists()
+    assert not list(tmp_path.rglob("outside"))
+
+
+@pytest.fixture
+def over_http(host):
+    """The source over dumb HTTP; where the path starts with /locked, a password is asked for."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(host.source.path))
+
+        def do_GET(self):
+            if not self.path.startswith("/locked"):
+                return super().do_GET()
+            self.send_response(401)
+            self.send_header("WWW-Authenticate", "Basic realm=x")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    host.machine.git_protocols = "http"
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_repository_from_afar_gets_no_file_of_this_machine_as_its_submodule(host, over_http, tmp_path, env):
+    private = Source(tmp_path / "private", env)
+    private.commit({"key.txt": "private\n"})
+    for url in (private.url, str(private.path)):
+        submodule(host.source, f'[submodule "sub"]\n\tpath = sub\n\turl = {url}\n')
+        host.source.git("update-server-info")
+        result = host.deploy(clone_url=f"{over_http}/.git")
+        assert result["reason"] == "fetch_failed" and "transport 'file' not allowed" in result["error"], result
+    host.source.git("rm", "--quiet", "-r", "--cached", "sub", ".gitmodules")
+    host.source.git("commit", "--quiet", "--message=none")
+    host.source.git("update-server-info")
+    assert host.deploy(clone_url=f"{over_http}/.git")["status"] == "success"
+
+
+def test_git_asks_nobody_for_a_password(host, over_http):
+    result = host.deploy(clone_url=f"{over_http}/locked.git", timeout=10)
+    assert result["reason"] == "fetch_failed" and "terminal prompts disabled" in result["error"]
+
+
+def test_what_git_is_told(host, tmp_path, env):
+    """A ref stands only behind --end-of-options, from there on hex alone; each call carries what protects it."""
+    said = tmp_path / "said"
+    host.source.git("branch", "a;b$(c)")
+    env["PATH"] = fake_git(tmp_path, env, f'echo "$GIT_ALLOW_PROTOCOL $GIT_TERMINAL_PROMPT $*" >>{said}')
+    assert host.deploy("a;b$(c)")["status"] == "success"
+    calls = said.read_text().splitlines()
+    assert len(calls) > 5
+    for call in calls:
+        assert call.startswith("file 0 ") and " -c core.hooksPath=/dev/null " in call
+        assert "a;b$(c)" not in call or call.endswith(" --end-of-options refs/heads/a;b$(c)^{commit}")
+    assert sum("a;b$(c)" in call for call in calls) == 1
+
+
+def test_a_mirror_of_another_user_is_made_anew_as_its_configuration_can_name_commands(host, tmp_path, monkeypatch):
+    canary = tmp_path / "canary"
+    host.deploy()
+    mirror = host.app / "repo.git"
+    assert stat.S_IMODE(mirror.stat().st_mode) == 0o700
+    host.source.git("config", "remote.origin.uploadpack", f"touch {canary}; git-upload-pack", cwd=mirror)
+    assert host.deploy()["status"] == "success" and canary.exists()  # it is one that would run
+    canary.unlink()
+    if os.geteuid() == 0:
+        os.chown(mirror, 65534, 65534)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 65534)
+    assert host.deploy()["status"] == "success" and not canary.exists()
+
+
+def test_a_build_whose_folders_cannot_be_written_goes_without_touching_what_it_links_to(host, tmp_path, monkeypatch):
+    """As one sees it that is not root, who has to open such folders first."""
+    outside = tmp_path / "outside"
+    outside.mkdir(mode=0o755)
+    tree = tmp_path / "tree"
+    (tree / "sealed").mkdir(parents=True)
+    (tree / "sealed/file").touch()
+    (tree / "link").symlink_to(outside)
+    agent.open_folders(tree)
+    assert stat.S_IMODE((tree / "sealed").stat().st_mode) == 0o700 and stat.S_IMODE(outside.stat().st_mode) == 0o755
+
+
+# Locks
+
+
+def test_agents_with_folders_of_their_own_do_not_run_one_app_of_one_host_at_once(
+    host, tmp_path, env, source, variables
+):
+    other = Host(tmp_path / "elsewhere", env, source, variables)
+    other.agent_id = host.agent_id
+    job = agent.parse_job(host.job())
+    with agent.AppFolder(host.app, time.time, f"{job.agent} {job.host}").locked(patient(), lambda: None):
+        assert other.deploy(timeout=0.3)["reason"] == "timeout"
+        assert "waiting for another job of web on this host" in other.said
+        assert other.deploy(app="api")["status"] == "success"
+        other.agent_id = str(uuid.uuid4())  # a host of its own at the controller, or of another controller
+        assert other.deploy()["status"] == "success"
+    other.agent_id = host.agent_id
+    assert other.deploy()["status"] == "success"
+
+
+def patient():
+    return agent.Limits(None, float("inf"), time.monotonic)
+
+
+def test_the_name_of_an_app_ends_with_the_process_that_holds_it():
+    name = str(uuid.uuid4())
+    code = f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); import agent; held = agent.take_name({name!r}); print(); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    try:
+        process.stdout.readline()
+        assert agent.take_name(name) is None
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    with until(lambda: agent.take_name(name)):
+        assert agent.take_name(name) is None
+
+
+# The user that scripts run as
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give its rights away")
+
+
+@pytest.fixture
+def public():
+    """A folder that other users can enter; those of pytest are its own."""
+    folder = Path(tempfile.mkdtemp(prefix="deploybot-test-"))
+    folder.chmod(0o755)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def nobody():
+    problems = []
+    account = agent.find_account("nobody", problems)
+    assert problems == []
+    return account
+
+
+@pytest.fixture
+def ruled(public, env, source, variables, nobody):
+    """A host whose scripts run as nobody."""
+    made = Host(public / "work", env, source, variables)
+    agent.own_secret(public / "work/.agent")
+    made.machine.account = nobody
+    return made
+
+
+@as_root
+def test_scripts_run_as_another_user_who_owns_its_release_and_nothing_else(ruled, public, nobody):
+    outside = public / "outside"
+    outside.mkdir()
+    (outside / "file").touch()
+    source = ruled.source
+    source.commit({"deep/er/file": "x", "probe": """#!/bin/sh
+        echo "$(id -u) $(id -g) $(id -G) $HOME $USER"
+        grep -E "^Cap(Inh|Prm|Eff|Amb):" /proc/self/status | tr -d "\\n"; echo
+        for file in .agent .agent/secret .agent/jobs web/repo.git/config; do
+            cat "$DEPLOY_RELEASE/../../../$file" >/dev/null 2>&1 && echo "read $file"
+        done
+        touch "$DEPLOY_RELEASE/../x" "$DEPLOY_CURRENT.x" 2>/dev/null && echo "wrote beside the release"
+        ln -sfn /tmp "$DEPLOY_CURRENT" 2>/dev/null && echo "moved current"
+        touch made deep/er/made && rm page.txt && echo "wrote in the release"
+        """})  # fmt: skip
+    (source.path / "link").symlink_to(outside / "file")
+    (source.path / "folder").symlink_to(outside)
+    source.commit({})
+    old = os.umask(0o077)  # as root often has it
+    try:
+        assert ruled.deploy(build=["./probe"])["error"] is None
+    finally:
+        os.umask(old)
+    groups = " ".join(map(str, sorted({nobody.gid, *nobody.groups})))
+    who, capabilities, *done = ruled.output.splitlines()
+    assert who == f"{nobody.uid} {nobody.gid} {groups} {nobody.home} nobody"
+    assert set(re.findall(r"Cap\w+:\s*(\w+?)(?=Cap|$)", capabilities)) == {"0" * 16}
+    assert done == ["wrote in the release"]
+    release = ruled.app / "releases" / ruled.releases[0]
+    owners = {path.lstat().st_uid for path in [release, *release.rglob("*")]}
+    assert owners == {nobody.uid}
+    kept = (ruled.app, ruled.app / "releases", ruled.app / "repo.git", ruled.app / "current", outside, outside / "file")
+    assert {path.lstat().st_uid for path in kept} == {0}
+    assert ruled.deploy(build="mkdir sealed; touch sealed/x; chmod 0 sealed; exit 7")["exit_code"] == 7
+    assert len(ruled.releases) == 1
+
+
+STAYING = """#!/bin/sh
+setsid sh -c 'trap "" TERM; echo $$ >>pids; while :; do sleep 0.05; done' &
+echo $$ >>pids
+while :; do sleep 0.05; done
+"""
+
+
+@as_root
+@pytest.mark.parametrize("how", ["timeout", "crash"])
+def test_the_processes_of_another_user_are_ended_too(ruled, how):
+    ruled.source.commit({"run": STAYING})
+    found = []
+
+    def pids():
+        files = list((ruled.app / "releases").glob("*/pids"))
+        found[:] = files[0].read_text().split() if files else []
+        return len(found) == 2
+
+    data = ruled.job(deploy=["./run"], timeout=1)
+    if how == "timeout":
+        watcher = threading.Thread(target=lambda: until(pids))
+        watcher.start()
+        assert ruled.perform(data)["reason"] == "timeout"
+        watcher.join()
+    else:
+        entry = ruled.journal.begin(data, agent.boot_id())
+        release = ruled.folder.add("a" * 40)
+        (release / "run").write_text(STAYING)
+        agent.hand_over(release, ruled.machine.account)
+        entry.note(release=release.name)
+        child = subprocess.Popen(
+            ["sh", "run"],
+            cwd=release,
+            env={"DEPLOY_JOB_ID": data["id"], "PATH": "/usr/bin:/bin"},
+            user=65534,
+            start_new_session=True,
+        )
+        until(pids)
+        assert ruled.go(entry, step="recover")["reason"] == "agent_crashed"
+        child.wait()
+        assert not release.exists()
+    assert not any(lives(int(pid)) for pid in found)
+
+
+@as_root
+@pytest.mark.parametrize("name", ["web", "web/releases"])
+def test_folders_that_scripts_could_swap_are_not_worked_in(ruled, nobody, name):
+    ruled.deploy()
+    folder = ruled.machine.workdir / name
+    os.chown(folder, nobody.uid, nobody.gid)
+    result = ruled.deploy()
+    assert (result["reason"], result["error"]) == (
+        "rejected",
+        f"{folder} must be root's own folder: chown root: {folder}",
+    )
+    os.chown(folder, 0, 0)
+    assert ruled.deploy()["status"] == "success"
+    folder.rename(folder.with_name("moved"))
+    folder.symlink_to(folder.with_name("moved"))
+    assert ruled.deploy()["reason"] == "rejected"
+
+
+@as_root
+def test_a_working_folder_that_scripts_could_change_or_not_enter_ends_the_start(public, nobody, tmp_path):
+    work = public / "above/work"
+    (work / ".agent").mkdir(parents=True, mode=0o700)
+    agent.check_account(nobody, work)
+    for folder, change, back in (
+        (work, lambda: os.chown(work, nobody.uid, -1), lambda: os.chown(work, 0, -1)),
+        (work.parent, lambda: work.parent.chmod(0o775), lambda: work.parent.chmod(0o755)),
+        (work / ".agent", lambda: os.chown(work / ".agent", nobody.uid, -1), lambda: os.chown(work / ".agent", 0, -1)),
+    ):
+        change()
+        with pytest.raises(
+            agent.ConfigError,
+            match=f"^--run-as: only root may write {folder}: chown root: {folder}; chmod go-w {folder}$",
+        ):
+            agent.check_account(nobody, work)
+        back()
+    work.parent.chmod(0o700)
+    with pytest.raises(agent.ConfigError, match=f"^--run-as: nobody may not enter {work}: chmod a\\+x"):
+        agent.check_account(nobody, work)
+
+
+def public_python():
+    """An interpreter that other users can run, too."""
+    for path in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        probe = [path, "-c", "import sys; sys.exit(sys.version_info < (3, 11))"]
+        with contextlib.suppress(OSError):
+            if subprocess.run(probe, user="nobody", capture_output=True, check=False).returncode == 0:
+                return path
+    pytest.skip("no Python that another user could run")
+
+
+@as_root
+def test_a_script_of_the_same_user_cannot_read_the_token_out_of_the_agents_memory(public, nobody):
+    work = public / "work"
+    work.mkdir()
+    os.chown(work, nobody.uid, nobody.gid)
+    (public / "agent.py").write_bytes((ROOT / "agent.py").read_bytes())
+    code = "import sys, time; sys.path.insert(0, sys.argv.pop(1)); import agent; agent.Agent.run = lambda self: print(flush=True) or time.sleep(60); agent.main()"
+    process = subprocess.Popen(
+        [public_python(), "-c", code, str(public), "--workdir", str(work)], stdout=subprocess.PIPE, cwd="/",
+        user=nobody.uid, group=nobody.gid, extra_groups=(), env={"PATH": "/usr/bin:/bin", "DEPLOYBOT_AGENT_TOKEN": "dbt_enrol"},
+    )  # fmt: skip
+    try:
+        process.stdout.readline()
+        for file in ("environ", "maps"):
+            done = subprocess.run(
+                ["cat", f"/proc/{process.pid}/{file}"], user=nobody.uid, capture_output=True, text=True, check=False
+            )
+            assert "Permission denied" in done.stderr and done.stdout == ""
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 # Processes
@@ -1544,17 +2023,6 @@ def test_the_interval_of_the_answer_is_kept_and_has_a_limit(lone):
     assert [one._obey({"interval": value}) for value in (5, 0, 1e9, -1, "x", None)] == [5.0, 0.0, 300.0, 0.0, 0.0, 0.0]
 
 
-def test_a_script_ends_when_its_attempt_is_fenced_off(host, lone, scripted, tmp_path, variables):
-    """409 without next_offset: someone else has the job, or its end stands already."""
-    variables["PIDS"] = str(tmp_path / "pids")
-    server = scripted(lambda path, body, token: (409, {"detail": "attempt 2 is running"}, {}))
-    one = lone(server.url)
-    one.agent._take(host.job(deploy='echo $$ >"$PIDS"; echo noise; sleep 60'))
-    until(lambda: not one.agent._holding())
-    assert not (tmp_path / "pids").exists() or not lives(int((tmp_path / "pids").read_text()))
-    assert not [path for path, *_ in server.asked if path.endswith("result")]
-
-
 def test_log_lines_that_are_never_taken_do_not_keep_the_result_back(host, lone, scripted):
     server = scripted(lambda path, *_: (422, {"detail": "no"}, {}) if path.endswith("logs") else (200, {"job": {}}, {}))
     one = lone(server.url)
@@ -1580,6 +2048,251 @@ def test_a_gap_is_closed_from_the_spool(host, lone, scripted):
     one.agent._take(host.job(build="for i in 1 2 3 4; do echo $i; sleep 0.12; done"))
     until(lambda: not one.agent._holding())
     assert lost and [line for line in stored if line.isdigit()] == ["1", "2", "3", "4"]
+
+
+# What is tracked, and what is fenced off
+
+
+def test_a_script_is_tracked_on_disk_before_it_starts(host, lone, monkeypatch, variables):
+    events, real = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("synced"), real(descriptor)))
+    start = agent.CHILDREN.start
+    monkeypatch.setattr(agent.CHILDREN, "start", lambda *args: (events.append("started"), start(*args))[1])
+    variables["JOBS"] = str(host.machine.workdir / ".agent/jobs")
+    one = lone()
+    del events[:]  # of the secret that it made
+    one.take(
+        host.job(
+            deploy='grep -c "\\"state\\": \\"running\\".*\\"leader\\": .$$," "$JOBS/$DEPLOY_JOB_ID.1.json"; exit 3'
+        )
+    )
+    assert events[:3] == ["synced", "synced", "started"]  # the file, its folder
+    [run] = one.agent._holding()
+    assert [line for line in spooled(run) if not line.startswith("[")] == ["1"]
+
+
+def spooled(run):
+    return [json.loads(line)["message"] for line in run.entry.spool_path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("where", ["logs", "heartbeat", "result"])
+def test_a_script_ends_when_its_attempt_is_no_longer_its_own(host, lone, scripted, tmp_path, variables, where):
+    """409 to its logs ends one that prints; one that is silent learns it from the heartbeat; a result is then not wanted."""
+    variables["PIDS"] = str(tmp_path / "pids")
+    noise = "echo noise; " if where == "logs" else ""
+    wait = "sleep 60" if where != "result" else "exit 3"
+    data = host.job(deploy=f'sleep 70 & echo $! $$ >"$PIDS"; {noise}{wait}')
+    named = []
+
+    def answer(path, body, token):
+        if path.endswith("register"):
+            return 200, {"id": "a1", "session": "s"}, {}
+        runs = bool((tmp_path / "pids").exists() and (tmp_path / "pids").read_text())
+        if not path.endswith("heartbeat"):
+            fenced = path.endswith("result") or (path.endswith(where) and runs)
+            return (409, {"detail": "attempt 2 is running"}, {}) if fenced else (200, {}, {})
+        named.append([entry["job_id"] for entry in body["running"]])
+        cancel = named[-1] if where == "heartbeat" and runs else []
+        return 200, {"job": data if len(named) == 1 else None, "cancel": cancel, "interval": 0.05}, {}
+
+    server = scripted(answer)
+    one = lone(server.url).agent
+    heart = threading.Thread(target=one._beat, daemon=True)
+    heart.start()
+    until(lambda: len(named) > 2 and named[-1] == [] and [data["id"]] in named)
+    one._silent.set()
+    one._hurry()
+    heart.join(5)
+    assert not any(lives(int(pid)) for pid in (tmp_path / "pids").read_text().split())
+    assert one._journal.find(agent.JobKey(data["id"], 1)).data["state"] == "done"
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_a_newer_attempt_ends_the_older_one_and_is_not_cancelled_in_its_place(host, lone, tmp_path, variables, cancel):
+    """`cancel` has job ids alone: of two attempts it means the one that the controller has given up."""
+    variables |= {"LEDGER": str(tmp_path / "ledger")}
+    script = 'echo $$ >>"$LEDGER"; [ $(wc -l <"$LEDGER") = 2 ] || sleep 60'
+    data = host.job(deploy=script)
+    one = lone()
+    one.agent._take(data)
+    until((tmp_path / "ledger").exists)
+    one.agent._take(data | {"attempt": 2})
+    if cancel:
+        one.agent._obey({"cancel": [data["id"]]})
+    runs = sorted(one.agent._holding(), key=lambda run: run.key)
+    assert all(run.ended.wait(20) for run in runs)
+    assert [run.entry.result["status"] for run in runs] == ["cancelled", "success"]
+    assert runs[0].entry.result["error"] == "the controller gave this job up"
+
+
+def test_a_cancel_of_the_only_attempt_is_a_cancel(host, lone, tmp_path, variables):
+    variables["LEDGER"] = str(tmp_path / "ledger")
+    one = lone()
+    data = host.job(deploy='touch "$LEDGER"; sleep 60')
+    one.agent._take(data)
+    until((tmp_path / "ledger").exists)
+    one.agent._obey({"cancel": [data["id"]]})
+    [run] = one.agent._holding()
+    assert run.ended.wait(20) and run.entry.result["error"] == "cancelled"
+
+
+def test_what_a_dead_agent_left_is_ended_before_the_next_attempt_starts(host, lone, scripted, tmp_path, variables):
+    """Both attempts carry the same mark, so what looks for the older one would also find the newer."""
+    variables |= {"NEW": str(tmp_path / "new"), "OVERLAP": str(tmp_path / "overlap")}
+    data = host.job(deploy='touch "$NEW"; sleep 0.6')
+    entry = host.journal.begin(data, agent.boot_id())
+    script = 'trap "" TERM; echo; while :; do [ -e "$NEW" ] && touch "$OVERLAP"; sleep 0.02; done'
+    child = subprocess.Popen(
+        ["sh", "-c", script], env={**host.machine.env, **variables, "DEPLOY_JOB_ID": data["id"]}, stdout=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    child.stdout.readline()
+    entry.note(leader=[child.pid, agent.read_stat(child.pid).start])
+    results, handed = {}, []
+
+    def answer(path, body, token):
+        if path.endswith("register"):
+            return 200, {"id": "a1", "session": "s"}, {}
+        if path.endswith("result"):
+            results[body["attempt"]] = (body["status"], body.get("reason"))
+        job = data | {"attempt": 2} if path.endswith("heartbeat") and not handed else None
+        handed.extend([job] if job else [])
+        return 200, {"job": job, "interval": 0.05}, {}
+
+    one = lone(scripted(answer).url).agent
+    thread = threading.Thread(target=one.run, daemon=True)
+    thread.start()
+    until(lambda: len(results) == 2)
+    one.events.put("signal")
+    thread.join(10)
+    child.wait()
+    child.stdout.close()
+    assert not thread.is_alive() and not (tmp_path / "overlap").exists()
+    assert results == {1: ("failed", "agent_crashed"), 2: ("success", None)}
+
+
+class Restored:
+    """A controller that has the first `kept` lines of a job's log, as one does that was restored from a backup."""
+
+    def __init__(self, scripted, kept):
+        self.lines, self.results = [f"line {number}" for number in range(kept)], []
+        self.url = scripted(self._answer).url
+
+    def _answer(self, path, body, token):
+        if path.endswith("result"):
+            self.results.append(body)
+            return 200, {"job": {}}, {}
+        if body["offset"] > len(self.lines):
+            return 409, {"detail": "a gap", "next_offset": len(self.lines)}, {}
+        self.lines += [line["message"] for line in body["lines"][len(self.lines) - body["offset"] :]]
+        return 200, {"next_offset": len(self.lines), "cancel": False}, {}
+
+
+@pytest.mark.parametrize("kept", [0, 3, 8])
+def test_a_job_that_a_restored_controller_hands_out_again_is_answered_and_its_gap_filled(
+    host, lone, scripted, tmp_path, kept
+):
+    """Its 8 lines were acknowledged, and are gone here."""
+    data = host.job(deploy=f"touch {tmp_path}/again")
+    entry = host.journal.begin(data, agent.boot_id())
+    entry.end({"status": "failed", "reason": "exit_code", "exit_code": 6, "error": "as it was"})
+    entry.done(8)
+    controller = Restored(scripted, kept)
+    one = lone(controller.url)
+    one.agent._take(data)
+    until(lambda: not one.agent._holding())
+    gap = [
+        f"[deploybot] {8 - kept} line(s) are missing here: the controller lost them, and this host no longer has them"
+    ]
+    again = "[deploybot] this attempt ended before; its result goes up again"
+    assert controller.lines[kept:] == (gap if kept < 8 else []) + [again]
+    assert [(body["exit_code"], body["error"]) for body in controller.results] == [(6, "as it was")]
+    assert not (tmp_path / "again").exists()
+    one.agent._take(data)  # and once more: the lines since count, too
+    until(lambda: not one.agent._holding())
+    assert controller.lines[-1] == again and len(controller.lines) == kept + (3 if kept < 8 else 2)
+
+
+def test_a_bridge_over_a_gap_is_sent_again_like_any_line(tmp_path):
+    spool = agent.Spool(tmp_path / "log", first=8)
+    spool.write(b"a\nb\n")
+    spool.close()
+
+    def batch():
+        return spool.offset, messages(spool.batch(0))
+
+    assert batch() == (8, ["a", "b"])
+    spool.seek(3)
+    offset, lines = batch()
+    assert offset == 3 and lines[0].startswith("[deploybot] 5 line(s) are missing") and lines[1:] == ["a", "b"]
+    spool.seek(3)  # the answer was lost
+    assert batch() == (3, lines)
+    spool.seek(4)
+    assert batch() == (4, ["a", "b"])
+    spool.seek(3)
+    spool.seek(5)
+    assert batch() == (5, ["b"])
+    spool.seek(1)  # restored once more, from an older backup
+    offset, lines = batch()
+    assert offset == 1 and lines[0].startswith("[deploybot] 3 line(s) are missing") and lines[1:] == ["a", "b"]
+    spool.seek(4)
+    assert spool.batch(0) is None
+
+
+@pytest.mark.parametrize("wanted", [lambda offset: offset, lambda offset: (offset + 1) % 3, lambda offset: 10**9])
+def test_a_controller_that_names_gaps_without_end_gets_the_result_all_the_same(host, lone, scripted, wanted):
+    def answer(path, body, token):
+        if path.endswith("logs"):
+            return 409, {"detail": "a gap", "next_offset": wanted(body["offset"])}, {}
+        return 200, {"job": {}}, {}
+
+    server = scripted(answer)
+    one = lone(server.url)
+    one.agent._take(host.job(build="for i in 1 2 3 4 5 6; do echo $i; sleep 0.06; done"))
+    until(lambda: not one.agent._holding())
+    assert server.asked[-1][1]["status"] == "success" and len(server.asked) < 40
+
+
+# A controller with a certificate
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory):
+    """A private CA and a certificate of it for localhost: the files ca.pem, cert.pem, key.pem."""
+    folder = tmp_path_factory.mktemp("authority")
+
+    def openssl(*args):
+        subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    openssl("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=A private CA")
+    openssl("req", *new_key, "-keyout", "key.pem", "-out", "request", "-subj", "/CN=localhost")
+    (folder / "names").write_text("subjectAltName=DNS:localhost\n")
+    signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "1", "-extfile", "names")
+    openssl("x509", "-req", "-in", "request", *signed, "-out", "cert.pem")
+    return folder
+
+
+@pytest.fixture
+def over_tls(make_controller, authority):
+    made = make_controller(
+        tls_cert=authority / "cert.pem", tls_key=authority / "key.pem", open=False, agent_token="dbt_agent"
+    )
+    return f"https://localhost:{made.port}"
+
+
+def test_a_private_ca_is_trusted_where_it_is_named_and_refused_where_not(lone, over_tls, authority, monkeypatch):
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    said = r"^its certificate is of a CA that this machine does not know: name the file of that CA in SSL_CERT_FILE \("
+    with pytest.raises(agent.Unreachable, match=said):
+        lone(over_tls, token="dbt_agent").agent._register()
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority / "ca.pem"))
+    one = lone(over_tls, token="dbt_agent").agent
+    one._register()
+    assert one._identity
+    by_address = over_tls.replace("localhost", "127.0.0.1")
+    with pytest.raises(agent.Unreachable, match=r"^its certificate is refused: IP address mismatch"):
+        lone(by_address, token="dbt_agent").agent._register()
 
 
 # Whole agents
@@ -1981,15 +2694,123 @@ def test_slots_run_jobs_of_different_apps_at_once(site):
     assert [site.ended(job_id)["status"] for job_id in jobs] == ["success", "success"]
 
 
+def test_two_agents_of_one_host_never_run_an_app_at_once_whatever_their_folders(site):
+    """The older one hangs in the middle of a script; the controller gives its job up, and the newer one gets the next."""
+    site.variables |= {"LEDGER": str(site.tmp_path / "ledger"), "GO": str(site.tmp_path / "go")}
+    script = 'echo begun >>"$LEDGER"\n[ -e "$GO" ] || sleep 60\necho ended >>"$LEDGER"\n'
+    script_app(site, {"run": f"#!/bin/sh\n{script}"})
+    older = site.start(work="one")
+    first = site.submit()
+    ledger = site.tmp_path / "ledger"
+    until(ledger.exists)
+    older.send_signal(signal.SIGSTOP)
+    newer = site.start(work="two")
+    try:
+        assert site.ended(first)["reason"] == "agent_crashed"
+        (site.tmp_path / "go").touch()
+        second = site.submit()
+        waits = "[deploybot] waiting for another job of web on this host"
+        until(lambda: waits in site.messages(second))
+        assert ledger.read_text().split() == ["begun"]
+    finally:
+        older.send_signal(signal.SIGCONT)
+    assert older.wait(15) == agent.EXIT_NEWER
+    assert site.ended(second)["status"] == "success" and newer.poll() is None
+    assert ledger.read_text().split() == ["begun", "begun", "ended"]
+
+
+@pytest.fixture
+def closed_site(make_controller, source, env, tmp_path):
+    """A controller that wants tokens."""
+    closed = make_controller(open=False, token="dbt_admin", agent_token="dbt_enrol")
+    made = Site(closed, source, env, tmp_path)
+    yield made
+    made.close()
+
+
+def create_token(site, **more):
+    return site.controller.ok("POST", "/v1/tokens", {"role": "agent", **more})["secret"]
+
+
+def test_a_token_of_a_host_lets_its_agent_in_and_no_other(closed_site):
+    site = closed_site
+    script_app(site, {"run": "#!/bin/sh\ntrue\n"})
+    token = create_token(site, host="h")
+    other = site.start("--once", hostname="other", work="other", DEPLOYBOT_AGENT_TOKEN=token)
+    until(lambda: any(b"refused: 40" in line for line in other.errors))
+    job_id = site.submit()
+    assert site.start("--once", DEPLOYBOT_AGENT_TOKEN=token).wait(15) == agent.EXIT_DONE
+    assert site.job(job_id)["status"] == "success"
+    lost = site.start("--once", work="a-new-disk", DEPLOYBOT_AGENT_TOKEN=token)
+    until(lambda: any(b"hosts reset h" in line for line in lost.errors))
+
+
+def test_a_host_that_was_reset_registers_anew_with_its_token_and_its_script_goes_on(closed_site):
+    site = closed_site
+    site.variables["GO"] = str(site.tmp_path / "go")
+    script_app(site, {"run": WAITING})
+    process = site.start(DEPLOYBOT_AGENT_TOKEN="dbt_enrol")
+    first = site.submit()
+    until(lambda: "begun" in site.output(first))
+    site.controller.ok("POST", "/v1/hosts/h/reset")
+    until(lambda: sum(b"registered as" in line for line in process.errors) == 2)
+    (site.tmp_path / "go").touch()
+    assert site.ended(first)["status"] == "success" and site.output(first) == "begunfinished"
+    process.kill()
+    process.wait()
+    alone = site.start()  # without a token it is let in by its own secret
+    until(lambda: any(b"registered as" in line for line in alone.errors))
+    site.controller.ok("POST", "/v1/hosts/h/reset")
+    until(lambda: any(b"the secret of this host is no longer known there" in line for line in alone.errors))
+    assert alone.poll() is None
+
+
+@as_root
+def test_run_as_allow_repo_and_env_file_in_a_whole_agent(site, public):
+    site.variables |= {"PASSWORD": "hunter2000"}
+    script_app(
+        site, {"run": '#!/bin/sh\nid -un\necho "$PASSWORD"\ncat "$DEPLOY_RELEASE/../../../.agent/secret"\nexit 3\n'}
+    )
+    process = site.start("--run-as=nobody", "--allow-repo=O/*", work=public / "work")
+    job_id = site.submit()
+    assert site.ended(job_id)["exit_code"] == 3
+    assert re.fullmatch(r"nobody\*\*\*cat: .*/\.agent/secret'?: Permission denied", site.output(job_id))
+    site.controller.apps_file.write_text("")
+    site.controller.ok("POST", "/v1/reload")
+    other = site.controller.create("main", "h", "someone/else")["id"]
+    assert site.ended(other)["reason"] == "rejected" and "--allow-repo is o/*" in site.job(other)["error"]
+    assert process.poll() is None
+
+
+def test_an_agent_hides_its_own_tokens_too(closed_site):
+    """Where scripts are the agent's user they can read its secret; the log, which more people read, does not show it."""
+    site = closed_site
+    script_app(site, {"run": '#!/bin/sh\ncat "$DEPLOY_RELEASE/../../../.agent/secret"\necho dbt_enrol\n'})
+    site.start(DEPLOYBOT_AGENT_TOKEN="dbt_enrol")
+    job_id = site.submit()
+    assert site.ended(job_id)["status"] == "success" and site.output(job_id) == "******"
+
+
+@contextlib.contextmanager
+def shell_agent(site, command="true", hostname="sh-host", **variables):
+    process = subprocess.Popen(
+        ["sh", ROOT / "examples/agent.sh", hostname, command], start_new_session=True, cwd=site.tmp_path,
+        env=site.env | {"DEPLOYBOT_URL": site.gate.url, **variables}, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stderr.close()
+
+
 def test_the_shell_agent_does_it_with_four_calls(site):
     words = 'a "quoted" \\\\ back\\\\slash\ttab € end'
     site.apps("web", hosts=["sh-host"])
     command = f"printf '%s\\n' '{words}' \"$DEPLOY_REF\"; printf unterminated; env | grep -c TOKEN; exit 3"
-    process = subprocess.Popen(
-        ["sh", ROOT / "examples/agent.sh", "sh-host", command], env=site.env | {"DEPLOYBOT_URL": site.gate.url},
-        start_new_session=True, cwd=site.tmp_path,
-    )  # fmt: skip
-    try:
+    with shell_agent(site, command, TOKEN="exported by someone"):
         job_id = site.submit(host="sh-host", ref="it;touch${IFS}canary")
         job = site.ended(job_id)
         assert (job["status"], job["exit_code"], job["reason"]) == ("failed", 3, "exit_code")
@@ -1997,6 +2818,51 @@ def test_the_shell_agent_does_it_with_four_calls(site):
         assert not (site.tmp_path / "canary").exists()
         second = site.submit(host="sh-host")
         assert site.ended(second)["status"] == "failed"
+
+
+def test_the_shell_agent_keeps_the_secret_that_it_enrols_for(closed_site, env):
+    site, kept = closed_site, Path(env["HOME"], ".deploybot-sh-host")
+    site.apps("web", hosts=["sh-host"])
+
+    def deploys(**variables):
+        with shell_agent(site, "env | grep -c dbt_", **variables):
+            job_id = site.submit(host="sh-host", force=True)
+            return site.ended(job_id)["exit_code"] == 1 and site.output(job_id) == "0"
+
+    assert deploys(DEPLOYBOT_AGENT_TOKEN="dbt_enrol")
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600 and kept.read_text().startswith("dbt_")
+    assert deploys()
+    secret = kept.read_text()
+    site.controller.ok("POST", "/v1/hosts/sh-host/reset")
+    assert deploys(DEPLOYBOT_AGENT_TOKEN="dbt_enrol") and kept.read_text() != secret
+    with shell_agent(site, hostname="other", DEPLOYBOT_AGENT_TOKEN="dbt_wrong") as process:
+        assert process.wait(15) == 1 and b"401" in process.stderr.read()
+
+
+def test_the_shell_agent_takes_a_token_of_its_host(closed_site, env):
+    site = closed_site
+    site.apps("web", hosts=["sh-host"])
+    with shell_agent(site, DEPLOYBOT_AGENT_TOKEN=create_token(site, host="sh-host")):
+        assert site.ended(site.submit(host="sh-host"))["status"] == "success"
+    assert not Path(env["HOME"], ".deploybot-sh-host").exists()
+
+
+def test_a_whole_agent_over_tls(make_controller, authority, source, env, tmp_path):
+    closed = make_controller(
+        tls_cert=authority / "cert.pem",
+        tls_key=authority / "key.pem",
+        open=False,
+        agent_token="dbt_enrol",
+        token="dbt_admin",
+    )
+    site = Site(closed, source, env, tmp_path)
+    try:
+        settings = {"DEPLOYBOT_URL": f"https://localhost:{closed.port}", "DEPLOYBOT_AGENT_TOKEN": "dbt_enrol"}
+        stranger = site.start(**settings)
+        until(lambda: any(b"SSL_CERT_FILE" in line for line in stranger.errors))
+        stranger.kill()
+        stranger.wait()
+        process = site.start(**settings, SSL_CERT_FILE=str(authority / "ca.pem"))
+        until(lambda: any(b"registered as h at https" in line for line in process.errors))
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        site.close()
