@@ -2,7 +2,7 @@
 
 The programs have no hooks. A wrapper imports one as a module, puts a function that kills its own process in the place of one of
 its functions, and runs its main. After the kill the real program starts in the same folder, and must keep what shared/design.md
-section 4 promises. Short: each point once; full: also each statement of each migration, and many moments within a backup.
+section 4 promises. Short: most points once; full: all, with each statement of each migration, many moments of a backup, each step of a restore.
 """
 
 from __future__ import annotations
@@ -26,26 +26,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from chaos import Agent, Repository
-from common import (
-    AGENT,
-    DEPLOYBOT,
-    LOST,
-    ROOT,
-    Controller,
-    Failure,
-    LightAgent,
-    Process,
-    Proof,
-    check,
-    environment,
-    run,
-    wait_for,
-)
+from common import LOST, ROOT, Controller, Failure, LightAgent, Process, Proof, check, environment, run, wait_for
 from kill9 import Stored, copy_of
 
 WRAPPER = """\
 import os, signal, sys
 sys.path.insert(0, {root!r})
+sys.dont_write_bytecode, sys.pycache_prefix = False, {cache!r}  # compiled once for all the starts
 import {module} as program
 
 def die(*_, **__):
@@ -97,9 +84,14 @@ class Stage:
 
     def wrapper(self, module: str, patch: str) -> pathlib.Path:
         self.wrappers += 1
-        path = self.folder / f"{module}_killed_{self.wrappers}.py"
-        path.write_text(WRAPPER.format(root=str(ROOT), module=module, patch=patch))
+        path = self.folder / f"{module}_{self.wrappers}.py"
+        cache = str(self.folder.parent / "pycache")
+        path.write_text(WRAPPER.format(root=str(ROOT), cache=cache, module=module, patch=patch))
         return path
+
+    def whole(self, module: str) -> pathlib.Path:
+        """The program as it is."""
+        return self.wrapper(module, "")
 
     def controller(self, patch: str, *flags: Any, apps: Any = None) -> Controller:
         """One that will be killed at the point that `patch` names."""
@@ -113,7 +105,7 @@ class Stage:
         killed(controller)
         stored = Stored(copy_of(controller.db, self.folder / "copy"))
         check(stored.integrity == ["ok"], "integrity_check:", stored.integrity)
-        controller.program = DEPLOYBOT
+        controller.program = self.whole("deploybot")
         controller.start()
         for agent in self.lights:  # their connections died with it
             agent.close()
@@ -166,12 +158,14 @@ def taken(agent: LightAgent) -> dict[str, Any]:
 
 POINTS: dict[str, Callable[[Stage], None]] = {}
 QUICK: list[str] = []  # of these, the ones that `make test` runs
+LONG: list[str] = []  # and the ones that the full form alone runs
 
 
-def point(quick: bool = False) -> Callable[[Callable[[Stage], None]], Callable[[Stage], None]]:
+def point(quick: bool = False, long: bool = False) -> Callable[[Callable[[Stage], None]], Callable[[Stage], None]]:
     def add(play: Callable[[Stage], None]) -> Callable[[Stage], None]:
         POINTS[play.__name__] = play
         QUICK.extend([play.__name__] * quick)
+        LONG.extend([play.__name__] * long)
         return play
 
     return add
@@ -193,7 +187,7 @@ def created_and_not_answered(stage: Stage) -> None:
     check(taken(stage.light(c))["id"] == job["id"], "the agent got another")
 
 
-@point()
+@point(long=True)
 def created_and_not_committed(stage: Stage) -> None:
     """Nothing of it is there."""
     c = stage.controller("after(program.Jobs, '_submit')")
@@ -203,7 +197,7 @@ def created_and_not_committed(stage: Stage) -> None:
     check(create(c)["created"], "a new one is made")
 
 
-@point()
+@point(long=True)
 def cancelled_and_not_answered(stage: Stage) -> None:
     c = stage.controller("after(program.Jobs, 'cancel')")
     job_id = create(c)["job"]["id"]
@@ -348,7 +342,7 @@ def result_and_not_answered(stage: Stage) -> None:
     check(job_of(c, job["id"]) == ended and answered(agent.beat())["job"] is None, "and nothing more")
 
 
-@point()
+@point(long=True)
 def registered_and_not_answered(stage: Stage) -> None:
     """The host is bound to the secret that its agent made, so to register again is harmless; what it ran goes on."""
     c = stage.controller("after(program.Jobs, 'register', 2)")
@@ -418,7 +412,7 @@ def killed_migration(stage: Stage, version: int, patch: str, schemas: tuple[int,
         old_database(c.db, version)
     c.begin()
     killed(c, 60)
-    c.program = DEPLOYBOT
+    c.program = stage.whole("deploybot")
     check(schema(copy_of(c.db, stage.folder / "copy")) in schemas, "neither before nor after:", version, patch)
     c.start()
     check(schema(copy_of(c.db, stage.folder / "copy")) == len(migrations()), "not brought to the newest schema")
@@ -457,7 +451,7 @@ def first_schema_halfway(stage: Stage) -> None:
     killed_migration(stage, 0, dying_step(0, 5), (0,))
 
 
-@point()
+@point(long=True)
 def migration_before_its_commit(stage: Stage) -> None:
     last = len(migrations()) - 1
     killed_migration(stage, last, dying_step(last, 1000), (last,))
@@ -476,8 +470,8 @@ def copy_before_a_migration(stage: Stage) -> None:
     killed_migration(stage, last, "before(program.os, 'replace')", (last,))
 
 
+@point(long=True)
 def every_statement_of_every_migration(stage: Stage) -> None:
-    """Full form."""
     for number, count in enumerate(migrations()):
         for statement in range(count + 1):
             killed_migration(
@@ -490,7 +484,9 @@ class Store:
 
     def __init__(self, stage: Stage, jobs: int = 20):
         self.stage = stage
-        self.controller = Controller(stage.folder / "controller", apps={"apps": APPS}).start()
+        self.controller = Controller(
+            stage.folder / "controller", apps={"apps": APPS}, program=stage.whole("deploybot")
+        ).start()
         self.jobs = self.add(jobs)
 
     def add(self, count: int) -> set[str]:
@@ -498,8 +494,8 @@ class Store:
         body = {"repo": "myorg/app", "ref": "main", "host": "web-01", "force": True, "metadata": {"text": "x" * 500}}
         return {client.ok("POST", "/v1/jobs", body)["job"]["id"] for _ in range(count)}
 
-    def verb(self, *arguments: Any, patch: str | None = None) -> subprocess.CompletedProcess[str]:
-        program = self.stage.wrapper("deploybot", patch) if patch else DEPLOYBOT
+    def verb(self, *arguments: Any, patch: str = "") -> subprocess.CompletedProcess[str]:
+        program = self.stage.wrapper("deploybot", patch)
         argv = [sys.executable, program, *arguments, "--db", self.controller.db]
         return subprocess.run(
             list(map(str, argv)), env=environment(), capture_output=True, text=True, timeout=120, check=False
@@ -548,13 +544,13 @@ def backup_within_its_copy(stage: Stage) -> None:
     killed_backup(stage, VACUUM.format(steps=300))
 
 
-@point()
+@point(long=True)
 def backup_renamed(stage: Stage) -> None:
     killed_backup(stage, "after(program.os, 'replace')")
 
 
+@point(long=True)
 def many_moments_of_a_backup(stage: Stage) -> None:
-    """Full form."""
     for steps in (1, 50, 100, 200, 400, 800):
         killed_backup(Stage(stage.folder / str(steps)), VACUUM.format(steps=steps))
 
@@ -606,8 +602,9 @@ def restore_between_its_renames(stage: Stage) -> None:
     killed_restore(stage, "before(program.os, 'replace', 2)")
 
 
+@point(long=True)
 def every_step_of_a_restore(stage: Stage) -> None:
-    """Full form; a point that is never reached is none."""
+    """A point that is never reached is none."""
     reached = 0
     for name, patch in restore_points():
         try:
@@ -684,12 +681,14 @@ class Host:
             "name": "app", "repo": "myorg/app", "clone_url": f"file://{self.repository.folder}", "hosts": ["web-01"],
             "build": ["./script.sh", "build", str(self.ledger)], "activate": ["./script.sh", "activate", str(self.ledger)],
         }  # fmt: skip
-        self.controller = Controller(stage.folder / "controller", apps={"apps": [app]}).start()
+        self.controller = Controller(
+            stage.folder / "controller", apps={"apps": [app]}, program=stage.whole("deploybot")
+        ).start()
         if new:
             self.start()
 
-    def start(self, patch: str | None = None) -> Agent:
-        program = self.stage.wrapper("agent", patch) if patch else AGENT
+    def start(self, patch: str = "") -> Agent:
+        program = self.stage.wrapper("agent", patch)
         self.agent = Agent(
             self.stage.folder / "hosts", "web-01", self.controller.port, self.repository.env, program=program
         )
@@ -718,20 +717,20 @@ class Host:
         self.start()
         return job_id
 
-    def ends_with(self, job: dict[str, Any], current: str, did: list[tuple[str, str]], **columns: Any) -> None:
-        """What must be true at the end; then the host takes the next job as if nothing had been."""
+    def ends_with(
+        self, job: dict[str, Any], current: str, did: list[tuple[str, str]], more: bool = False, **columns: Any
+    ) -> None:
+        """What must be true at the end; with `more` the host takes another job as if nothing had been."""
         check({name: job[name] for name in columns} == columns, "the job:", job)
         check(self.did(job["id"]) == did, "its scripts:", self.did(job["id"]), "expected:", did)
         check(self.agent.active_commit("app") == self.commits[current][:12], "current is not", current)
         releases = {path.name.rpartition("-")[2] for path in (self.agent.workdir / "app" / "releases").iterdir()}
         good = {self.commits[name][:12] for name in ("good", current)}
         check(releases <= good, "releases that are left:", releases)
-        job = self.ended(self.deploy("next", force=True))
-        check(
-            job["status"] == "success" and self.agent.active_commit("app") == self.commits["next"][:12],
-            "the next job:",
-            job,
-        )
+        if more:
+            job = self.ended(self.deploy("next", force=True))
+            active = self.agent.active_commit("app")
+            check(job["status"] == "success" and active == self.commits["next"][:12], "the next job:", job)
         self.agent.stop()
         self.controller.kill()
 
@@ -739,7 +738,7 @@ class Host:
 CRASHED = {"status": "failed", "reason": "agent_crashed", "attempt": 1}
 
 
-@point()
+@point(long=True)
 def job_arrived_and_not_tracked(stage: Stage) -> None:
     """The agent never knew it: it has crashed with its session."""
     host = Host(stage)
@@ -763,7 +762,7 @@ def job_arrived_and_not_tracked_with_retries(stage: Stage) -> None:
     host.ends_with(job, "next", [("build", "next"), ("activate", "next")], status="success", attempt=2)
 
 
-@point()
+@point(long=True)
 def tracked_and_not_started_with_retries(stage: Stage) -> None:
     """What an agent itself reports is an end: `retries` are for attempts that nobody can speak of."""
     host = Host(stage)
@@ -791,7 +790,7 @@ program.Deployment._script, program.Deployment._note_leader = flagged, wait_and_
     job_id = host.killed_at(patch, "slow")
     job = host.ended(job_id)
     check(not processes_of(job_id), "still runs:", processes_of(job_id))
-    host.ends_with(job, "good", [("build", "slow")], **CRASHED)
+    host.ends_with(job, "good", [("build", "slow")], more=True, **CRASHED)
 
 
 def processes_of(job_id: str) -> list[int]:
@@ -821,7 +820,7 @@ def switched_and_not_activated(stage: Stage) -> None:
     host = Host(stage)
     job = host.ended(host.killed_at("after(program.AppFolder, 'switch')"))
     did = [("build", "next"), ("activate", "good")]
-    host.ends_with(job, "good", did, rolled_back_to=host.commits["good"], **CRASHED)
+    host.ends_with(job, "good", did, rolled_back_to=host.commits["good"], more=True, **CRASHED)
 
 
 @point()
@@ -857,7 +856,7 @@ def on_the_way_back(stage: Stage) -> None:
     host = Host(stage)
     job = host.ended(host.killed_at("after(program.AppFolder, 'switch', 2)", "bad"))
     did = [("build", "bad"), ("activate", "bad"), ("activate", "good")]
-    host.ends_with(job, "good", did, rolled_back_to=host.commits["good"], **CRASHED)
+    host.ends_with(job, "good", did, rolled_back_to=host.commits["good"], more=True, **CRASHED)
 
 
 @point()
@@ -865,15 +864,15 @@ def release_made_and_not_noted(stage: Stage) -> None:
     """An empty release is none, and pushes out no good one."""
     host = Host(stage)
     job = host.ended(host.killed_at("before(program.Entry, 'note', when=lambda self, **values: 'release' in values)"))
-    host.ends_with(job, "good", [], **CRASHED)
+    host.ends_with(job, "good", [], more=True, **CRASHED)
 
 
-@point()
+@point(long=True)
 def within_the_checkout(stage: Stage) -> None:
     """Half a release is no release."""
     host = Host(stage)
     job = host.ended(host.killed_at("after(program.Mirror, '_read_tree')"))
-    host.ends_with(job, "good", [], **CRASHED)
+    host.ends_with(job, "good", [], more=True, **CRASHED)
 
 
 @point()
@@ -888,16 +887,16 @@ def lock(self, *_):
 program.Mirror._fetch = lock
 """
     job = host.ended(host.killed_at(patch))
-    host.ends_with(job, "good", [], **CRASHED)
+    host.ends_with(job, "good", [], more=True, **CRASHED)
 
 
-@point()
+@point(long=True)
 def within_a_tracking_file(stage: Stage) -> None:
     """It is written whole or not at all: the half is not read as one."""
     host = Host(stage)
     patch = "before(program.os, 'replace', when=lambda source, target: str(target).endswith('.1.json'), nth=2)"
     job = host.ended(host.killed_at(patch))
-    host.ends_with(job, "good", [], **CRASHED)
+    host.ends_with(job, "good", [], more=True, **CRASHED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -909,12 +908,9 @@ def end_processes(folder: pathlib.Path) -> None:
         process.kill()
 
 
-MORE = (every_statement_of_every_migration, many_moments_of_a_backup, every_step_of_a_restore)
-
-
 def prove(proof: Proof) -> None:
-    plays = list(POINTS.values()) + (list(MORE) if proof.full else [])
-    plays = [play for play in plays if proof.options.only in (None, play.__name__)]
+    names = [proof.options.only] if proof.options.only else [name for name in POINTS if proof.full or name not in LONG]
+    plays = [POINTS[name] for name in names]
     proof.chance.shuffle(plays)
     times: dict[str, float] = {}
 
