@@ -80,7 +80,8 @@ MAX_RETRIES = 100
 MAX_RUNNING = 256  # jobs that one heartbeat names
 MAX_FAILED_SIGN_INS = 10  # a minute from one address
 MAX_RATE_KEYS = 10_000  # addresses or tokens that a rate limit remembers
-MAX_PUSHES_AT_ONCE = 2  # bodies over MAX_BODY in memory: each may hold MAX_PUSH
+MAX_PUBLIC_BODIES = 64 * MIB  # of callers without a token, in memory at once, beside FREE_BODY of each
+FREE_BODY = 64 * KIB  # bytes of such a body that count for nothing, so that an ordinary push always passes
 HEAD_DEADLINE = 10.0  # seconds from the first byte of a head to its last
 BODY_DEADLINE = 20.0  # seconds for a body
 IDLE_DEADLINE = 75  # seconds that a kept-alive connection may say nothing
@@ -92,7 +93,7 @@ GRACE = 60  # seconds that an agent gets to report a timeout before the controll
 POLL_INTERVAL = 5  # seconds between heartbeats of an agent that does not park
 FLUSH_INTERVAL = 10.0  # seconds between two writings of the agents' last contact
 MAX_SESSIONS = 100  # browsers that are signed in with one token: the oldest goes
-LONG_SWEEP = 5.0  # seconds between two sweeps after which it was the controller that was away, not its agents
+LONG_SWEEP = 3.0  # seconds between two sweeps after which it was the controller that was away, not its agents
 SESSION_LIFETIME = 7 * 86400  # seconds that a browser stays signed in
 DELIVERY_DAYS = 30  # days that a delivery is remembered: GitHub redelivers for three
 RETENTION_PAUSE = 3600.0  # seconds between two walks over the old jobs
@@ -227,7 +228,7 @@ def duration(text: str) -> float:
 
 def size(text: str) -> int:
     """Bytes. Raises ValueError."""
-    return int(quantity(text, SIZES, "a size such as 512KiB, 10MiB or 1GiB"))
+    return math.ceil(quantity(text, SIZES, "a size such as 512KiB, 10MiB or 1GiB"))
 
 
 def port(text: str) -> int:
@@ -319,7 +320,10 @@ def read_secret(variable: str, env: Mapping[str, str]) -> str | None:
     if value and path:
         raise ValueError(f"is set, and {variable}_FILE too; keep one")
     if path:
-        value = pathlib.Path(path).read_text(encoding="utf-8").strip()
+        try:
+            value = pathlib.Path(path).read_text(encoding="utf-8").strip()
+        except UnicodeDecodeError:  # which would tell a byte of it
+            raise ValueError(f"{variable}_FILE names a file that is not UTF-8") from None
         if not value:
             raise ValueError(f"{variable}_FILE names an empty file")
     return (value or "").strip() or None
@@ -1225,8 +1229,10 @@ class AppReader:
         """The secrets in that file, a line each."""
         try:
             text = (self.folder / file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file[:80]} {getattr(error, 'strerror', 'is not UTF-8')}") from None
+        except OSError as error:
+            raise ValueError(f"{file[:80]}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{file[:80]} is not UTF-8") from None
         found = tuple(line.strip() for line in text.splitlines() if line.strip())
         if not found:
             raise ValueError(f"{file[:80]} is empty")
@@ -1356,7 +1362,8 @@ class Queries:
         return str((self.one("SELECT value FROM meta WHERE name = ?", name) or ("",))[0])
 
     def last_position(self) -> int:
-        return int(self.one("SELECT coalesce(max(position), 0) FROM events")[0])
+        """Also of those that retention removed: no position is used twice."""
+        return max(int(self.one("SELECT coalesce(max(position), 0) FROM events")[0]), int(self.meta("removed_through")))
 
     def last_job_id(self) -> str | None:
         return self.one("SELECT max(id) FROM jobs")[0]
@@ -1568,9 +1575,9 @@ class Tx(Queries):
         """Who did it, and from where: in the transaction that does it."""
         self.add("audit", None, at, by.name, by.address, action, target, detail)
 
-    def remove_token(self, sha256: str) -> None:
-        """And the sign-ins made with it."""
-        self._do("DELETE FROM tokens WHERE sha256 = ? OR parent = ?", sha256, sha256)
+    def remove_token(self, sha256: str) -> int:
+        """And the sign-ins made with it; how many in all."""
+        return self._do("DELETE FROM tokens WHERE sha256 = ? OR parent = ?", sha256, sha256).rowcount
 
     def used_tokens(self, at: str, digests: Iterable[str]) -> None:
         self._db.executemany(
@@ -1595,8 +1602,9 @@ class Tx(Queries):
         return self._do(f"DELETE FROM {table} WHERE rowid IN ({some}) AND {column} < ?", limit, before).rowcount
 
     def give_back(self, pages: int) -> None:
-        """Free pages to the file system (auto_vacuum is INCREMENTAL)."""
-        self._do(f"PRAGMA incremental_vacuum({pages})").fetchall()
+        """Free pages to the file system, one a statement: sqlite3 of Python 3.11 ends this one after its first step."""
+        for _ in range(min(pages, self.one("PRAGMA freelist_count")[0])):
+            self._do("PRAGMA incremental_vacuum(1)").fetchall()
 
 
 OLDEST_SQLITE = (3, 37)  # the first with STRICT tables; RETURNING came with 3.35, VACUUM INTO with 3.27
@@ -2285,7 +2293,8 @@ class Auth:
             self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
 
     def _remove(self, tx: Tx, token: Token, by: Principal, action: str) -> None:
-        tx.remove_token(token.sha256)
+        if not tx.remove_token(token.sha256):
+            raise NotFound(f"no token {token.id}")
         tx.audited(self._clock.stamp(), by, action, token.name)
         tx.after(self._forget, token)
 
@@ -2797,7 +2806,7 @@ class Jobs:
                 line[2] = line[2] or now
             end, log_bytes = tx.log_end(job.id, job.attempt)
             last = upload.offset + len(upload.lines)
-            if end and log_bytes >= self.config.log_limit:  # it said so already: what follows is taken and dropped
+            if end and log_bytes > self.config.log_limit:  # it said so already: what follows is taken and dropped
                 return max(end, last), job.cancel_requested_at is not None
             if upload.offset > end:
                 raise Conflict(f"lines before offset {upload.offset} are missing: send from {end}", next_offset=end)
@@ -2819,7 +2828,7 @@ class Jobs:
             return lines, ends[-1]
         shown = f"{limit // MIB} MiB" if limit % MIB == 0 else f"{limit} bytes"
         note = f"[the log of this job has reached its limit of {shown}: what follows is not kept]"
-        return [*lines[: max(fit, 0)], [note, "warning", self.clock.stamp()]], max(limit, log_bytes)
+        return [*lines[: max(fit, 0)], [note, "warning", self.clock.stamp()]], max(limit + 1, log_bytes)
 
     def finish(self, job_id: str, result: Result, principal: Principal) -> Job:
         """running -> an end. The same result again answers the same; anything else of an ended job raises Conflict."""
@@ -2957,7 +2966,7 @@ class Jobs:
         github = Principal("github", Scope.PUBLIC, address=address)
 
         def do(tx: Tx) -> tuple[list[str], str]:
-            before = tx.delivery(delivery, body_sha256)
+            before = tx.delivery(delivery, body_sha256) if trusting else None
             if before:
                 return before[0], f"taken before, nothing new is made: {before[1]} (ctl.py retry JOB deploys it again)"
             made: list[str] = []
@@ -3596,14 +3605,14 @@ class Dispatcher:
         self._api, self._router, self._auth, self._metrics = api, Router(routes), auth, metrics
         self._writes = writes
 
-    def respond(self, request: Request, read_body: Callable[[int], bytes]) -> Response | Stream:
-        """`read_body(limit)` is called once path and token are accepted. Raises OSError where the client goes away."""
+    def respond(self, request: Request, read_body: Callable[[int, bool], bytes]) -> Response | Stream:
+        """`read_body(limit, is_public)` is called once path and token are accepted. Raises OSError where the client goes away."""
         pattern = "none"
         try:
             route, request.params = self._router.find(request.method, request.path)
             pattern = route.pattern
             self._admit(request, route)
-            request.body = read_body(route.limit)
+            request.body = read_body(route.limit, route.scope is Scope.PUBLIC)
             made = route.function(self._api, request)
             response = answer(200, made) if isinstance(made, dict) else made
         except DeployBotError as error:
@@ -3678,7 +3687,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._unread = 0  # bytes of the current body that nobody has read
         self._minor = 1
         self._expects = False
-        self._holds_place = False  # for a large body in memory
+        self._reserved = 0  # bytes of the server's budget
 
     def handle(self) -> None:
         with contextlib.suppress(OSError):  # a client that goes away is no error
@@ -3706,7 +3715,6 @@ class Handler(socketserver.BaseRequestHandler):
         try:
             self.server.waiting[self.request] = None
             head = self._read_head()
-            self.server.waiting.pop(self.request, None)
             if head is None:
                 return False
             method, target, self._minor, headers = parse_head(head)
@@ -3723,9 +3731,8 @@ class Handler(socketserver.BaseRequestHandler):
             response = self.server.dispatcher.respond(request, self._read_body)
         finally:
             request.body = b""
-            if self._holds_place:
-                self._holds_place = False
-                self.server.places.release()
+            if self._reserved:
+                self._reserve(0)
         wishes = re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
         keep = self._minor == 1 and "close" not in wishes
         keep = keep and not self._unread and not self.server.stopping
@@ -3789,14 +3796,10 @@ class Handler(socketserver.BaseRequestHandler):
         finally:
             self.request.settimeout(SEND_DEADLINE if self._is_tls else None)
 
-    def _read_body(self, limit: int) -> bytes:
+    def _read_body(self, limit: int, is_public: bool) -> bytes:
         """Raises TooLarge, Refusal at the deadline, ConnectionError where the client goes away."""
         if self._unread > limit:
             raise TooLarge(f"the body has {self._unread} bytes; {limit} are the most")
-        if self._unread > MAX_BODY and not self._holds_place:
-            self._holds_place = self.server.places.acquire(blocking=False)
-            if not self._holds_place:
-                raise Unavailable("too many large bodies at once: send it again in a moment")
         if self._expects and self._minor == 1 and self._unread > len(self._buffer):
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = bytearray(self._buffer[: self._unread])
@@ -3810,8 +3813,19 @@ class Handler(socketserver.BaseRequestHandler):
             if not chunk:
                 raise ConnectionError("the client ended within its body")
             body += chunk
+            if is_public and len(body) > FREE_BODY:
+                self._reserve(len(body))
         self._unread = 0
+        self.server.waiting.pop(self.request, None)  # from now on it is we who work, or let it wait
         return bytes(body)
+
+    def _reserve(self, size: int) -> None:
+        """Raises Unavailable where callers without a token would fill the memory."""
+        with self.server.budget_lock:
+            if self.server.budget < size - self._reserved:
+                raise Unavailable("too many large bodies at once: send it again in a moment")
+            self.server.budget -= size - self._reserved
+            self._reserved = size
 
     def _connected(self) -> bool:
         """False once the client has ended its side."""
@@ -3844,8 +3858,12 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _send(self, response: Response, with_body: bool, keep: bool) -> None:
         length = "" if response.status == 204 else f"Content-Length: {len(response.body)}"
+        body = response.body if with_body else b""
+        self.server.waiting[self.request] = None  # who does not read may go
         try:
-            self.request.sendall(self._head(response, keep, length) + (response.body if with_body else b""))
+            self.request.sendall(self._head(response, keep, length) + body[:FREE_BODY])  # one write for nearly all
+            if len(body) > FREE_BODY:
+                self.request.sendall(memoryview(body)[FREE_BODY:])
         finally:
             if response.sent:
                 response.sent()
@@ -3883,7 +3901,8 @@ class Server(http.server.ThreadingHTTPServer):
         self, address: tuple[str, int], dispatcher: Dispatcher, tls: ssl.SSLContext | None, trusted: tuple[Network, ...]
     ):
         self.tls, self.trusted = tls, trusted
-        self.places = threading.BoundedSemaphore(MAX_PUSHES_AT_ONCE)
+        self.budget = MAX_PUBLIC_BODIES
+        self.budget_lock = threading.Lock()  # guards budget
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         self.dispatcher = dispatcher
@@ -3891,7 +3910,7 @@ class Server(http.server.ThreadingHTTPServer):
         # Guards _connections; stop() waits on it, each connection that ends wakes it.
         self._ended = threading.Condition()
         self._connections: set[socket.socket] = set()
-        # Connections that have not sent a whole head, oldest first; each is put in and taken out by its own thread.
+        # Connections that owe us a request or the reading of an answer, oldest first; each is put in and out by its own thread.
         self.waiting: dict[socket.socket, None] = {}
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._limit = sys.maxsize if files == resource.RLIM_INFINITY else max(16, files - SPARE_FILES)
@@ -3920,7 +3939,7 @@ class Server(http.server.ThreadingHTTPServer):
             self.shutdown_request(request)
 
     def _evict(self) -> bool:
-        """Ends the connection that has been without a whole head for longest; parked heartbeats and streams stay."""
+        """Ends the connection that owes us something for longest; parked heartbeats and streams stay."""
         with contextlib.suppress(StopIteration, RuntimeError, OSError):  # it may end itself meanwhile
             oldest = next(iter(self.waiting))
             self.waiting.pop(oldest, None)
@@ -4250,7 +4269,7 @@ def github_webhook(api: Controller, request: Request) -> Answer:
         return {"received": True, "jobs_created": [], "message": message}
     push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
     digest = hashlib.sha256(request.body).hexdigest()
-    delivery = (request.headers.get("x-github-delivery") or digest)[:200]
+    delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or digest}"[:300]  # the id is not signed
     made, message = api.jobs.push(push, delivery, digest, signers, request.address)
     api.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
     return {"received": True, "jobs_created": made, "message": message}
@@ -4339,7 +4358,7 @@ ROUTES = [
     Route("GET", "/v1/tokens", Scope.ADMIN, lambda api, _: {"tokens": [token.public() for token in api.auth.tokens()]}),
     Route("DELETE", "/v1/tokens/{id}", Scope.ADMIN, revoke_token),
     Route("GET", "/v1/session", Scope.ANY, who_asks, for_app=True),
-    Route("POST", "/v1/session", Scope.PUBLIC, sign_in),
+    Route("POST", "/v1/session", Scope.PUBLIC, sign_in, 4 * KIB),
     Route("DELETE", "/v1/session", Scope.PUBLIC, sign_out),
     Route("GET", "/v1/audit", Scope.ADMIN, list_audit),
     Route("POST", "/v1/webhooks/github", Scope.PUBLIC, github_webhook, MAX_PUSH, admit_webhook),
