@@ -1329,9 +1329,9 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             id INTEGER PRIMARY KEY, at TEXT NOT NULL, who TEXT NOT NULL, address TEXT NOT NULL, action TEXT NOT NULL,
             target TEXT NOT NULL, detail TEXT NOT NULL
         ) STRICT""",
-        # The newest push that was taken of each ref: an older one that comes late must not replace it.
+        # The newest push of each ref that an app took: an older one that comes late must not replace it.
         """CREATE TABLE pushes (
-            repo TEXT NOT NULL, ref TEXT NOT NULL, pushed_at INTEGER, before TEXT NOT NULL, PRIMARY KEY (repo, ref)
+            app TEXT NOT NULL, ref TEXT NOT NULL, pushed_at INTEGER, before TEXT NOT NULL, PRIMARY KEY (app, ref)
         ) STRICT, WITHOUT ROWID""",
         # What retention keeps of each app on each host: the last successes.
         "CREATE INDEX jobs_success ON jobs (app, host, id) WHERE status = 'success'",
@@ -1486,9 +1486,9 @@ class Queries:
         found = self.rows('SELECT app, host, job_id, "commit", deployed_at FROM releases')
         return {(app, host): (job, commit, at) for app, host, job, commit, at in found}
 
-    def newest_push(self, repo: str, ref: str) -> tuple[int | None, str] | None:
-        """(pushed_at, the commit that it came after) of the newest push that was taken."""
-        return self.one("SELECT pushed_at, before FROM pushes WHERE repo = ? AND ref = ?", repo.lower(), ref)
+    def newest_push(self, app: str, ref: str) -> tuple[int | None, str] | None:
+        """(pushed_at, the commit that it came after) of the newest push that the app took."""
+        return self.one("SELECT pushed_at, before FROM pushes WHERE app = ? AND ref = ?", app, ref)
 
     def tokens(self) -> list[Token]:
         return [Token._make(row) for row in self.rows("SELECT * FROM tokens ORDER BY id")]
@@ -1512,9 +1512,9 @@ class Queries:
             *(after, oldest_id, limit),
         )
 
-    def delivery(self, delivery_id: str, body_sha256: str) -> tuple[list[str], str] | None:
-        """What a delivery of that id, or of that body, made. The id is not signed, so the body counts as well."""
-        row = self.one("SELECT jobs, message FROM deliveries WHERE id = ? OR body_sha256 = ?", delivery_id, body_sha256)
+    def delivery(self, delivery_id: str, signature: str) -> tuple[list[str], str] | None:
+        """What a delivery of that id, or of that signed body, made: the id is not signed, so it does not count alone."""
+        row = self.one("SELECT jobs, message FROM deliveries WHERE id = ? OR body_sha256 = ?", delivery_id, signature)
         return (json.loads(row[0]), row[1]) if row else None
 
 
@@ -2954,7 +2954,7 @@ class Jobs:
         return None
 
     def push(
-        self, push: Push, delivery: str, body_sha256: str, signers: frozenset[str], address: str
+        self, push: Push, delivery: str, signature: str, signers: frozenset[str], address: str
     ) -> tuple[list[str], str]:
         """Jobs for a signed push, stored in one transaction with its delivery: (ids, message). The same delivery answers the same.
 
@@ -2966,26 +2966,25 @@ class Jobs:
         github = Principal("github", Scope.PUBLIC, address=address)
 
         def do(tx: Tx) -> tuple[list[str], str]:
-            before = tx.delivery(delivery, body_sha256) if trusting else None
+            before = tx.delivery(delivery, signature) if trusting else None
             if before:
                 return before[0], f"taken before, nothing new is made: {before[1]} (ctl.py retry JOB deploys it again)"
             made: list[str] = []
-            late = push.is_older(tx.newest_push(push.repo, push.ref))
-            for app in () if late else apps:
+            in_time = [app for app in apps if not push.is_older(tx.newest_push(app.name, push.ref))]
+            for app in in_time:
+                tx.put("pushes", app.name, push.ref, push.pushed_at, push.before)
                 for host in app.hosts:
                     job, created = self._submit(tx, push.request(app, host), app, "github")
                     made += [job.id] if created else []
-            message = self._push_message(push, apps, len(made), bool(trusting), late)
+            message = self._push_message(push, apps, in_time, len(made), bool(trusting))
             if apps:  # else a redelivery counts, once apps.yaml says more
-                tx.add("deliveries", delivery, body_sha256, self.clock.stamp(), dump(made), message)
+                tx.add("deliveries", delivery, signature, self.clock.stamp(), dump(made), message)
                 tx.audited(self.clock.stamp(), github, "push", push.repo, f"{push.branch} {push.commit}: {message}")
-            if apps and not late:
-                tx.put("pushes", push.repo.lower(), push.ref, push.pushed_at, push.before)
             return made, message
 
         return self.store.write(do)
 
-    def _push_message(self, push: Push, apps: list[App], made: int, is_trusted: bool, is_late: bool) -> str:
+    def _push_message(self, push: Push, apps: list[App], in_time: list[App], made: int, is_trusted: bool) -> str:
         if push.commit is None:
             return "ignored: the ref was deleted"
         if push.branch is None:
@@ -2994,11 +2993,11 @@ class Jobs:
             return f"ignored: no app of apps.yaml has the repository {push.repo}"
         if not is_trusted:
             return f"ignored: it is signed with another secret than those of the apps of {push.repo}"
-        if is_late and apps:
+        if apps and not in_time:
             return f"ignored: a newer push to {push.branch} was taken before"
         if not apps:
             return f"ignored: no app of {push.repo} deploys pushes to {push.branch}"
-        names = ", ".join(app.name for app in apps)
+        names = ", ".join(app.name for app in in_time)
         return f"{made} job{'' if made == 1 else 's'} for {names}" + (
             "" if made else ": the same deployment is under way"
         )
@@ -4259,7 +4258,8 @@ def admit_webhook(api: Controller, request: Request) -> None:
 
 
 def github_webhook(api: Controller, request: Request) -> Answer:
-    signers = signers_of(request.body, request.headers["x-hub-signature-256"], webhook_secrets(api))
+    signature = request.headers["x-hub-signature-256"]
+    signers = signers_of(request.body, signature, webhook_secrets(api))
     if not signers:
         api.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
         raise Unauthorized("X-Hub-Signature-256 does not match the body: is the secret in GitHub's settings the same?")
@@ -4268,9 +4268,10 @@ def github_webhook(api: Controller, request: Request) -> Answer:
         message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
         return {"received": True, "jobs_created": [], "message": message}
     push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
-    digest = hashlib.sha256(request.body).hexdigest()
-    delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or digest}"[:300]  # the id is not signed
-    made, message = api.jobs.push(push, delivery, digest, signers, request.address)
+    delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or signature}"[
+        :300
+    ]  # the id is not signed
+    made, message = api.jobs.push(push, delivery, signature, signers, request.address)
     api.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
     return {"received": True, "jobs_created": made, "message": message}
 

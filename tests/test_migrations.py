@@ -63,7 +63,7 @@ SCHEMAS = [
             target TEXT NOT NULL, detail TEXT NOT NULL
         ) STRICT;
     CREATE TABLE pushes (
-            repo TEXT NOT NULL, ref TEXT NOT NULL, pushed_at INTEGER, before TEXT NOT NULL, PRIMARY KEY (repo, ref)
+            app TEXT NOT NULL, ref TEXT NOT NULL, pushed_at INTEGER, before TEXT NOT NULL, PRIMARY KEY (app, ref)
         ) STRICT, WITHOUT ROWID;
     CREATE INDEX jobs_success ON jobs (app, host, id) WHERE status = 'success';
     ALTER TABLE events ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0;
@@ -156,7 +156,7 @@ def test_an_upgrade_keeps_what_was_there(tmp_path, version):
         if version > 1:
             assert [(token.name, token.app) for token in db.tokens()] == [("ci", "web")]
             assert [row["target"] for row in db.audit({}, None, 10)] == ["ci"]
-            assert db.newest_push("O/N", "refs/heads/main") == (1767225600, "b")
+            assert db.newest_push("o/n", "refs/heads/main") == (1767225600, "b")
     store.close()
 
 
