@@ -1218,6 +1218,7 @@ def test_a_token_on_the_command_line_goes_no_further(here, scripted):
     ):  # fmt: skip
         result = here(*argv, *(() if "--url" in argv else ("--url", server.url)))
         assert result.code != 0 and secret not in result.err + result.out and "Zz-_9" not in result.err
+    assert "that is a token itself" in here("token", "revoke", secret).err
     asked = [path for _, path, *_ in server.requests if "Zz-_9" in path]
     assert asked == [f"/v1/audit?who={secret}&limit=20"], "where any text may be asked for"
 
@@ -1297,6 +1298,8 @@ def test_the_audit_beyond_a_page_is_fetched_page_by_page(here, closed, monkeypat
         here("token", "create", "--role", "viewer", "--name", f"t{number}")
     listed = json.loads(here("audit", "--limit", "5", "--json").out)
     assert [one["target"] for one in listed["audit"]] == ["t4", "t3", "t2", "t1", "t0"]
+    monkeypatch.setattr(ctl, "PAGE_AUDIT", 1000)
+    assert len(json.loads(here("audit", "--limit", "1001", "--json").out)["audit"]) == 5, "more than one call gives"
 
 
 def test_control_characters_of_tokens_and_audit_are_stripped(here, scripted):

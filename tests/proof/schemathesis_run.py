@@ -1,0 +1,371 @@
+"""schemathesis over openapi.json, against a controller as a process: in open mode, then closed with the token of each role.
+
+It makes requests out of the document, good ones and wrong ones, and holds each answer against it: none is a server error, and
+none says a status, a media type, a header or a field that the document does not. What the document says in prose of all calls
+(a field that is null, a parameter that is empty counts as left out) is written into the copy that schemathesis reads.
+
+Ids and host names that it makes up are replaced, two times in three, by those that there are, so that it comes further than
+404; a push that has a signature gets the right one. The stream never ends by itself: it is read for STREAM_SECONDS or
+STREAM_BYTES, and each event of it is held against the document as well.
+
+Needs schemathesis (`pip install schemathesis`), in the Python that runs this or in .venv-check.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import hmac
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import urllib.parse
+from typing import Any, NamedTuple
+
+from common import AGENT_TOKEN, READ_TOKEN, ROOT, TOKEN, Controller, Failure, LightAgent, Proof, check, run
+
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.dont_write_bytecode = True
+
+SECRET = "It's a Secret to Everybody"
+STREAM_SECONDS, STREAM_BYTES = 0.05, 256 * 1024
+AT_ONCE = 2  # passes
+APP = {"name": "web-frontend", "repo": "myorg/web-frontend", "hosts": ["web-01.example.com"], "deploy_on_push": True}
+HOSTS = ("web-01.example.com", "test-host", "web-02.example.com")
+# Each answer is held against these, and the others in the pass that names them. Not among them: positive_data_acceptance, as a good
+# request can still be refused for what a schema does not say (git's rules for a ref, fields that exclude one another).
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "missing_required_header",
+    "unsupported_method",
+    "allow_header_conformance",
+    "as_documented",
+)
+OTHERS = (
+    "ignored_auth",
+    "use_after_free",
+    "ensure_resource_availability",
+    "positive_data_acceptance",
+    "object_level_authorization",
+)
+# What comes from GitHub is read for what is needed of it, and no further.
+CONFIG = """{checks}
+[[operations]]
+include-operation-id = "githubWebhook"
+checks.negative_data_rejection.enabled = false
+"""
+EVERY_PHASE = "examples,coverage,fuzzing,stateful"
+
+
+class Pass(NamedTuple):
+    name: str
+    token: Any  # None: open mode; text; or what to ask POST /v1/tokens for
+    phases: str = "examples,fuzzing"
+    examples: int = 2  # a call, in the short form
+    more: tuple[str, ...] = ()  # checks
+
+
+PASSES = (
+    Pass("open", None, "examples,fuzzing,stateful", 5, ("use_after_free", "ensure_resource_availability")),
+    Pass("admin", TOKEN, "examples,coverage", 1, ("ignored_auth",)),
+    Pass("operator", {"role": "operator"}),
+    Pass("viewer", READ_TOKEN),
+    Pass("enrolment", AGENT_TOKEN),
+    Pass("agent of a host", {"role": "agent", "host": HOSTS[0]}),
+    Pass("operator of an app", {"role": "operator", "app": APP["name"]}),
+)
+FULL_EXAMPLES = 400
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The proof
+# Owns: controllers, the passes, what the controller itself says of them. Ignores: what schemathesis does inside.
+
+
+def schemathesis() -> list[str]:
+    if importlib.util.find_spec("schemathesis"):
+        return [sys.executable, "-m", "schemathesis.cli"]
+    program = ROOT / ".venv-check" / "bin" / "schemathesis"
+    check(program.exists(), "schemathesis is not there: pip install schemathesis, into this Python or into .venv-check")
+    return [str(program)]
+
+
+def config(one: Pass) -> str:
+    enabled = dict.fromkeys(OTHERS, False) | dict.fromkeys(CHECKS + one.more, True)
+    lines = [f"checks.{name}.enabled = {str(wanted).lower()}" for name, wanted in enabled.items()]
+    return CONFIG.replace("{checks}", "\n".join(lines))
+
+
+def loosened(document: dict[str, Any]) -> dict[str, Any]:
+    """With null for each optional field of a request, and "" for each parameter of a query."""
+    schemas = document["components"]["schemas"]
+    asked = re.findall(
+        r'"#/components/schemas/(\w+)"',
+        json.dumps([op.get("requestBody") for item in document["paths"].values() for op in item.values()]),
+    )
+    for name in {*asked, "LogLineIn", "RunningJob"}:
+        optional = schemas[name]["properties"].keys() - set(schemas[name].get("required", ()))
+        for field in optional:
+            schemas[name]["properties"][field] = {"anyOf": [schemas[name]["properties"][field], {"type": "null"}]}
+    operations = [op for item in document["paths"].values() for op in item.values()]
+    asked = [
+        *document["components"]["parameters"].values(),
+        *(p for op in operations for p in op.get("parameters", ())),
+    ]
+    for parameter in asked:
+        if parameter.get("in") == "query":
+            parameter["schema"] = or_empty(parameter["schema"], schemas)
+    return document
+
+
+def or_empty(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    schema = {**(schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema)}
+    if schema["type"] != "string":
+        return {"anyOf": [schema, {"const": ""}]}
+    schema.pop("minLength", None)
+    if "pattern" in schema:
+        schema["pattern"] = f"^$|{schema['pattern']}"
+    if "enum" in schema:
+        schema["enum"] = [*schema["enum"], ""]
+    return schema
+
+
+def furnish(controller: Controller) -> dict[str, list[str]]:
+    """Hosts, jobs in every state and tokens to be found; their ids by the path that they stand in."""
+    jobs, agents = [], []
+    client = controller.client(controller.settings["admin"])
+    for host in HOSTS:
+        agent = LightAgent(controller.port, host)
+        agent.enrolment.token = controller.settings["enrolment"]
+        status, _ = agent.register()
+        check(status == 200, "an agent cannot register", status)
+        agents.append(agent.id)
+        for number in range(4):
+            body = {
+                "repo": APP["repo"],
+                "ref": f"r{number}",
+                "host": host,
+                "app": APP["name"] if number % 2 else f"app-{number}",
+            }
+            jobs.append(client.ok("POST", "/v1/jobs", body)["job"]["id"])
+            job = agent.beat()[1]["job"] if number in (0, 1, 3) else None
+            if job:
+                agent.logs(job, 0, ["one", "<b>two</b> \x1b[31m", "é\u202e"])
+            if job and number:
+                agent.result(job, "failed" if number == 1 else "success", exit_code=number)
+        agent.close()
+    tokens = [client.ok("POST", "/v1/tokens", {"role": "viewer"})["token"]["id"] for _ in range(20)]
+    client.close()
+    return {"/v1/jobs/": jobs, "/v1/agents/": agents, "/v1/tokens/": tokens, "/v1/hosts/": list(HOSTS)}
+
+
+def start(proof: Proof, one: Pass) -> tuple[Controller, str | None]:
+    """A controller for that pass, and the token to send."""
+    folder = proof.folder / one.name.replace(" ", "-")
+    (folder / "spare").mkdir(parents=True)
+    secrets = {"webhook_secret": SECRET}
+    if one.token is None:
+        secrets |= {"token": None, "agent_token": None, "read_token": None}
+    flags = ["--agent-timeout", "100ms"]  # it bounds the parking of heartbeats
+    flags += ["--open"] if one.token is None else []
+    flags += ["--trusted-proxy", "127.0.0.1"] if "ignored_auth" in one.more else []
+    controller = Controller(folder, *flags, apps={"apps": [APP]}, **secrets).start()
+    controller.settings |= {"admin": controller.settings["token"], "enrolment": controller.settings["agent_token"]}
+    token = one.token
+    if isinstance(token, dict):
+        token = controller.client().ok("POST", "/v1/tokens", token)["secret"]
+    return controller, token
+
+
+def spare_token(controller: Controller) -> str:
+    """For signing in, where none is needed."""
+    return str(controller.client(None).ok("POST", "/v1/tokens", {"role": "viewer"})["secret"])
+
+
+def requests_by_status(controller: Controller) -> dict[tuple[str, str], dict[str, int]]:
+    """(method, route) to status to number of requests, as /metrics has them."""
+    _, _, text = controller.client(controller.settings["admin"]).raw("GET", "/metrics")
+    found: dict[tuple[str, str], dict[str, int]] = {}
+    pattern = r'^deploybot_http_requests_total\{method="(\w+)",route="([^"]+)",status="(\d+)"\} (\d+)'
+    for method, route, status, count in re.findall(pattern, text.decode(), re.MULTILINE):
+        found.setdefault((method, route), {})[status] = int(count)
+    return found
+
+
+def one_pass(proof: Proof, one: Pass, document: pathlib.Path) -> dict[str, int]:
+    """Runs schemathesis once; number of requests by status. Raises Failure with what it found."""
+    controller, token = start(proof, one)
+    known = {"ids": furnish(controller), "secret": SECRET, "token": token or spare_token(controller)}
+    known["many"] = "ignored_auth" in one.more  # wrong tokens come from an address each: none is one too many
+    env = {**os.environ, "PROOF_KNOWN": json.dumps(known), "SCHEMATHESIS_HOOKS": "schemathesis_run", "NO_COLOR": "1"}
+    env["PYTHONPATH"] = str(ROOT / "tests" / "proof")
+    argv = [*schemathesis(), "run", str(document), "--url", controller.url, "--seed", str(proof.seed), "--no-color"]
+    argv += ["--continue-on-failure", "--warnings", "off"]
+    argv += ["--phases", EVERY_PHASE if proof.full else one.phases]
+    argv += ["-n", str(FULL_EXAMPLES if proof.full else one.examples), "--generation-database", "none"]
+    argv += ["--generation-with-security-parameters", "false", "--suppress-health-check", "all"]
+    argv += ["-H", f"Authorization: Bearer {token}"] if token else []
+    (controller.folder / "spare" / "schemathesis.toml").write_text(config(one))
+    said = subprocess.run(argv, cwd=controller.folder / "spare", env=env, capture_output=True, text=True, check=False)
+    (controller.folder / "schemathesis.txt").write_text(said.stdout + said.stderr)
+    check(said.returncode == 0, f"{one.name}: schemathesis found\n", said.stdout[-8000:], said.stderr[-2000:])
+    answers = requests_by_status(controller)
+    held(one, controller, answers, json.loads(document.read_text()))
+    controller.stop()
+    check(
+        "Traceback" not in controller.said(),
+        f"{one.name}: the controller's log has a traceback:",
+        controller.said()[-3000:],
+    )
+    counts: dict[str, int] = {}
+    for statuses in answers.values():
+        for status, count in statuses.items():
+            counts[status] = counts.get(status, 0) + count
+    return counts
+
+
+def held(one: Pass, controller: Controller, answers: Any, document: dict[str, Any]) -> None:
+    """What the controller counted: no server error, each call made, and with all rights each call made with success."""
+    check(controller.poll() is None, f"{one.name}: the controller ended:", controller.said()[-3000:])
+    wrong = {route: statuses for route, statuses in answers.items() if any(status >= "500" for status in statuses)}
+    check(not wrong, f"{one.name}: server errors", wrong)
+    asked = {(method.upper(), path) for path, item in document["paths"].items() for method in item}
+    check(asked <= answers.keys(), f"{one.name}: never asked", asked - answers.keys())
+    if one.token in (None, TOKEN):
+        hollow = [route for route in asked if not any(status < "300" for status in answers[route])]
+        check(not hollow, f"{one.name}: never with success", hollow)
+
+
+def prove(proof: Proof) -> None:
+    document = proof.folder / "openapi.json"
+    document.write_text(json.dumps(loosened(json.loads((ROOT / "openapi.json").read_text()))))
+    wanted = [one for one in PASSES if proof.options.only in (None, one.name)]
+    check(wanted, "--only names one of", [one.name for one in PASSES])
+    failures: list[Failure] = []
+    with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
+        running = [(one, pool.submit(one_pass, proof, one, document)) for one in wanted]
+        for one, future in running:
+            try:
+                counts = future.result()
+            except Failure as failure:
+                failures.append(failure)
+                continue
+            shown = ", ".join(f"{status}: {count}" for status, count in sorted(counts.items()))
+            proof.figure(one.name, f"{sum(counts.values()):,} requests ({shown})")
+    check(not failures, *("\n" + str(failure) for failure in failures))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inside schemathesis
+# Owns: what is put in place of made-up ids, signatures, the bounded stream, the check. Ignores: everything above.
+
+
+def install(known: dict[str, Any]) -> None:
+    import itertools
+
+    import requests.adapters
+    import schemathesis as st
+    import test_openapi as contract
+    import urllib3.exceptions
+
+    turns: dict[str, Any] = {}
+    addresses = itertools.count(1)
+    made_here = known["ids"]["/v1/jobs/"][0][:5]  # of the time: ids of this run begin so
+    strict: dict[tuple[str, str, str], Any] = {}
+
+    @st.hook
+    def before_call(context: Any, case: Any, kwargs: Any) -> None:
+        """Ids that nobody made are those of something, two times in three; so is every other token of a sign-in."""
+        turn = next(turns.setdefault(case.path, itertools.count()))
+        for name, value in (case.path_parameters or {}).items():
+            pool = next((ids for start, ids in known["ids"].items() if case.path.startswith(start)), ())
+            is_id = name == "id" and re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", str(value))
+            is_host = name == "hostname" and re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", str(value))
+            if pool and turn % 3 and ((is_id and not value.startswith(made_here)) or is_host):
+                case.path_parameters[name] = pool[turn % len(pool)]
+        body = case.body if case.path == "/v1/session" and isinstance(case.body, dict) else {}
+        if known["token"] and turn % 2 and body.get("token") and isinstance(body["token"], str):
+            body["token"] = known["token"]
+
+    send = requests.adapters.HTTPAdapter.send
+
+    def bounded(self: Any, request: Any, stream: bool = False, timeout: Any = None, **more: Any) -> Any:
+        path = urllib.parse.urlsplit(request.url).path
+        signature = request.headers.get("X-Hub-Signature-256", b"")
+        signature = signature.decode("latin-1") if isinstance(signature, bytes) else signature
+        if path == "/v1/webhooks/github" and re.fullmatch(r"sha256=[0-9a-f]{64}", signature):
+            body = request.body.encode() if isinstance(request.body, str) else request.body or b""
+            right = hmac.new(known["secret"].encode(), body, hashlib.sha256).hexdigest()
+            request.headers["X-Hub-Signature-256"] = f"sha256={right}"
+        if known["many"]:
+            request.headers["X-Forwarded-For"] = f"2001:db8:{next(addresses):x}::1"
+        if path != "/v1/logs/stream":
+            return send(self, request, stream=stream, timeout=timeout, **more)
+        response = send(self, request, stream=True, timeout=(10, 10), **more)
+        read, sock = b"", response.raw.connection and response.raw.connection.sock
+        if sock:
+            sock.settimeout(STREAM_SECONDS)
+        try:
+            for piece in response.raw.stream(65536):
+                read += piece
+                if len(read) > STREAM_BYTES:
+                    break
+        except (urllib3.exceptions.HTTPError, TimeoutError):  # silence
+            pass
+        response.raw.close()
+        response._content, response._content_consumed = read, True
+        return response
+
+    requests.adapters.HTTPAdapter.send = bounded  # type: ignore[method-assign]
+
+    def schema_of(case: Any, status: str, kind: str) -> Any:
+        """The schema of that answer where no object may have more fields than it names; None where it is no JSON."""
+        key = (case.operation.label, status, kind)
+        if key not in strict:
+            said = contract.DOCUMENT["paths"][case.path][case.method.lower()]["responses"]
+            if status not in said and status.startswith("4"):
+                refused = contract.resolve(said["4XX"])
+                assert int(status) in refused["x-statuses"], f"{key}: no such status is described"
+                status = "4XX"
+            content = contract.resolve(said[status]).get("content", {})
+            strict[key] = contract.closed(content[kind]["schema"]) if kind.endswith("json") else None
+        return strict[key]
+
+    @st.check
+    def as_documented(context: Any, response: Any, case: Any) -> None:
+        """The status, each field of the answer, and each event of a stream."""
+        if case.method.lower() not in contract.DOCUMENT["paths"][case.path]:
+            return  # a method that there is not: `unsupported_method` looks at it
+        status = str(response.status_code)
+        kind = (response.headers.get("content-type") or [""])[0].partition(";")[0]
+        schema = schema_of(case, status, kind)
+        if schema is not None:
+            wrong = contract.problems(schema, json.loads(response.content))
+            assert not wrong, wrong
+        if kind == "text/event-stream":
+            events = contract.DOCUMENT["paths"][case.path]["get"]["x-events"]
+            *blocks, _ = response.content.decode().split("\n\n")  # the last one may be cut
+            for block in blocks:
+                fields = dict(line.split(": ", 1) for line in block.split("\n") if not line.startswith(":"))
+                assert fields.keys() <= {"id", "event", "data", "retry"}, block
+                if "data" in fields:
+                    wrong = contract.problems(
+                        contract.closed(events[fields["event"]]["schema"]), json.loads(fields["data"])
+                    )
+                    assert not wrong, wrong
+
+
+if "PROOF_KNOWN" in os.environ:
+    install(json.loads(os.environ["PROOF_KNOWN"]))
+
+if __name__ == "__main__":
+    sys.exit(run(prove, __doc__, ("--only", {"metavar": "PASS", "help": "one pass alone, such as open"})))
