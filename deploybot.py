@@ -648,7 +648,7 @@ def field(how: Callable[..., Any], *rest: Any, default: Any = None, then: Any = 
 
 
 @functools.cache
-def readers(model: type) -> list[tuple[str, Callable[[Fields, str], Any]]]:
+def readers(model: Any) -> list[tuple[str, Callable[[Fields, str], Any]]]:
     return [(one.name, one.metadata["read"]) for one in dataclasses.fields(model) if "read" in one.metadata]
 
 
@@ -659,12 +659,12 @@ class Model:
 
     @classmethod
     def read(cls: type[T], f: Fields) -> T:
-        return cls(**{name: read(f, name) for name, read in readers(cls)})
+        return cls(**{name: read(f, name) for name, read in readers(cls)})  # type: ignore[arg-type]
 
     @classmethod
     def parse(cls, data: Any) -> Self:
         """Raises ValidationError with all that is wrong."""
-        f = Fields(data, [name for name, _ in readers(cls)] if cls.strict else None)
+        f = Fields(data, [name for name, _ in readers(cls)] if cls.strict else None)  # type: ignore[arg-type]
         return f.done(cls.read(f))
 
 
@@ -758,8 +758,8 @@ class Registration(Model):
     token_sha256: str | None = field(Fields.text, matches(SHA256, "64 hex digits in lower case"))
 
 
-def run(f: Fields) -> tuple[str, int]:
-    """(job id, attempt) that an agent holds."""
+def held_job(f: Fields) -> tuple[str, int]:
+    """(job id, attempt) of what an agent holds."""
     return f.text("job_id", matches(ID, "a job's id"), required=True), f.integer("attempt", 1, 1 << 31, required=True)
 
 
@@ -767,7 +767,9 @@ def run(f: Fields) -> tuple[str, int]:
 class Heartbeat(Model):
     status: str = field(Fields.choice, ("online", "offline"), required=True)
     session: str | None = field(Fields.text, matches(SESSION, "a session that a registration answered"))
-    running: frozenset[tuple[str, int]] | None = field(Fields.items, MAX_RUNNING, run, then=frozenset)  # None: not said
+    running: frozenset[tuple[str, int]] | None = field(
+        Fields.items, MAX_RUNNING, held_job, then=frozenset
+    )  # None: not said
     wait: int = field(Fields.integer, 0, MAX_WAIT, default=0)  # seconds
 
 
@@ -2178,14 +2180,19 @@ class Auth:
         also where none is needed."""
         kind, _, token = headers.get("authorization", "").partition(" ")
         if not kind:
-            found = COOKIE_VALUE.search(headers.get("cookie", ""))
-            principal = self.find(sha256(found[1])) if found else None  # one that ran out is none
+            principal = self._signed_in(headers.get("cookie", ""))
             if principal or (self._open and is_local()):
                 return (principal or Principal("local", Scope.ADMIN))._replace(address=address)
             raise Unauthorized(NO_TOKEN)
         if kind.lower() != "bearer":
             raise Unauthorized(NO_TOKEN)
         return self.of_token(token.strip(), address)
+
+    def _signed_in(self, cookie: str) -> Principal | None:
+        """Whose browser it is: only what sign_in() made counts here, so there is nothing that one could guess."""
+        found = COOKIE_VALUE.search(cookie)
+        token = self._tokens.get(sha256(found[1])) if found else None
+        return self.find(token.sha256) if token and token.parent else None
 
     def of_token(self, token: str, address: str) -> Principal:
         """As principal(). The answer is the same for a token that never was, that ran out and that was revoked."""
@@ -2290,7 +2297,8 @@ class Auth:
     def sign_out(self, by: Principal) -> None:
         token = self._tokens.get(by.digest)
         if token and token.parent:
-            self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
+            with contextlib.suppress(NotFound):  # it has just ended
+                self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
 
     def _remove(self, tx: Tx, token: Token, by: Principal, action: str) -> None:
         if not tx.remove_token(token.sha256):
@@ -3562,33 +3570,22 @@ class Route(NamedTuple):
 
 
 class Router:
-    """Finds the route of a method and a path."""
+    """Finds the route of a method and a path. What a pattern leaves open is the third segment: /v1/jobs/{id}/logs."""
 
     def __init__(self, routes: Iterable[Route]):
-        self._fixed: dict[str, dict[str, Route]] = {}
-        self._patterns: list[tuple[re.Pattern[str], dict[str, Route]]] = []
-        by_pattern: dict[str, dict[str, Route]] = {}
+        self._methods: dict[str, dict[str, Route]] = {}
         for route in routes:
-            by_pattern.setdefault(route.pattern, {})[route.method] = route
-        for pattern, methods in by_pattern.items():
-            if "{" in pattern:
-                expression = re.sub(r"\\\{\w+\\\}", "([^/]+)", re.escape(pattern))
-                self._patterns.append((re.compile(expression), methods))
-            else:
-                self._fixed[pattern] = methods
+            self._methods.setdefault(re.sub(r"{\w+}", "\0", route.pattern), {})[route.method] = route
 
     def find(self, method: str, path: str) -> tuple[Route, tuple[str, ...]]:
-        """The route and the segments that its pattern left open. Raises NotFound or MethodNotAllowed."""
-        methods = self._fixed.get(path)
+        """The route and the segment that its pattern left open. Raises NotFound or MethodNotAllowed."""
+        methods, parts = self._methods.get(path), path.split("/")
         params: tuple[str, ...] = ()
+        if methods is None and len(parts) > 3 and parts[3]:
+            params, parts[3] = (parts[3],), "\0"  # which no path can hold
+            methods = self._methods.get("/".join(parts))
         if methods is None:
-            for expression, found in self._patterns:
-                match = expression.fullmatch(path)
-                if match:
-                    methods, params = found, match.groups()
-                    break
-            else:
-                raise NotFound("no such path: /docs lists what there is")
+            raise NotFound("no such path: /docs lists what there is")
         route = methods.get("GET" if method == "HEAD" else method)
         if route is None:
             raise MethodNotAllowed([*methods, *(["HEAD"] if "GET" in methods else [])])
