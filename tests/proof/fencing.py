@@ -25,11 +25,14 @@ from common import Client, LightAgent, Proof, check, run, wait_for
 LOST_AFTER = 2.0  # seconds
 AWAY = 7.0  # seconds that a controller is stopped: longer than LOST_AFTER, and than the pause that it takes for a slow machine
 ENDED = ("success", "failed", "cancelled")
-# Ticks until the gate opens. As branches: `plain` ends on TERM, `stubborn` does not.
+# Ticks until the gate opens. As branches: `plain` ends on TERM, `slow` takes its time, `stubborn` does not end.
 SCRIPT = """\
 #!/bin/sh
 folder=$1
-case $DEPLOY_REF in stubborn*) trap '' TERM;; esac
+case $DEPLOY_REF in
+    stubborn) trap '' TERM;;
+    slow) trap 'left=40; while [ $left -gt 0 ]; do sleep 0.05; left=$((left - 1)); done; exit 1' TERM;;
+esac
 exec 9> "$folder/lock.$DEPLOY_HOST"
 flock -n 9 || echo "overlap" >> "$folder/$DEPLOY_JOB_ID.starts"
 echo "$DEPLOY_RELEASE" >> "$folder/$DEPLOY_JOB_ID.starts"
@@ -70,8 +73,8 @@ class Scene:
         script.chmod(0o755)
         self.repository.git("add", "--all")
         self.repository.git("commit", "--quiet", "--message", "ticks")
-        self.repository.git("branch", "plain")
-        self.repository.git("branch", "stubborn")
+        for branch in ("plain", "slow", "stubborn"):
+            self.repository.git("branch", branch)
         app = {
             "name": "app", "repo": "myorg/app", "clone_url": f"file://{self.repository.folder}", "hosts": ["web-01"],
             "deploy": ["./tick.sh", str(self.folder)],
@@ -87,9 +90,9 @@ class Scene:
             self._clients.one = Client(self.controller.port, timeout=120)
         return self._clients.one
 
-    def agent(self, host: str, folder: str = "hosts") -> Agent:
+    def agent(self, host: str, folder: str = "hosts", slots: int = 1) -> Agent:
         """One that has registered."""
-        agent = Agent(self.base / folder, host, self.controller.port, self.repository.env)
+        agent = Agent(self.base / folder, host, self.controller.port, self.repository.env, "--slots", str(slots))
         agent.launch()
         agent.says("registered as")
         return agent
@@ -195,9 +198,9 @@ def stopped_agent_with_a_result(scene: Scene) -> None:
 
 
 def stopped_agent_with_retries(scene: Scene) -> None:
-    """The next attempt waits until the script of the first is ended: never two at once."""
-    agent = scene.agent("stopped-03")
-    job_id = scene.running(scene.create(agent.host, retries=1))
+    """The next attempt comes at once, as there is a slot, and waits until the script of the first is ended: never two at once."""
+    agent = scene.agent("stopped-03", slots=2)
+    job_id = scene.running(scene.create(agent.host, "slow", retries=1))
     agent.signal(signal.SIGSTOP)
     wait_for(lambda: scene.job(job_id)["status"] == "pending", LOST_AFTER + 30, "the attempt to be given up")
     agent.signal(signal.SIGCONT)
