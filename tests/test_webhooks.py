@@ -592,6 +592,19 @@ def test_each_branch_and_repository_has_an_order_of_its_own(controller):
     assert deliver(controller, late)[1]["message"] == LATE[1], "names of repositories have no case"
 
 
+def test_each_app_has_an_order_of_its_own(guarded):
+    """Two webhooks of one repository, whose deliveries come as they like: what one app took says nothing of the other's."""
+
+    def push(secret, commit, at):
+        repository = {"full_name": "myorg/web", "default_branch": "main", "pushed_at": at}
+        return signed(guarded, secret, payload(after=commit, repository=repository))[1]
+
+    assert push("own secret", B, 200) == ["own-01"]
+    assert push(SECRET, A, 100) == ["web-01", "web-02"]
+    assert push(SECRET, B, 200) == ["web-01", "web-02"]
+    assert push("own secret", A, 100) == push(SECRET, C, 150) == []
+
+
 def test_what_deploys_nothing_holds_nothing_back(hooked):
     """A push is the newest once an app took it."""
     hooked.set_app(**{**WEB, "deploy_on_push": False})
