@@ -105,6 +105,7 @@ HUB_BYTES = 8 * MIB
 READ_BYTES = 128 * KIB  # of events that one step of a reader takes: what a slow one holds
 PAGE_BYTES = 1 * MIB  # of events in one page of a log
 READERS = 4  # reading connections: more would only wait for the same two cores
+PATIENCE = 5  # seconds between two requests to systemd to wait on at start
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
@@ -314,18 +315,25 @@ def check_token(token: str) -> None:
         raise ValueError("a token must be of visible ASCII characters, without blanks")
 
 
+def credential(variable: str, env: Mapping[str, str]) -> str:
+    """The file that systemd's LoadCredential=deploybot_... brought for it (systemd.exec(5)), or nothing."""
+    path = os.path.join(env.get("CREDENTIALS_DIRECTORY") or "/nonexistent", variable.lower())
+    return path if os.path.isfile(path) else ""
+
+
 def read_secret(variable: str, env: Mapping[str, str]) -> str | None:
-    """The secret in VARIABLE or in the file that VARIABLE_FILE names. Raises ValueError or OSError."""
+    """The secret in VARIABLE, in the file that VARIABLE_FILE names, or a credential. Raises ValueError or OSError."""
     value, path = env.get(variable), env.get(variable + "_FILE")
     if value and path:
         raise ValueError(f"is set, and {variable}_FILE too; keep one")
+    path = path or ("" if value else credential(variable, env))
     if path:
         try:
             value = pathlib.Path(path).read_text(encoding="utf-8").strip()
         except UnicodeDecodeError:  # which would tell a byte of it
             raise ValueError(f"{variable}_FILE names a file that is not UTF-8") from None
         if not value:
-            raise ValueError(f"{variable}_FILE names an empty file")
+            raise ValueError(f"{path} is an empty file")
     return (value or "").strip() or None
 
 
@@ -371,6 +379,8 @@ class Config:
             given = flags.get(option.field)
             source = f"--{option.name}" if given is not None else option.variable
             text = given if given is not None else env.get(option.variable) or option.default  # empty is not set
+            if option.parse is optional_path and given is None:
+                text = text or credential(option.variable, env)
             try:
                 values[option.field] = option.parse(text)
             except ValueError as error:
@@ -4501,7 +4511,8 @@ class Daemon:
         except OSError as error:
             log.error("%s: %s (the mapping in force stays)", self.config.apps, error.strerror)
 
-    def sweep(self) -> None:
+    def sweep(self) -> bool:
+        """False after a fault of ours. A database that cannot be written is none: it is not cured by a restart."""
         now = self.api.clock.monotonic()
         away, self._swept = now - self._swept, now
         try:
@@ -4513,6 +4524,8 @@ class Daemon:
             log.error("sweep: %s", error)
         except Exception:
             log.exception("sweep")
+            return False
+        return True
 
     def stop(self) -> None:
         """Parked heartbeats are answered, streams end, what is known goes to the database."""
@@ -4535,16 +4548,53 @@ def signal_pipe() -> int:
     return reader
 
 
+def notify(*lines: str) -> None:
+    """Tells systemd, where it started this process (sd_notify(3)). What it does not hear is no error."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        if address:
+            systemd.sendto("\n".join(lines).encode(), re.sub("^@", "\0", address))
+
+
+@contextlib.contextmanager
+def patience() -> Iterator[None]:
+    """While this lasts, systemd is asked to wait on: a migration and its backup take as long as the database is large."""
+    over = threading.Event()
+
+    def ask() -> None:
+        while True:
+            notify(f"EXTEND_TIMEOUT_USEC={6 * PATIENCE * 1_000_000}")
+            if over.wait(PATIENCE):
+                return
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def watchdog(env: Mapping[str, str]) -> float:
+    """Seconds within which systemd wants a sign of life of this process; infinite where it wants none (sd_watchdog_enabled(3))."""
+    allowed = env.get("WATCHDOG_USEC", "")
+    ours = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(allowed) / 1e6 if ours and re.fullmatch(r"[1-9][0-9]{0,17}", allowed) else math.inf
+
+
 def run(daemon: Daemon, signals: int) -> None:
     """Sweeps and acts on signals; returns on SIGTERM or SIGINT."""
+    limit = watchdog(os.environ)
     while True:
-        ready, _, _ = select.select([signals], [], [], 1.0)
+        ready, _, _ = select.select([signals], [], [], min(1.0, limit / 3))
         received = os.read(signals, 64) if ready else b""
         if signal.SIGHUP in received:
+            notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             daemon.reload()
+            notify("READY=1")
         if signal.SIGTERM in received or signal.SIGINT in received:
             return
-        daemon.sweep()
+        if daemon.sweep() and limit < math.inf:
+            notify("WATCHDOG=1")
 
 
 def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
@@ -4553,7 +4603,7 @@ def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pa
     parser = argparse.ArgumentParser(
         prog=f"deploybot.py {verb}".strip(),
         description=description,
-        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it.\n{OTHER_VERBS}",
+        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n{OTHER_VERBS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -4578,9 +4628,12 @@ def serve(arguments: list[str]) -> int:
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each agent that waits holds a connection
     signals = signal_pipe()
-    daemon = Daemon(config)
+    with patience():
+        daemon = Daemon(config)
     daemon.start()
+    notify("READY=1")
     run(daemon, signals)
+    notify("STOPPING=1")
     daemon.stop()
     return 0
 
