@@ -7,12 +7,12 @@ import math
 import os
 import signal
 import socket
-import threading
 import time
 
 import pytest
-from test_main import environment
+from test_main import deploybot_py, environment
 from test_main import run as run
+from test_migrations import make as make_old
 
 import deploybot
 from deploybot import Config, StartError, Unavailable
@@ -68,11 +68,7 @@ def systemd(request, tmp_path, monkeypatch):
 def test_a_life_under_systemd(run, systemd, monkeypatch):
     monkeypatch.setenv("WATCHDOG_USEC", "2400000")
     c = run()
-    ready, before = systemd.waits_for("READY")
-    assert ready == {"READY": "1"}
-    assert before and all(int(message["EXTEND_TIMEOUT_USEC"]) >= 10_000_000 for message in before), (
-        "first it asks for time"
-    )
+    assert systemd.hears() == {"READY": "1"}, "the first thing"
     assert c.ok("GET", "/health")["status"] == "ok", "ready means that it answers"
 
     times = []
@@ -94,15 +90,32 @@ def test_a_life_under_systemd(run, systemd, monkeypatch):
     assert systemd.heard() == []
 
 
-def test_a_start_that_fails_was_never_ready(systemd, tmp_path, monkeypatch):
-    (tmp_path / "deploybot.db").write_bytes(b"no database" * 1000)
-    monkeypatch.chdir(tmp_path)
-    for name in [name for name in os.environ if name.startswith("DEPLOYBOT_")]:
-        monkeypatch.delenv(name)
-    with pytest.raises(StartError), deploybot.patience():
-        deploybot.Daemon(Config.load({"db": str(tmp_path / "deploybot.db"), "port": "0"}, {}))
-    systemd.waits_for("EXTEND_TIMEOUT_USEC")
-    assert not any("READY" in message for message in systemd.heard())
+def test_a_migration_asks_for_time_before_it_begins(run, systemd, tmp_path):
+    db = tmp_path / "process" / "data" / "deploybot.db"
+    db.parent.mkdir(parents=True)
+    make_old(db, 1)
+    c = run()
+    message = systemd.hears()
+    assert message.keys() == {"EXTEND_TIMEOUT_USEC"} and int(message["EXTEND_TIMEOUT_USEC"]) == 3600 * 10**6
+    assert systemd.hears() == {"READY": "1"}
+    assert c.stop() == 0
+    c.start()
+    assert "EXTEND_TIMEOUT_USEC" not in systemd.waits_for("READY")[1], "once"
+
+
+def test_it_asks_before_the_backup(tmp_path, monkeypatch):
+    make_old(tmp_path / "deploybot.db", 1)
+    did = []
+    monkeypatch.setattr(deploybot, "copy_database", lambda *paths: did.append("backup"))
+    deploybot.Store(tmp_path / "deploybot.db", lambda: did.append("asks")).close()
+    assert did == ["asks", "backup"]
+
+
+def test_a_start_that_fails_was_never_ready(systemd, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "deploybot.db").write_bytes(b"no database" * 1000)
+    assert deploybot_py(tmp_path, "--port", "0")[0] == 1
+    assert systemd.heard() == []
 
 
 def test_without_systemd_nothing_is_told(run, systemd, monkeypatch):
@@ -194,18 +207,6 @@ def test_a_database_that_cannot_be_written_is_no_reason_to_be_restarted(make_con
 
         monkeypatch.setattr(daemon.jobs, "sweep", fail)
         assert daemon.sweep() is answer
-
-
-def test_time_is_asked_for_again_and_again_while_the_start_lasts(systemd, monkeypatch):
-    monkeypatch.setattr(deploybot, "PATIENCE", 0.01)
-    before = threading.active_count()
-    with deploybot.patience():
-        for _ in range(5):
-            assert systemd.hears().keys() == {"EXTEND_TIMEOUT_USEC"}
-        (thread,) = [one for one in threading.enumerate() if "ask" in one.name]
-    thread.join(20)
-    systemd.heard()
-    assert threading.active_count() == before and systemd.heard() == []
 
 
 # -- credentials -------------------------------------------------------------------------------------------------------
