@@ -105,6 +105,8 @@ HUB_BYTES = 8 * MIB
 READ_BYTES = 128 * KIB  # of events that one step of a reader takes: what a slow one holds
 PAGE_BYTES = 1 * MIB  # of events in one page of a log
 READERS = 4  # reading connections: more would only wait for the same two cores
+MIGRATION_LIMIT = 3600  # seconds that systemd is asked to wait for a migration and its backup
+SHORT_SECRET = 20  # characters: shorter ones can be guessed
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
@@ -314,18 +316,25 @@ def check_token(token: str) -> None:
         raise ValueError("a token must be of visible ASCII characters, without blanks")
 
 
+def credential(variable: str, env: Mapping[str, str]) -> str:
+    """The file that systemd's LoadCredential=deploybot_... brought for it (systemd.exec(5)), or nothing."""
+    path = os.path.join(env.get("CREDENTIALS_DIRECTORY") or "/nonexistent", variable.lower())
+    return path if os.path.isfile(path) else ""
+
+
 def read_secret(variable: str, env: Mapping[str, str]) -> str | None:
-    """The secret in VARIABLE or in the file that VARIABLE_FILE names. Raises ValueError or OSError."""
+    """The secret in VARIABLE, in the file that VARIABLE_FILE names, or a credential. Raises ValueError or OSError."""
     value, path = env.get(variable), env.get(variable + "_FILE")
     if value and path:
         raise ValueError(f"is set, and {variable}_FILE too; keep one")
+    path = path or ("" if value else credential(variable, env))
     if path:
         try:
             value = pathlib.Path(path).read_text(encoding="utf-8").strip()
         except UnicodeDecodeError:  # which would tell a byte of it
-            raise ValueError(f"{variable}_FILE names a file that is not UTF-8") from None
+            raise ValueError(f"{path} is not UTF-8") from None
         if not value:
-            raise ValueError(f"{variable}_FILE names an empty file")
+            raise ValueError(f"{path} is an empty file")
     return (value or "").strip() or None
 
 
@@ -371,6 +380,8 @@ class Config:
             given = flags.get(option.field)
             source = f"--{option.name}" if given is not None else option.variable
             text = given if given is not None else env.get(option.variable) or option.default  # empty is not set
+            if option.parse is optional_path and given is None:
+                text = text or credential(option.variable, env)
             try:
                 values[option.field] = option.parse(text)
             except ValueError as error:
@@ -1609,7 +1620,6 @@ class Tx(Queries):
             self._do("PRAGMA incremental_vacuum(1)").fetchall()
 
 
-OLDEST_SQLITE = (3, 37)  # the first with STRICT tables; RETURNING came with 3.35, VACUUM INTO with 3.27
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 BESIDE = (
     "-wal",
@@ -1617,12 +1627,6 @@ BESIDE = (
     "-journal",
 )  # what SQLite keeps beside a database, and takes for a part of whatever stands there
 RESTORE = "restore a backup: deploybot.py restore FILE"
-
-
-class Facts(NamedTuple):
-    schema: int
-    jobs: int
-    agents: int
 
 
 @contextlib.contextmanager
@@ -1659,10 +1663,17 @@ def connect(path: pathlib.Path, mode: str = "rwc") -> sqlite3.Connection:
     )
 
 
+def sqlite_in_words() -> str:
+    """Its version, and what to mind with it. Raises StartError where it is too old."""
+    if sqlite3.sqlite_version_info < (3, 37):  # STRICT tables; RETURNING came with 3.35, VACUUM INTO with 3.27
+        raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed")
+    unsound = sqlite3.sqlite_version_info < (3, 51, 3)  # two connections that write the WAL back at once may spoil it
+    return f"SQLite {sqlite3.sqlite_version}" + (", let no other program write to the database" if unsound else "")
+
+
 def schema_of(db: sqlite3.Connection, path: pathlib.Path) -> int:
     """0 of an empty database. Raises StartError for one that is not ours, or made by a newer DeployBot."""
-    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
-        raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: {OLDEST_SQLITE[0]}.{OLDEST_SQLITE[1]} is needed")
+    sqlite_in_words()
     version, newest = db.execute("PRAGMA user_version").fetchone()[0], len(MIGRATIONS)
     tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
     if version < 0 or not ({"meta", "jobs"} <= tables if version else not tables):
@@ -1672,14 +1683,14 @@ def schema_of(db: sqlite3.Connection, path: pathlib.Path) -> int:
     return version
 
 
-def examine(path: pathlib.Path) -> Facts:
-    """Reads all of a database, whose daemon may run. Raises StartError where it is not whole or not ours."""
+def examine(path: pathlib.Path) -> tuple[int, int, int]:
+    """(schema, jobs, agents) of a database, whose daemon may run. Reads all of it; raises StartError where it is not whole."""
     with database_errors(path), contextlib.closing(connect(path, "ro")) as db:
         schema = schema_of(db, path)
         found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if found != "ok":
             raise StartError(f"database {path}: damaged: {found}; {RESTORE}")
-        return Facts(schema, *Queries(db).one("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)"))
+        return schema, *Queries(db).one("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)")
 
 
 def sync(path: pathlib.Path) -> None:
@@ -1689,7 +1700,7 @@ def sync(path: pathlib.Path) -> None:
     os.close(file)
 
 
-def copy_database(source: pathlib.Path, target: pathlib.Path) -> Facts:
+def copy_database(source: pathlib.Path, target: pathlib.Path) -> tuple[int, int, int]:
     """A snapshot as a file of its own (0600), there whole or not at all. Only reads the source, whose daemon may run.
 
     It says that it is a copy: a daemon that serves it one day begins a new epoch (Jobs.recover).
@@ -1722,7 +1733,7 @@ def give_to_owner(path: pathlib.Path) -> None:
         os.chown(path, folder.st_uid, folder.st_gid)
 
 
-def restore_database(source: pathlib.Path, path: pathlib.Path, kept: pathlib.Path) -> Facts:
+def restore_database(source: pathlib.Path, path: pathlib.Path, kept: pathlib.Path) -> tuple[int, int, int]:
     """Puts a copy of `source` in the place of a database that no daemon serves; what was there is kept.
 
     It may be killed anywhere: while PATH.restoring is there no daemon starts, the old files have their new names before they lose
@@ -1763,8 +1774,9 @@ class Work:
 class Store:
     """The database. Raises StartError where it cannot be used, Unavailable where it cannot be used now."""
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
+    def __init__(self, path: pathlib.Path, lasts: Callable[[], None] = lambda: None):
+        """`lasts` is called before what may take minutes."""
+        self.path, self._lasts = path, lasts
         with database_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock_file = lock_database(path)
@@ -1789,6 +1801,7 @@ class Store:
             log.warning("%s is not there: a new database is made", self.path)
             self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         elif version < len(MIGRATIONS):
+            self._lasts()
             kept = self.path.with_name(f"{self.path.name}.schema-{version}")
             copy_database(self.path, kept)
             log.warning("%s is brought to schema %d; as it was, it is kept as %s", self.path, len(MIGRATIONS), kept)
@@ -4417,6 +4430,35 @@ def tokens_of(config: Config) -> dict[str, Principal]:
     return tokens
 
 
+def notify(*lines: str) -> None:
+    """Tells systemd, where it started this process (sd_notify(3)). What it does not hear is no error."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        if address:
+            systemd.sendto("\n".join(lines).encode(), re.sub("^@", "\0", address))
+
+
+def tls_of(config: Config) -> ssl.SSLContext | None:
+    """Raises StartError."""
+    if config.tls_cert is None or config.tls_key is None:
+        return None
+    try:
+        return tls_context(config.tls_cert, config.tls_key)
+    except OSError as error:  # of ssl, too
+        names = f"--tls-cert {config.tls_cert} --tls-key {config.tls_key}"
+        raise StartError(f"{names}: {error.strerror or error} (they must be a pair, in PEM)") from None
+
+
+def apps_of(path: pathlib.Path) -> tuple[App, ...]:
+    """Raises StartError with every mistake and its line."""
+    try:
+        return read_apps(path)
+    except OSError as error:
+        raise StartError(f"{path}: {error.strerror}") from None
+    except AppsError as error:
+        raise StartError(*(f"{path}:{line}: {message}" for line, message in error.problems)) from None
+
+
 OTHER_VERBS = """
 Other verbs:
   backup FILE               write a copy of the database, also while the controller runs
@@ -4435,7 +4477,7 @@ class Daemon:
         self.started = self._swept = clock.monotonic()
         self.apps = Apps(config.apps)
         self._load_apps()
-        self.store = Store(config.db)
+        self.store = Store(config.db, lambda: notify(f"EXTEND_TIMEOUT_USEC={MIGRATION_LIMIT * 1_000_000}"))
         self.queue, self.metrics = JobQueue(), Metrics()
         self.hub = EventHub(self.store.position)
         with database_errors(config.db):
@@ -4449,30 +4491,17 @@ class Daemon:
         writes = RateLimit(config.rate_limit, clock) if config.rate_limit else None
         dispatcher = Dispatcher(self.api, ROUTES, self.auth, self.metrics, writes)
         try:
-            self.server = Server((config.host, config.port), dispatcher, self._tls(), config.trusted_proxy)
+            self.server = Server((config.host, config.port), dispatcher, tls_of(config), config.trusted_proxy)
         except OSError as error:
             hint = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
             raise StartError(f"--host {config.host} --port {config.port}: {error.strerror}{hint}") from None
         self.port = self.server.server_address[1]
 
     def _load_apps(self) -> None:
-        try:
-            self.apps.load()
-        except FileNotFoundError:
+        if self.config.apps.exists():
+            self.apps.all = apps_of(self.config.apps)
+        else:
             log.warning("%s is not there: no push deploys anything until it is, and is reloaded", self.config.apps)
-        except OSError as error:
-            raise StartError(f"{self.config.apps}: {error.strerror}") from None
-        except AppsError as error:
-            raise StartError(*(f"{self.config.apps}:{line}: {message}" for line, message in error.problems)) from None
-
-    def _tls(self) -> ssl.SSLContext | None:
-        if self.config.tls_cert is None or self.config.tls_key is None:
-            return None
-        try:
-            return tls_context(self.config.tls_cert, self.config.tls_key)
-        except OSError as error:  # of ssl, too
-            names = f"--tls-cert {self.config.tls_cert} --tls-key {self.config.tls_key}"
-            raise StartError(f"{names}: {error.strerror or error} (they must be a pair, in PEM)") from None
 
     def start(self, poll_interval: float = 0.5) -> None:
         threading.stack_size(STACK)
@@ -4486,7 +4515,7 @@ class Daemon:
     def reload(self) -> None:
         """On SIGHUP. A file with a mistake changes nothing."""
         try:
-            self.server.tls = self._tls()
+            self.server.tls = tls_of(self.config)
         except StartError as error:
             log.error("%s: the certificate in force stays", error)
         try:
@@ -4498,7 +4527,8 @@ class Daemon:
         except OSError as error:
             log.error("%s: %s (the mapping in force stays)", self.config.apps, error.strerror)
 
-    def sweep(self) -> None:
+    def sweep(self) -> bool:
+        """False after a fault of ours. A database that cannot be written is none: it is not cured by a restart."""
         now = self.api.clock.monotonic()
         away, self._swept = now - self._swept, now
         try:
@@ -4510,6 +4540,8 @@ class Daemon:
             log.error("sweep: %s", error)
         except Exception:
             log.exception("sweep")
+            return False
+        return True
 
     def stop(self) -> None:
         """Parked heartbeats are answered, streams end, what is known goes to the database."""
@@ -4532,16 +4564,27 @@ def signal_pipe() -> int:
     return reader
 
 
+def watchdog(env: Mapping[str, str]) -> float:
+    """Seconds within which systemd wants a sign of life of this process; infinite where it wants none (sd_watchdog_enabled(3))."""
+    allowed = env.get("WATCHDOG_USEC", "")
+    ours = env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+    return int(allowed) / 1e6 if ours and re.fullmatch(r"[1-9][0-9]{0,17}", allowed) else math.inf
+
+
 def run(daemon: Daemon, signals: int) -> None:
     """Sweeps and acts on signals; returns on SIGTERM or SIGINT."""
+    limit = watchdog(os.environ)
     while True:
-        ready, _, _ = select.select([signals], [], [], 1.0)
+        ready, _, _ = select.select([signals], [], [], min(1.0, limit / 3))
         received = os.read(signals, 64) if ready else b""
         if signal.SIGHUP in received:
+            notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             daemon.reload()
+            notify("READY=1")
         if signal.SIGTERM in received or signal.SIGINT in received:
             return
-        daemon.sweep()
+        if daemon.sweep() and limit < math.inf:
+            notify("WATCHDOG=1")
 
 
 def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
@@ -4550,7 +4593,7 @@ def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pa
     parser = argparse.ArgumentParser(
         prog=f"deploybot.py {verb}".strip(),
         description=description,
-        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it.\n{OTHER_VERBS}",
+        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n{OTHER_VERBS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -4577,18 +4620,20 @@ def serve(arguments: list[str]) -> int:
     signals = signal_pipe()
     daemon = Daemon(config)
     daemon.start()
+    notify("READY=1")
     run(daemon, signals)
+    notify("STOPPING=1")
     daemon.stop()
     return 0
 
 
-def told(path: pathlib.Path, facts: Facts) -> str:
-    return f"{path}: {path.stat().st_size / MIB:.1f} MiB, {facts.jobs} jobs, schema {facts.schema}"
+def told(path: pathlib.Path, schema: int, jobs: int, agents: int) -> str:
+    return f"{path}: {path.stat().st_size / MIB:.1f} MiB, {jobs} jobs, {agents} agents, schema {schema}"
 
 
 def backup(arguments: list[str]) -> int:
     config, file = parse("backup", "Write a copy of the database to FILE, also while the controller runs.", arguments)
-    print(told(file, copy_database(config.db, file)))
+    print(told(file, *copy_database(config.db, file)))
     return 0
 
 
@@ -4596,14 +4641,103 @@ def restore(arguments: list[str]) -> int:
     config, file = parse("restore", "Put a backup in the place of the database.", arguments)
     os.umask(0o077)
     kept = config.db.with_name(f"{config.db.name}.before-restore-{Clock().stamp().replace(':', '')}")
-    print(told(config.db, restore_database(file, config.db, kept)))
-    if kept.exists():
-        print(f"what was there before is kept as {kept}")
-    print(
-        "Now start the controller. It cancels the jobs that were waiting, lets agents register anew, and takes the results of jobs that "
-        "still run.\nTokens and hosts are as they were then: ctl.py token list, ctl.py hosts."
-    )
+    facts = restore_database(file, config.db, kept)
+    print(told(config.db, *facts) + (f"\nwhat was there before is kept as {kept}" if kept.exists() else ""))
+    print("Now start the controller: jobs that waited are cancelled, agents register anew, those that still run go on.")
+    print("Tokens and secrets of hosts are as they were then: see ctl.py token list, ctl.py hosts.")
     return 0
+
+
+Finding = tuple[str, str]  # ok, warn or FAIL; what it is and, where it is not ok, what to do
+
+
+def judged(good: bool, what: str, cure: str, level: str = "warn") -> Finding:
+    return ("ok", what) if good else (level, f"{what}: {cure}")
+
+
+def look_at_database(config: Config) -> Iterator[Finding]:
+    yield "ok", f"DeployBot {VERSION}, Python {sys.version.split()[0]}, {sqlite_in_words()}"
+    folder = next(path for path in config.db.absolute().parents if path.exists())
+    disk, size = os.statvfs(folder), config.db.stat().st_size if config.db.exists() else 0
+    free, wanted = disk.f_bavail * disk.f_frsize // MIB, size // MIB + 256
+    yield judged(free >= wanted, f"{free} MiB are free in {folder}", f"make room, a migration takes up to {wanted}")
+    if not config.db.exists():
+        yield "warn", f"{config.db} is not there: the next start makes a new one, or {RESTORE}"
+        return
+    try:
+        lock_database(config.db).close()
+        yield "ok", "no controller runs on it"
+    except StartError:
+        yield "ok", "a controller runs on it"
+    schema, jobs, agents = examine(config.db)
+    yield "ok", told(config.db, schema, jobs, agents)
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    enough = files == resource.RLIM_INFINITY or files >= 2 * (agents + SPARE_FILES)
+    yield judged(enough, f"{files} descriptors for {agents} agents", "raise LimitNOFILE= of the unit, or ulimit -Hn")
+
+
+def look_at_files(config: Config) -> Iterator[Finding]:
+    folder = config.db.parent
+    secret = [os.environ.get(f"DEPLOYBOT_{name.upper()}_FILE") or "" for name in SECRETS]
+    for path in filter(os.path.exists, [config.db, folder / "admin.token", config.tls_key or "", *secret]):
+        mode = os.stat(path).st_mode & 0o777
+        yield judged(not mode & 0o027, f"{path} has the mode {mode:o}", f"others can read it, chmod 600 {path}", "FAIL")
+    for path in filter(os.path.exists, [folder, *(f"{config.db}{end}" for end in ("", ".lock", *BESIDE))]):
+        if os.stat(path).st_mode & 0o022:
+            yield "FAIL", f"{path} can be changed by others: chmod go-w {path}"
+        if os.stat(path).st_uid != folder.stat().st_uid:
+            yield "FAIL", f"{path} belongs to another user than its folder: chown --reference={folder} {path}"
+
+
+def look_at_settings(config: Config) -> Iterator[Finding]:
+    """Whether secrets are set and long enough; never what they are."""
+    for name, purpose in SECRETS.items():
+        value = secrets_in(getattr(config, name))
+        what = f"DEPLOYBOT_{name.upper()} is {'set' if value else 'not set'} ({purpose})"
+        yield judged(min(map(len, value), default=99) >= SHORT_SECRET, what, "short, take openssl rand -hex 32")
+    if config.open:
+        yield "warn", "--open: who is on this machine may do everything; never behind a proxy"
+    if not config.apps.exists():
+        yield "warn", f"{config.apps} is not there: no push deploys anything"
+        return
+    apps = apps_of(config.apps)
+    deaf = [app.name for app in apps if app.deploy_on_push and not app.webhook_secrets and not config.webhook_secret]
+    what = f"{config.apps} has {len(apps)} apps"
+    yield judged(not deaf, what, f"set DEPLOYBOT_WEBHOOK_SECRET, or pushes for {', '.join(deaf)} are refused")
+
+
+def look_at_tls(config: Config) -> Iterator[Finding]:
+    if tls_of(config) is None or config.tls_cert is None:
+        yield "ok", "no --tls-cert: plain HTTP, for this machine or behind a proxy that has TLS"
+        return
+    pem = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", config.tls_cert.read_text(), re.DOTALL)
+    der = ssl.PEM_cert_to_DER_cert(pem[0] if pem else "")
+    end = re.search(
+        rb"Z(?:\x17\r|\x18\x0f)(\d+)Z", der
+    )  # the second of two times, without its century up to 2049 (RFC 5280)
+    last = datetime.datetime.strptime(f"20{end[1].decode() if end else ''}"[-14:] + "+0000", "%Y%m%d%H%M%S%z")
+    days = int((last.timestamp() - time.time()) // 86400)
+    level = "warn" if days >= 0 else "FAIL"
+    yield judged(days >= 14, f"{config.tls_cert} is good for {days} days", "renew it, then SIGHUP", level)
+
+
+def found(look: Callable[[Config], Iterator[Finding]], config: Config) -> Iterator[Finding]:
+    """What stops a look is a finding, too."""
+    try:
+        yield from look(config)
+    except StartError as error:
+        yield from (("FAIL", line) for line in error.problems)
+    except (OSError, ValueError) as error:
+        yield "FAIL", str(error)
+
+
+def doctor(arguments: list[str]) -> int:
+    """1 where something has to be mended."""
+    config, _ = parse("doctor", "Check the database, the settings and the machine, and say what to do.", arguments)
+    looks = (look_at_database, look_at_files, look_at_settings, look_at_tls)
+    findings = [finding for look in looks for finding in found(look, config)]
+    print(*(f"{level:<5}{text}" for level, text in findings), sep="\n")
+    return int(any(level == "FAIL" for level, _ in findings))
 
 
 def check_apps(arguments: list[str]) -> int:
@@ -4613,12 +4747,7 @@ def check_apps(arguments: list[str]) -> int:
     )
     parser.add_argument("file", metavar="FILE", type=pathlib.Path)
     path = parser.parse_args(arguments).file
-    try:
-        apps = read_apps(path)
-    except AppsError as error:
-        raise StartError(*(f"{path}:{line}: {message}" for line, message in error.problems)) from None
-    except OSError as error:
-        raise StartError(f"{path}: {error.strerror}") from None
+    apps = apps_of(path)
     for app in apps:
         when = "on push" if app.deploy_on_push else "when asked"
         print(f"{app.name}: {app.repo} to {', '.join(app.hosts)}, {when}")
@@ -4630,6 +4759,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "serve": serve,
     "backup": backup,
     "restore": restore,
+    "doctor": doctor,
     "check-apps": check_apps,
 }
 

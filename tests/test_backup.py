@@ -125,7 +125,9 @@ def test_a_backup_while_it_runs_and_is_written_to(run, tmp_path):
             with connect(tmp_path / f"b{i}.db") as backup:
                 stored = {row[0] for row in backup.execute("SELECT id FROM jobs")}
             assert set(before) <= stored, "all that was acknowledged before it began"
-            assert re.search(rf"b{i}\.db: \d+\.\d MiB, {len(stored)} jobs, schema {len(MIGRATIONS)}$", out.strip())
+            assert re.search(
+                rf"b{i}\.db: \d+\.\d MiB, {len(stored)} jobs, 0 agents, schema {len(MIGRATIONS)}$", out.strip()
+            )
     finally:
         done.set()
         writer.join()
@@ -664,3 +666,217 @@ def test_the_verbs_take_the_settings_of_the_controller(tmp_path, db):
     assert all(f"  {verb} " in out for verb in deploybot.VERBS if verb != "serve")
     assert deploybot_py(tmp_path, "backup", "b.db", db=db)[0] == 0
     assert json.loads(json.dumps(contents(tmp_path / "b.db"))).keys() == contents(db).keys()
+
+
+# -- doctor ------------------------------------------------------------------------------------------------------------
+
+
+class Doctor:
+    """What it says of a folder in which all is well, but for what a test changes."""
+
+    def __init__(self, folder, monkeypatch, capsys):
+        self.folder, self.capsys, self.flags, self.monkeypatch = folder, capsys, [], monkeypatch
+        monkeypatch.chdir(folder)
+        for name in ("token", "agent_token", "read_token", "webhook_secret"):
+            monkeypatch.setenv(f"DEPLOYBOT_{name.upper()}", f"{name}-" + "0123456789abcdef" * 2)
+        self.db = folder / "data" / "deploybot.db"
+        fill(self.db)
+        for path, mode in ((self.db, 0o600), (self.db.parent, 0o700)):
+            path.chmod(mode)
+        (folder / "apps.yaml").write_text(json.dumps({"apps": [PUSHED]}))
+
+    def says(self):
+        """(exit code, {level: [lines]})."""
+        code = deploybot.main(["doctor", *self.flags])
+        said = self.capsys.readouterr()
+        assert "Traceback" not in said.err and not re.search("[0-9]{5}abcdef", said.out + said.err), (
+            "no secret is shown"
+        )
+        lines = [(line[:5].strip(), line[5:]) for line in said.out.splitlines()]
+        assert {level for level, _ in lines} <= {"ok", "warn", "FAIL"}
+        return code, {level: [text for name, text in lines if name == level] for level in ("ok", "warn", "FAIL")}
+
+    def complains(self, level, *words):
+        """Of one thing alone, which has all these words."""
+        code, said = self.says()
+        other = said["warn" if level == "FAIL" else "FAIL"]
+        assert code == (level == "FAIL") and len(said[level]) == 1 and not other, said
+        assert all(str(word) in said[level][0] for word in words), said[level]
+
+
+PUSHED = {"name": "web", "repo": "o/n", "hosts": ["web-01"], "deploy_on_push": True}
+
+
+@pytest.fixture
+def doctor(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "place"
+    folder.mkdir()
+    return Doctor(folder, monkeypatch, capsys)
+
+
+def test_a_sound_place_has_no_complaint(doctor):
+    code, said = doctor.says()
+    assert (code, said["warn"], said["FAIL"]) == (0, [], [])
+    text = "\n".join(said["ok"])
+    for words in (
+        sqlite3.sqlite_version, "MiB are free", "3 jobs", f"schema {len(MIGRATIONS)}", "no controller runs", "mode 600", "descriptors",
+        "apps.yaml has 1 apps", "DEPLOYBOT_TOKEN is set", "no --tls-cert",
+    ):  # fmt: skip
+        assert words in text, words
+
+
+def test_a_doctor_changes_nothing(doctor):
+    before = files(doctor.db.parent), files(doctor.folder)
+    doctor.says()
+    wal = pathlib.Path(f"{doctor.db}-wal")
+    assert not wal.stat().st_size, "SQLite makes an empty one to read"
+    wal.unlink()
+    assert (files(doctor.db.parent), files(doctor.folder)) == before
+
+
+def test_doctor_beside_a_running_controller(run):
+    c = run()
+    c.register()
+    code, out, _ = deploybot_py(c.folder, "doctor", open=True)
+    assert code == 0 and "ok   a controller runs on it" in out and "1 agents" in out and "warn --open" in out
+    assert c.ok("GET", "/health")["status"] == "ok"
+    c.stop()
+    c.start()
+
+
+@pytest.mark.parametrize("spoil", [garbage, cut, foreign(0), of_version(len(MIGRATIONS) + 1)])
+def test_doctor_names_the_way_out_of_a_bad_database(doctor, spoil):
+    doctor.db.unlink()
+    spoil(doctor.db)
+    doctor.db.chmod(0o600)
+    doctor.complains("FAIL", "deploybot.db", "" if spoil not in (garbage, cut) else "deploybot.py restore FILE")
+
+
+def test_doctor_without_a_database(doctor):
+    doctor.db.unlink()
+    doctor.complains("warn", "is not there", "restore FILE")
+    shutil.rmtree(doctor.db.parent)
+    doctor.complains("warn", "is not there", "restore FILE")
+    assert not doctor.db.parent.exists()
+
+
+def test_doctor_on_an_old_sqlite(doctor, monkeypatch):
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 34, 1))
+    doctor.complains("FAIL", "too old", "3.37")
+    with pytest.raises(StartError, match="too old"):
+        Store(doctor.folder / "new.db")
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 3))
+    assert not any("no other program" in line for line in doctor.says()[1]["ok"])
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 51, 2))
+    assert any("no other program" in line for line in doctor.says()[1]["ok"])
+
+
+def test_doctor_counts_the_free_disk(doctor, monkeypatch):
+    real = os.statvfs(doctor.folder)
+    free = [257 * 2**20, 255 * 2**20]
+    size = os.statvfs_result((1, 1, 1, 1, free.pop(0), 1, 1, 1, 1, 255, 0)) if real else None
+    monkeypatch.setattr(os, "statvfs", lambda path: size)
+    assert doctor.says()[1]["warn"] == []
+    size = os.statvfs_result((1, 1, 1, 1, free.pop(0), 1, 1, 1, 1, 255, 0))
+    doctor.complains("warn", "255 MiB are free", "make room")
+
+
+@pytest.mark.parametrize("name, mode, cure", [
+    ("data/deploybot.db", 0o644, "chmod 600"), ("data/admin.token", 0o604, "chmod 600"), ("secret", 0o604, "chmod 600"),
+    ("data", 0o777, "chmod go-w"), ("data", 0o720, "chmod go-w"), ("data/deploybot.db.lock", 0o666, "chmod go-w"),
+])  # fmt: skip
+def test_doctor_knows_what_others_may_not_read_or_change(doctor, name, mode, cure):
+    path = doctor.folder / name
+    if not path.exists():
+        path.write_text("dbt_0123456789abcdef0123456789abcdef\n")
+        path.chmod(0o600)
+    doctor.monkeypatch.delenv("DEPLOYBOT_READ_TOKEN")
+    if name == "secret":
+        doctor.monkeypatch.setenv("DEPLOYBOT_READ_TOKEN_FILE", str(path))
+    assert doctor.says()[1]["FAIL"] == []
+    path.chmod(mode)
+    doctor.complains("FAIL", path.name, cure)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone can give a file to somebody else")
+def test_doctor_finds_what_root_left(doctor):
+    for path in (doctor.db.parent, doctor.db):
+        os.chown(path, 54321, 54321)
+    doctor.complains("FAIL", "deploybot.db.lock", "chown --reference=")
+    for end in ("-wal", "-shm"):
+        assert pathlib.Path(f"{doctor.db}{end}").stat().st_uid == 54321, "and leaves nothing itself"
+
+
+def test_doctor_counts_descriptors_for_agents(doctor, monkeypatch):
+    with connect(doctor.db) as db:
+        for i in range(600):
+            row = (f"a{i}", f"web-{i}", "{}", 1, "s", 0, None, "2026-01-01T00:00:00.000Z", "2026-01-01T00:00:00.000Z")
+            db.execute("INSERT INTO agents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+        db.commit()
+    for limit, level in ((1024, "warn"), (4096, "ok"), (deploybot.resource.RLIM_INFINITY, "ok")):
+        monkeypatch.setattr(deploybot.resource, "getrlimit", lambda which, limit=limit: (limit, limit))
+        (line,) = [line for line in doctor.says()[1][level] if "descriptors for 600 agents" in line]
+        assert level == "ok" or "LimitNOFILE" in line
+
+
+def test_doctor_reads_apps_yaml(doctor):
+    path = doctor.folder / "apps.yaml"
+    path.write_text("apps:\n- name: X Y\n")
+    code, said = doctor.says()
+    assert code == 1 and len(said["FAIL"]) == 3 and all(line.startswith("apps.yaml:2: ") for line in said["FAIL"])
+    path.unlink()
+    doctor.complains("warn", "apps.yaml is not there")
+    path.mkdir()
+    doctor.complains("FAIL", "apps.yaml")
+
+
+def test_doctor_judges_secrets_by_their_length(doctor, monkeypatch):
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "hunter2")
+    doctor.complains("warn", "DEPLOYBOT_TOKEN", "short", "openssl rand")
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "")
+    assert doctor.says()[1]["warn"] == []
+    monkeypatch.setenv("DEPLOYBOT_WEBHOOK_SECRET", "0123456789abcdef0123456789abcdef,hunter2")
+    doctor.complains("warn", "DEPLOYBOT_WEBHOOK_SECRET", "short")
+    monkeypatch.delenv("DEPLOYBOT_WEBHOOK_SECRET")
+    doctor.complains("warn", "web", "set DEPLOYBOT_WEBHOOK_SECRET")
+    (doctor.folder / "apps.yaml").write_text(json.dumps({"apps": [{**PUSHED, "deploy_on_push": False}]}))
+    assert doctor.says()[1]["warn"] == []
+
+
+def test_doctor_says_every_wrong_setting(doctor, capsys):
+    assert deploybot.main(["doctor", "--port", "x", "--log-level", "y"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 2
+
+
+def make_cert(folder, name, days):
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=x",
+         "-keyout", folder / f"{name}.key", "-out", folder / f"{name}.pem", "-days", str(days)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make certificates")
+def test_doctor_reads_the_certificate(doctor, monkeypatch):
+    for name, days in (("a", 30), ("b", 30), ("old", 40_000)):
+        make_cert(doctor.folder, name, days)
+    doctor.flags = ["--tls-cert", "a.pem", "--tls-key", "a.key"]
+    assert "a.pem is good for 29 days" in doctor.says()[1]["ok"]
+    now = deploybot.time.time
+    for passed, level, words in ((17, "warn", "12 days"), (29.5, "warn", "0 days"), (31, "FAIL", "renew it")):
+        monkeypatch.setattr(deploybot.time, "time", lambda passed=passed: now() + passed * 86400)
+        doctor.complains(level, "a.pem", words, "SIGHUP")
+    monkeypatch.setattr(deploybot.time, "time", now)
+    doctor.flags = ["--tls-cert", "a.pem", "--tls-key", "b.key"]
+    doctor.complains("FAIL", "a.pem", "b.key", "pair")
+    doctor.flags = ["--tls-cert", "a.pem", "--tls-key", "none.key"]
+    doctor.complains("FAIL", "none.key", "No such file")
+    doctor.flags = ["--tls-cert", "old.pem", "--tls-key", "old.key"]
+    assert "old.pem is good for 39999 days" in doctor.says()[1]["ok"], "times after 2049 are written another way"
+    (doctor.folder / "chain.pem").write_text(
+        "".join((doctor.folder / f"{name}.pem").read_text() for name in ("a", "old"))
+    )
+    doctor.flags = ["--tls-cert", "chain.pem", "--tls-key", "a.key"]
+    assert "chain.pem is good for 29 days" in doctor.says()[1]["ok"], "its own is the first"
+    os.chmod(doctor.folder / "a.key", 0o644)
+    doctor.complains("FAIL", "a.key", "chmod 600")
