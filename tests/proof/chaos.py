@@ -59,12 +59,7 @@ class Repository:
 
     def __init__(self, folder: pathlib.Path, branches: int, chance: random.Random):
         self.folder = folder
-        self.env = {
-            **environment(),
-            "HOME": str(folder.parent),
-            "GIT_CONFIG_NOSYSTEM": "1",
-            "GIT_CONFIG_GLOBAL": os.devnull,
-        }
+        self.env = {**environment(), "HOME": str(folder.parent), "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}
         folder.mkdir()
         self.git("init", "--quiet", "--initial-branch=main")
         self.git("config", "user.name", "Ada")
@@ -78,15 +73,13 @@ class Repository:
             self.git("add", "--all")
             self.git("commit", "--quiet", "--message", f"page {number}")
             commits.append(self.git("rev-parse", "HEAD"))
-        self.branches = [f"r{number}-{chance.choice((0, 0, 1, 2))}" for number in range(branches)]
+        self.branches = [f"r{number}-{chance.choice((0, 0, 1, 9))}" for number in range(branches)]
         for name in self.branches:
             self.git("branch", name, chance.choice(commits))
         self.git("pack-refs", "--all")
 
     def git(self, *arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=self.folder, env=self.env, check=True, capture_output=True, text=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=self.folder, env=self.env, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
 
@@ -140,11 +133,7 @@ class Proxy:
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
                 with self._lock:
-                    fault, wait, part = (
-                        self._fault(faults),
-                        self._chance.uniform(0.01, 1.0),
-                        self._chance.randrange(len(data)),
-                    )
+                    fault, wait, part = (self._fault(faults), self._chance.uniform(0.01, 1.0), self._chance.randrange(len(data)))
                 if fault == "answer delayed":
                     time.sleep(wait)
                 elif fault:
@@ -179,9 +168,7 @@ class Proxy:
 class Agent(Process):
     """agent.py as a process; a restart keeps its folder."""
 
-    def __init__(
-        self, folder: pathlib.Path, host: str, port: int, env: dict[str, str], *flags: str, program: Any = AGENT
-    ):
+    def __init__(self, folder: pathlib.Path, host: str, port: int, env: dict[str, str], *flags: str, program: Any = AGENT):
         folder.mkdir(parents=True, exist_ok=True)
         self.host, self.workdir = host, folder / host
         argv = [
@@ -200,9 +187,7 @@ class Agent(Process):
 class Load:
     """Makes the jobs, a backlog of a few a host, and cancels some; ends early where the machine is too slow for `seconds`."""
 
-    def __init__(
-        self, controller: Controller, hosts: list[str], branches: list[str], jobs: int, seed: int, seconds: float
-    ):
+    def __init__(self, controller: Controller, hosts: list[str], branches: list[str], jobs: int, seed: int, seconds: float):
         self.deadline = time.monotonic() + seconds
         self.controller, self.chance = controller, random.Random(f"{seed} load")
         self.wanted = [(host, ref, app) for ref in branches for host in hosts for app in APPS]
@@ -216,19 +201,13 @@ class Load:
     def _run(self) -> None:
         try:
             client = self.controller.client()
-            backlog = 3 * len({host for host, _, _ in self.wanted})
+            backlog = 2 * len({host for host, _, _ in self.wanted})
             for number, (host, ref, app) in enumerate(self.wanted):
                 while number % 10 == 0 and self._waiting(client) > backlog:
                     time.sleep(0.1)
                 if time.monotonic() > self.deadline:
                     return
-                body = {
-                    "repo": "myorg/app",
-                    "ref": ref,
-                    "host": host,
-                    "app": app,
-                    "retries": self.chance.choice((0, 0, 1, 3)),
-                }
+                body = {"repo": "myorg/app", "ref": ref, "host": host, "app": app, "retries": self.chance.choice((0, 0, 1, 3))}
                 job = self._insist(client, "/v1/jobs", body)["job"]
                 self.created[job["id"]] = body["retries"]
                 if self.chance.random() < 0.03:
@@ -317,9 +296,7 @@ def verify_jobs(stored: Stored, created: dict[str, int]) -> None:
     check(not lost, len(lost), "jobs are lost:", sorted(lost)[:5])
     ends = stored.ends()
     for job_id, job in stored.jobs.items():
-        check(
-            job["status"] in ENDED and ends.get(job_id) == 1, "not ended once:", job_id, job["status"], ends.get(job_id)
-        )
+        check(job["status"] in ENDED and ends.get(job_id) == 1, "not ended once:", job_id, job["status"], ends.get(job_id))
         how = (job["status"], job["reason"])
         known = (("success", None), ("failed", "agent_crashed"), ("cancelled", "cancelled"))
         check(how in known, job_id, "ended as", how, job["error"])
@@ -331,9 +308,7 @@ def verify_ledger(stored: Stored, ledger: Ledger) -> None:
     for job_id, attempts in ledger.starts.items():
         job = stored.jobs[job_id]
         check(attempts == sorted(set(attempts)), "attempts of", job_id, "as they started:", attempts)
-        check(
-            attempts[0] >= 1 and attempts[-1] <= job["attempt"], "attempts of", job_id, attempts, "of", job["attempt"]
-        )
+        check(attempts[0] >= 1 and attempts[-1] <= job["attempt"], "attempts of", job_id, attempts, "of", job["attempt"])
         check(len(attempts) <= job["retries"] + 1, "run again unasked:", job_id, attempts)
         check(len(ledger.ends[job_id]) == len(set(ledger.ends[job_id])), "ended twice:", job_id, ledger.ends[job_id])
     for job_id, job in stored.jobs.items():
@@ -375,29 +350,21 @@ def prove(proof: Proof) -> None:
     count = proof.options.agents or (20 if proof.full else 6)
     jobs = proof.options.jobs or (10_000 if proof.full else 120)
     hosts = [f"web-{number:02}" for number in range(1, count + 1)]
-    repository = Repository(
-        proof.folder / "source", -(-jobs // (count * len(APPS))), random.Random(f"{proof.seed} refs")
-    )
+    repository = Repository(proof.folder / "source", -(-jobs // (count * len(APPS))), random.Random(f"{proof.seed} refs"))
     ledger, locks = proof.folder / "ledger", proof.folder / "locks"
     ledger.touch()
     locks.mkdir()
     common = {"repo": "myorg/app", "clone_url": f"file://{repository.folder}", "hosts": hosts}
     script, activate = ["./deploy.sh", str(ledger), str(locks)], ["./activate.sh", str(ledger)]
-    apps = [
-        {"name": APPS[0], **common, "deploy": script},
-        {"name": APPS[1], **common, "build": script, "activate": activate},
-    ]
+    apps = [{"name": APPS[0], **common, "deploy": script}, {"name": APPS[1], **common, "build": script, "activate": activate}]
     controller = proof.controller(apps={"apps": apps})
     proxy = Proxy(controller.port, proof.seed, proof.options.rate)
     slots = {host: 1 + number % 2 for number, host in enumerate(hosts)}  # half of the hosts run both apps at once
-    agents = {
-        host: Agent(proof.folder / "hosts", host, proxy.port, repository.env, "--slots", str(slots[host]))
-        for host in hosts
-    }
+    agents = {host: Agent(proof.folder / "hosts", host, proxy.port, repository.env, "--slots", str(slots[host])) for host in hosts}
     for agent in agents.values():
         agent.launch()
     began = time.monotonic()
-    load = Load(controller, hosts, repository.branches, jobs, proof.seed, 3 * 3600 if proof.full else 20)
+    load = Load(controller, hosts, repository.branches, jobs, proof.seed, 3 * 3600 if proof.full else 15)
     chaos = Chaos(controller, list(agents.values()), proof.seed, proof.options.pause or (1.0 if proof.full else 0.5))
     client = controller.client()
 
@@ -436,9 +403,7 @@ def prove(proof: Proof) -> None:
     verify_logs(stored)
     places = verify_hosts(shown, agents, written)
     ends = collections.Counter(f"{job['status']}" for job in stored.jobs.values())
-    lost = sum(
-        job["attempt"] - (job["status"] == "success") for job in stored.jobs.values() if job["status"] != "cancelled"
-    )
+    lost = sum(job["attempt"] - (job["status"] == "success") for job in stored.jobs.values() if job["status"] != "cancelled")
     most = sum(count * slots[host] for host, count in chaos.killed.items())
     check(lost <= most, lost, "attempts were lost, and the agents that were killed held", most, "at most")
     proof.figure("agents", count)
@@ -451,9 +416,7 @@ def prove(proof: Proof) -> None:
     for name, value in (*((f"kills of {who}", n) for who, n in chaos.kills.items()), *proxy.counts.items()):
         proof.figure(name, value)
     proof.figure("jobs a second", len(stored.jobs) / took)
-    check(
-        chaos.kills["agents"] and chaos.kills["controller"] and ends["success"], "too little happened to prove anything"
-    )
+    check(chaos.kills["agents"] and chaos.kills["controller"] and ends["success"], "too little happened to prove anything")
 
 
 OPTIONS = (
