@@ -200,9 +200,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
     choices = list(words)
     if len(choices) > 100:  # difflib is slow, and who has so many mistypes the end more often than the start
         choices = [choice for choice in choices if choice[:2] == word[:2]][:1000]
-    found = (
-        choices if len(choices) == 1 and choices[0].startswith(word) else difflib.get_close_matches(word, choices, 1)
-    )
+    found = choices if len(choices) == 1 and choices[0].startswith(word) else difflib.get_close_matches(word, choices, 1)
     return f"; did you mean {found[0]}?" if found else ""
 
 
@@ -344,9 +342,7 @@ class Config:
 
     host: str = option(str, "0.0.0.0", "address to listen on")
     port: int = option(port, "8080", "port to listen on")
-    db: pathlib.Path = option(
-        pathlib.Path, "./data/deploybot.db", "the database; it and its folder are made when missing"
-    )
+    db: pathlib.Path = option(pathlib.Path, "./data/deploybot.db", "the database; it and its folder are made when missing")
     apps: pathlib.Path = option(pathlib.Path, "./apps.yaml", "which repository goes to which hosts")
     log_level: str = option(one_of("DEBUG", "INFO", "WARNING", "ERROR"), "INFO", "DEBUG, INFO, WARNING or ERROR")
     log_format: str = option(one_of("plain", "json"), "plain", "plain or json")
@@ -359,15 +355,11 @@ class Config:
     trusted_proxy: tuple[Network, ...] = option(
         networks, "", "addresses or networks of proxies whose X-Forwarded-For and -Proto count"
     )
-    tls_cert: pathlib.Path | None = option(
-        optional_path, "", "PEM file of the certificate and its chain; read again on SIGHUP"
-    )
+    tls_cert: pathlib.Path | None = option(optional_path, "", "PEM file of the certificate and its chain; read again on SIGHUP")
     tls_key: pathlib.Path | None = option(optional_path, "", "PEM file of its key")
     open: bool = option(flag, "false", "requests from this machine need no token; never behind a proxy")
     webhook_secret: str | None = secret("what GitHub signs its pushes with; two, comma separated, while you change it")
-    token: str | None = secret(
-        "for everything; without it the first start makes one and writes admin.token beside the database"
-    )
+    token: str | None = secret("for everything; without it the first start makes one and writes admin.token beside the database")
     agent_token: str | None = secret("for enrolment: an agent registers with it, then uses a secret of its own")
     read_token: str | None = secret("for reading alone")
 
@@ -413,8 +405,7 @@ Status = enum.StrEnum("Status", ["PENDING", "RUNNING", "SUCCESS", "FAILED", "CAN
 ENDED = frozenset((Status.SUCCESS, Status.FAILED, Status.CANCELLED))
 # Why a job ended as it did, where that says more than its status.
 Reason = enum.StrEnum(
-    "Reason",
-    "EXIT_CODE FETCH_FAILED TIMEOUT HEALTH_CHECK REJECTED AGENT_LOST AGENT_CRASHED CANCELLED SUPERSEDED STOPPED EXPIRED",
+    "Reason", "EXIT_CODE FETCH_FAILED TIMEOUT HEALTH_CHECK REJECTED AGENT_LOST AGENT_CRASHED CANCELLED SUPERSEDED STOPPED EXPIRED"
 )
 # What a route asks for (ANY: whoever has a token), and the last four are roles that a principal has.
 Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
@@ -480,9 +471,7 @@ def finite(text: str) -> float:
     return float(text)
 
 
-DECODER = json.JSONDecoder(
-    object_pairs_hook=without_repeats, parse_int=small_integer, parse_float=finite, parse_constant=finite
-)
+DECODER = json.JSONDecoder(object_pairs_hook=without_repeats, parse_int=small_integer, parse_float=finite, parse_constant=finite)
 
 
 def depth(text: str) -> int:
@@ -778,9 +767,7 @@ def held_job(f: Fields) -> tuple[str, int]:
 class Heartbeat(Model):
     status: str = field(Fields.choice, ("online", "offline"), required=True)
     session: str | None = field(Fields.text, matches(SESSION, "a session that a registration answered"))
-    running: frozenset[tuple[str, int]] | None = field(
-        Fields.items, MAX_RUNNING, held_job, then=frozenset
-    )  # None: not said
+    running: frozenset[tuple[str, int]] | None = field(Fields.items, MAX_RUNNING, held_job, then=frozenset)  # None: not said
     wait: int = field(Fields.integer, 0, MAX_WAIT, default=0)  # seconds
 
 
@@ -1011,13 +998,7 @@ class TimeOrderedIds:
 
 def clone_url(text: Any) -> str:
     """https, http, ssh, git and file URLs, paths, and git's own host:path; no password, no option. No error repeats it."""
-    if (
-        not isinstance(text, str)
-        or not 0 < len(text) <= 2048
-        or not text.isprintable()
-        or " " in text
-        or text[0] == "-"
-    ):
+    if not isinstance(text, str) or not 0 < len(text) <= 2048 or not text.isprintable() or " " in text or text[0] == "-":
         raise ValueError("must be a URL that git can clone")
     if "::" in text.partition("/")[0]:
         raise ValueError("must not name a transport helper")
@@ -1026,9 +1007,7 @@ def clone_url(text: Any) -> str:
     except ValueError:
         raise ValueError("must be a URL that git can clone") from None
     if parts.password is not None or (parts.scheme in ("http", "https") and parts.username is not None):
-        raise ValueError(
-            "must not hold a password or token: give the agent's user credentials of its own (git help credentials)"
-        )
+        raise ValueError("must not hold a password or token: give the agent's user credentials of its own (git help credentials)")
     return text
 
 
@@ -1177,9 +1156,7 @@ def parse_yaml(text: str) -> Any:
     except yaml.reader.ReaderError as error:
         raise AppsError([(text.count("\n", 0, error.position) + 1, "a control character stands here")]) from None
     except yaml.MarkedYAMLError as error:
-        raise AppsError(
-            [(error.problem_mark.line + 1 if error.problem_mark else 1, error.problem or str(error))]
-        ) from None
+        raise AppsError([(error.problem_mark.line + 1 if error.problem_mark else 1, error.problem or str(error))]) from None
 
 
 def parse_apps_text(text: str) -> Any:
@@ -1421,10 +1398,7 @@ class Queries:
 
     def running_apps(self, host: str) -> list[str]:
         return [
-            row[0]
-            for row in self.rows(
-                "SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'", host
-            )
+            row[0] for row in self.rows("SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'", host)
         ]
 
     def open_counts(self, *hosts: str) -> list[tuple[str, str, int]]:
@@ -1489,9 +1463,7 @@ class Queries:
             return self.rows(newest.format("position > (SELECT max(position) FROM events) - 2000"), limit)
         jobs = " AND ".join(f"{name} = ?" for name in equal)
         return self.rows(
-            newest.format(f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"),
-            *equal.values(),
-            limit,
+            newest.format(f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"), *equal.values(), limit
         )
 
     def releases(self) -> dict[tuple[str, str], tuple[str, str | None, str]]:
@@ -1593,9 +1565,7 @@ class Tx(Queries):
         return self._do("DELETE FROM tokens WHERE sha256 = ? OR parent = ?", sha256, sha256).rowcount
 
     def used_tokens(self, at: str, digests: Iterable[str]) -> None:
-        self._db.executemany(
-            "UPDATE tokens SET last_used_at = ? WHERE sha256 = ?", [(at, digest) for digest in digests]
-        )
+        self._db.executemany("UPDATE tokens SET last_used_at = ? WHERE sha256 = ?", [(at, digest) for digest in digests])
 
     def remove_events(self, job_id: str, limit: int) -> int:
         """The oldest of a job, up to `limit`; how many."""
@@ -1621,11 +1591,7 @@ class Tx(Queries):
 
 
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
-BESIDE = (
-    "-wal",
-    "-shm",
-    "-journal",
-)  # what SQLite keeps beside a database, and takes for a part of whatever stands there
+BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database, and takes for a part of whatever stands there
 RESTORE = "restore a backup: deploybot.py restore FILE"
 
 
@@ -1658,9 +1624,7 @@ def lock_database(path: pathlib.Path) -> Any:
 def connect(path: pathlib.Path, mode: str = "rwc") -> sqlite3.Connection:
     """Mode `ro` changes nothing: it neither writes the WAL back nor removes it."""
     uri = f"{path.absolute().as_uri()}?mode={mode}"
-    return sqlite3.connect(
-        uri, timeout=10.0, isolation_level=None, check_same_thread=False, cached_statements=256, uri=True
-    )
+    return sqlite3.connect(uri, timeout=10.0, isolation_level=None, check_same_thread=False, cached_statements=256, uri=True)
 
 
 def sqlite_in_words() -> str:
@@ -2560,9 +2524,7 @@ def tail_start(chunks: Iterable[tuple[int, int]], tail: int, head: int) -> int:
 class Jobs:
     """Every public method is a use case: it raises what Errors has, and returns after what it did is durable."""
 
-    def __init__(
-        self, store: Store, queue: JobQueue, hub: EventHub, apps: Apps, metrics: Metrics, config: Config, clock: Clock
-    ):
+    def __init__(self, store: Store, queue: JobQueue, hub: EventHub, apps: Apps, metrics: Metrics, config: Config, clock: Clock):
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
         # Guards the four below; held for look-ups and assignments, never while something is waited for.
@@ -2969,14 +2931,10 @@ class Jobs:
             return f"apps.yaml has no app of {asked.repo}{hint} (it deploys without commands of its own)"
         if asked.app and not self.apps.named(asked.app):
             known = [app.name for app in self.apps.all]
-            return (
-                f"apps.yaml has no app {asked.app}{nearest(asked.app, known)} (it deploys without commands of its own)"
-            )
+            return f"apps.yaml has no app {asked.app}{nearest(asked.app, known)} (it deploys without commands of its own)"
         return None
 
-    def push(
-        self, push: Push, delivery: str, signature: str, signers: frozenset[str], address: str
-    ) -> tuple[list[str], str]:
+    def push(self, push: Push, delivery: str, signature: str, signers: frozenset[str], address: str) -> tuple[list[str], str]:
         """Jobs for a signed push, stored in one transaction with its delivery: (ids, message). The same delivery answers the same.
 
         `signers`: the secrets that the body was signed with; an app with a secret of its own takes no other.
@@ -3019,9 +2977,7 @@ class Jobs:
         if not apps:
             return f"ignored: no app of {push.repo} deploys pushes to {push.branch}"
         names = ", ".join(app.name for app in in_time)
-        return f"{made} job{'' if made == 1 else 's'} for {names}" + (
-            "" if made else ": the same deployment is under way"
-        )
+        return f"{made} job{'' if made == 1 else 's'} for {names}" + ("" if made else ": the same deployment is under way")
 
     def cancel(self, job_id: str, principal: Principal) -> Job:
         """A pending job ends at once; a running one is stopped by its agent, which reports. Raises Conflict for an ended one."""
@@ -3055,9 +3011,7 @@ class Jobs:
             self._check_allowed(principal, job.app, job.host)
             if job.status not in ENDED:
                 raise Conflict(f"job {job.id} cannot be retried: {in_words(job)}")
-            asked = JobRequest(
-                job.repo, job.ref, job.host, job.app, json.loads(job.metadata), False, job.timeout, job.retries
-            )
+            asked = JobRequest(job.repo, job.ref, job.host, job.app, json.loads(job.metadata), False, job.timeout, job.retries)
             again, created = self._submit(tx, asked, self._app_of(asked), principal.name, retry_of=job.id)
             if created:
                 self._audit(tx, principal, "job.retry", again)
@@ -3202,9 +3156,7 @@ class Jobs:
         if agents:
             self.store.write(lambda tx: tx.saw_agents([(agent.last_heartbeat, agent.id) for agent in agents]))
 
-    def _close(
-        self, lease: Lease, status: Status, reason: Reason, error: str | None = None, may_retry: bool = False
-    ) -> None:
+    def _close(self, lease: Lease, status: Status, reason: Reason, error: str | None = None, may_retry: bool = False) -> None:
         """Ends that attempt from here, if it still runs; `may_retry`: the job waits for another if its `retries` say so."""
 
         def do(tx: Tx) -> Job | None:
@@ -3433,10 +3385,7 @@ class Request:
         except ValueError:
             raise Malformed("the query cannot be parsed") from None
         integers = tuple(integers)
-        values = {
-            name: int(value) if name in integers and re.fullmatch(r"[0-9]{1,18}", value) else value
-            for name, value in pairs
-        }
+        values = {name: int(value) if name in integers and re.fullmatch(r"[0-9]{1,18}", value) else value for name, value in pairs}
         fields = Fields(values, (*texts, *integers))
         for name, count in collections.Counter(name for name, _ in pairs).items():
             if count > 1:
@@ -3608,9 +3557,7 @@ class Router:
 class Dispatcher:
     """From a request to its answer: route, token, body, function; every error becomes a problem."""
 
-    def __init__(
-        self, api: Any, routes: Iterable[Route], auth: Auth, metrics: Metrics, writes: RateLimit | None = None
-    ):
+    def __init__(self, api: Any, routes: Iterable[Route], auth: Auth, metrics: Metrics, writes: RateLimit | None = None):
         self._api, self._router, self._auth, self._metrics = api, Router(routes), auth, metrics
         self._writes = writes
 
@@ -3632,9 +3579,7 @@ class Dispatcher:
             log.exception("%s %s failed", request.method, pattern)
             response = problem(500, "Internal error", "this is a fault of the controller: its log says more", {}, ())
         method = request.method if pattern != "none" else "other"
-        self._metrics.count(
-            "deploybot_http_requests_total", f'method="{method}",route="{pattern}",status="{response.status}"'
-        )
+        self._metrics.count("deploybot_http_requests_total", f'method="{method}",route="{pattern}",status="{response.status}"')
         return response
 
     def _admit(self, request: Request, route: Route) -> None:
@@ -3906,9 +3851,7 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(
-        self, address: tuple[str, int], dispatcher: Dispatcher, tls: ssl.SSLContext | None, trusted: tuple[Network, ...]
-    ):
+    def __init__(self, address: tuple[str, int], dispatcher: Dispatcher, tls: ssl.SSLContext | None, trusted: tuple[Network, ...]):
         self.tls, self.trusted = tls, trusted
         self.budget = MAX_PUBLIC_BODIES
         self.budget_lock = threading.Lock()  # guards budget
@@ -4021,9 +3964,7 @@ def register_agent(api: Controller, request: Request) -> Answer:
     if asked.token_sha256 is None and request.principal.scope is Scope.AGENT and request.principal.host is None:
         secret = new_secret()  # for an agent that makes none: it is told this once
     agent = api.jobs.register(asked, request.principal, secret)
-    shown = {
-        name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")
-    }
+    shown = {name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")}
     told = {"token": secret} if secret else {}
     return {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told}
 
@@ -4119,9 +4060,7 @@ def host_named(request: Request) -> str:
 
 def on_host(action: str, **columns: Any) -> Callable[[Controller, Request], Answer]:
     """A route that changes these columns of the host's agent."""
-    return lambda api, request: {
-        "host": api.jobs.change_host(host_named(request), request.principal, action, **columns)
-    }
+    return lambda api, request: {"host": api.jobs.change_host(host_named(request), request.principal, action, **columns)}
 
 
 def remove_host(api: Controller, request: Request) -> Answer:
@@ -4238,9 +4177,7 @@ def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None, pr
 def stream_logs(api: Controller, request: Request) -> Answer:
     f = request.query(("host", "app", "job_id"), ("tail",))
     wanted = EventFilter(
-        f.text("host", is_host, fold=True),
-        visible_app(f, request.principal),
-        f.text("job_id", matches(ID, "a job's id")),
+        f.text("host", is_host, fold=True), visible_app(f, request.principal), f.text("job_id", matches(ID, "a job's id"))
     )
     tail = f.done(f.integer("tail", 0, 1000))
     if wanted.job_id is not None:
@@ -4249,9 +4186,7 @@ def stream_logs(api: Controller, request: Request) -> Answer:
     if position is None:
         return Response(204)
     # nginx would gather a stream in its buffer: X-Accel-Buffering says not to
-    return Stream(
-        sse(api, wanted, position, gap, request.principal), "text/event-stream", (("X-Accel-Buffering", "no"),)
-    )
+    return Stream(sse(api, wanted, position, gap, request.principal), "text/event-stream", (("X-Accel-Buffering", "no"),))
 
 
 def webhook_secrets(api: Controller) -> set[str]:
@@ -4278,9 +4213,7 @@ def github_webhook(api: Controller, request: Request) -> Answer:
         message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
         return {"received": True, "jobs_created": [], "message": message}
     push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
-    delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or signature}"[
-        :300
-    ]  # the id is not signed
+    delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or signature}"[:300]  # the id is not signed
     made, message = api.jobs.push(push, delivery, signature, signers, request.address)
     api.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
     return {"received": True, "jobs_created": made, "message": message}
@@ -4316,9 +4249,7 @@ def asset(name: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError:
-        raise NotFound(
-            f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes"
-        ) from None
+        raise NotFound(f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes") from None
 
 
 def page(name: str) -> Callable[[Controller, Request], Answer]:
@@ -4345,13 +4276,7 @@ ROUTES = [
     Route("POST", "/v1/agents/{id}/heartbeat", Scope.AGENT, heartbeat),
     Route("POST", "/v1/jobs", Scope.OPERATOR, create_job, for_app=True),
     Route("GET", "/v1/jobs", Scope.VIEWER, list_jobs, for_app=True),
-    Route(
-        "GET",
-        "/v1/jobs/{id}",
-        Scope.VIEWER,
-        lambda api, request: {"job": visible_job(api, request).public()},
-        for_app=True,
-    ),
+    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, lambda api, request: {"job": visible_job(api, request).public()}, for_app=True),
     Route("POST", "/v1/jobs/{id}/cancel", Scope.OPERATOR, cancel_job, for_app=True),
     Route("POST", "/v1/jobs/{id}/retry", Scope.OPERATOR, retry_job, for_app=True),
     Route("POST", "/v1/jobs/{id}/logs", Scope.AGENT, append_logs),
@@ -4712,9 +4637,7 @@ def look_at_tls(config: Config) -> Iterator[Finding]:
         return
     pem = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", config.tls_cert.read_text(), re.DOTALL)
     der = ssl.PEM_cert_to_DER_cert(pem[0] if pem else "")
-    end = re.search(
-        rb"Z(?:\x17\r|\x18\x0f)(\d+)Z", der
-    )  # the second of two times, without its century up to 2049 (RFC 5280)
+    end = re.search(rb"Z(?:\x17\r|\x18\x0f)(\d+)Z", der)  # the second of two times, without its century up to 2049 (RFC 5280)
     last = datetime.datetime.strptime(f"20{end[1].decode() if end else ''}"[-14:] + "+0000", "%Y%m%d%H%M%S%z")
     days = int((last.timestamp() - time.time()) // 86400)
     level = "warn" if days >= 0 else "FAIL"
@@ -4742,9 +4665,7 @@ def doctor(arguments: list[str]) -> int:
 
 def check_apps(arguments: list[str]) -> int:
     """Says every mistake of a file, with its line; 0 where it has none."""
-    parser = argparse.ArgumentParser(
-        prog="deploybot.py check-apps", description="Say whether FILE would be taken as apps.yaml."
-    )
+    parser = argparse.ArgumentParser(prog="deploybot.py check-apps", description="Say whether FILE would be taken as apps.yaml.")
     parser.add_argument("file", metavar="FILE", type=pathlib.Path)
     path = parser.parse_args(arguments).file
     apps = apps_of(path)
