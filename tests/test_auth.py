@@ -16,9 +16,7 @@ from conftest import SECRET, TOKENS, Controller, FakeClock
 import deploybot
 from deploybot import ROUTES, Auth, Principal, Router, Scope, Unauthorized
 
-ADMIN, AGENT, VIEWER = (
-    Principal(name, scope) for name, scope in (("a", Scope.ADMIN), ("b", Scope.AGENT), ("c", Scope.VIEWER))
-)
+ADMIN, AGENT, VIEWER = (Principal(name, scope) for name, scope in (("a", Scope.ADMIN), ("b", Scope.AGENT), ("c", Scope.VIEWER)))
 HERE, ELSEWHERE = (lambda: True), (lambda: False)
 
 
@@ -32,9 +30,7 @@ def auth(tmp_path, clock):
     store = deploybot.Store(tmp_path / "auth.db")
 
     def make(open_mode=False, secrets=()):
-        made = Auth(
-            {"dbt_a": ADMIN, "dbt_b": AGENT}, open_mode, {sha256(one): host for one, host in secrets}.get, store, clock
-        )
+        made = Auth({"dbt_a": ADMIN, "dbt_b": AGENT}, open_mode, {sha256(one): host for one, host in secrets}.get, store, clock)
         return lambda header, where: made.principal(
             {} if header is None else {"authorization": header}, "10.0.0.1", where
         )._replace(address="")
@@ -51,9 +47,7 @@ def closed(make_controller):
 def call(controller, method, path, body=None, token=None, **headers):
     """(status, answer) with exactly this token, or with none."""
     sent = {"Authorization": f"Bearer {token}" if token else None}
-    return controller.call(
-        method, path, body, {**sent, **{name.replace("_", "-"): value for name, value in headers.items()}}
-    )
+    return controller.call(method, path, body, {**sent, **{name.replace("_", "-"): value for name, value in headers.items()}})
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------
@@ -119,9 +113,7 @@ LOCAL = {"host": "localhost:8080"}
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "127.9.9.9", "::1", "::ffff:127.0.0.1"])
-@pytest.mark.parametrize(
-    "host", ["localhost", "LOCALHOST:8080", "127.0.0.1:80", "[::1]", "[::1]:8080", "app.localhost:1"]
-)
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8080", "127.0.0.1:80", "[::1]", "[::1]:8080", "app.localhost:1"])
 def test_a_request_of_this_machine(peer, host):
     assert deploybot.is_from_here(peer, {"host": host})
 
@@ -199,9 +191,7 @@ def test_closed_mode_wants_a_token_from_this_machine_too(closed):
 
 
 def enrol(controller, hostname, secret, token="dbt_agent"):
-    return call(
-        controller, "POST", "/v1/agents/register", {"hostname": hostname, "token_sha256": sha256(secret)}, token
-    )
+    return call(controller, "POST", "/v1/agents/register", {"hostname": hostname, "token_sha256": sha256(secret)}, token)
 
 
 def beat(controller, agent, token):
@@ -390,8 +380,7 @@ WHO = (
     *("open", "open proxied", "open page", "open wrong"),
 )
 ROWS = {
-    tuple(words[:2]): tuple(map(int, words[2:]))
-    for words in (line.replace("|", "").split() for line in TABLE.split("\n")[2:-1])
+    tuple(words[:2]): tuple(map(int, words[2:])) for words in (line.replace("|", "").split() for line in TABLE.split("\n")[2:-1])
 }
 WEB = {"name": "web", "repo": "myorg/web", "hosts": ["web-01"]}
 API = {"name": "api", "repo": "myorg/api", "hosts": ["web-01"]}
@@ -519,9 +508,7 @@ class Matrix:
             connection.request(method, sent, data, headers)
             status = connection.getresponse().status
         if status in (401, 403, 404, 405, 409):
-            assert self.state(c) == before or data is None, (
-                f"{who} was refused {method} {path}, and something has changed"
-            )
+            assert self.state(c) == before or data is None, f"{who} was refused {method} {path}, and something has changed"
         return status
 
     @staticmethod
