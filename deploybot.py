@@ -412,13 +412,9 @@ Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "
 ROLES = (Scope.ADMIN, Scope.OPERATOR, Scope.VIEWER, Scope.AGENT)
 # What each role may call, beside what is public.
 GRANTS = {
-    Scope.PUBLIC: frozenset(()),
-    Scope.VIEWER: frozenset((Scope.VIEWER,)),
-    Scope.OPERATOR: frozenset((Scope.VIEWER, Scope.OPERATOR)),
-    Scope.AGENT: frozenset((Scope.AGENT,)),
-    Scope.ADMIN: frozenset((Scope.VIEWER, Scope.OPERATOR, Scope.AGENT, Scope.ADMIN)),
+    **{Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPERATOR}},
+    **{Scope.AGENT: {Scope.AGENT}, Scope.ADMIN: set(ROLES)},
 }
-
 
 LEVELS = ("debug", "info", "warning", "error")
 ENDED_WORDS = ("success", "failed", "cancelled")
@@ -882,7 +878,7 @@ class Principal(NamedTuple):
     address: str = ""
 
     def may(self, scope: Scope) -> bool:
-        return scope in (Scope.PUBLIC, Scope.ANY) or scope in GRANTS[self.scope]
+        return scope in (Scope.PUBLIC, Scope.ANY) or scope in GRANTS.get(self.scope, ())
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -1542,9 +1538,6 @@ class Tx(Queries):
         self.add("events", *event.row())
         return event
 
-    def remove_agent(self, hostname: str) -> None:
-        self._do("DELETE FROM agents WHERE hostname = ?", hostname)
-
     def saw_agents(self, seen: Iterable[tuple[str, str]]) -> None:
         """(last contact, agent id) of each."""
         self._db.executemany("UPDATE agents SET last_heartbeat = ? WHERE id = ?", seen)
@@ -1560,10 +1553,6 @@ class Tx(Queries):
         """Who did it, and from where: in the transaction that does it."""
         self.add("audit", None, at, by.name, by.address, action, target, detail)
 
-    def remove_token(self, sha256: str) -> int:
-        """And the sign-ins made with it; how many in all."""
-        return self._do("DELETE FROM tokens WHERE sha256 = ? OR parent = ?", sha256, sha256).rowcount
-
     def used_tokens(self, at: str, digests: Iterable[str]) -> None:
         self._db.executemany("UPDATE tokens SET last_used_at = ? WHERE sha256 = ?", [(at, digest) for digest in digests])
 
@@ -1576,8 +1565,9 @@ class Tx(Queries):
             self._do("UPDATE meta SET value = ? WHERE name = 'removed_through'", str(through))
         return len(rows)
 
-    def remove_job(self, job_id: str) -> None:
-        self._do("DELETE FROM jobs WHERE id = ?", job_id)
+    def remove(self, table: str, column: str, value: str) -> int:
+        """How many."""
+        return self._do(f"DELETE FROM {table} WHERE {column} = ?", value).rowcount
 
     def remove_oldest(self, table: str, column: str, before: str, limit: int) -> int:
         """Rows of a table that grows at its end; how many went."""
@@ -2107,7 +2097,7 @@ class RateLimit:
             if now >= end:
                 self._minutes.pop(key, None)
                 end, count = now + 60.0, 0
-            if len(self._minutes) >= MAX_RATE_KEYS:
+            if key not in self._minutes and len(self._minutes) >= MAX_RATE_KEYS:
                 self._minutes.pop(next(iter(self._minutes)))
             self._minutes[key] = end, count + 1
         if count >= self._limit:
@@ -2116,7 +2106,7 @@ class RateLimit:
 
 def network_of(address: str) -> str:
     """What one caller has for sure: an IPv4 address, or the /64 of an IPv6 one."""
-    return ":".join(ipaddress.IPv6Address(address).exploded.split(":")[:4]) if ":" in address else address
+    return ":".join(ipaddress.IPv6Address(address.partition("%")[0]).exploded.split(":")[:4]) if ":" in address else address
 
 
 COOKIE = "deploybot_session"
@@ -2278,14 +2268,19 @@ class Auth:
                 self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
 
     def _remove(self, tx: Tx, token: Token, by: Principal, action: str) -> None:
-        if not tx.remove_token(token.sha256):
+        if not self._delete(tx, token):
             raise NotFound(f"no token {token.id}")
         tx.audited(self._clock.stamp(), by, action, token.name)
-        tx.after(self._forget, token)
 
-    def _forget(self, token: Token) -> None:
-        for other in [other for other in self._tokens.values() if token.sha256 in (other.sha256, other.parent)]:
-            del self._tokens[other.sha256]
+    def _delete(self, tx: Tx, token: Token) -> int:
+        """With the sign-ins made with it."""
+
+        def forget() -> None:
+            for other in [other for other in self._tokens.values() if token.sha256 in (other.sha256, other.parent)]:
+                del self._tokens[other.sha256]
+
+        tx.after(forget)
+        return tx.remove("tokens", "parent", token.sha256) + tx.remove("tokens", "sha256", token.sha256)
 
     def sweep(self) -> None:
         """Every FLUSH_INTERVAL: which tokens were used, and an end for the sign-ins that ran out."""
@@ -2306,8 +2301,7 @@ class Auth:
             tx.used_tokens(at, used)
             tx.after(remember)
             for token in over:
-                tx.remove_token(token.sha256)
-                tx.after(self._forget, token)
+                self._delete(tx, token)
 
         if used or over:
             self._store.write(do)
@@ -2384,11 +2378,6 @@ def said(data: Any, name: str, limit: int) -> str:
     return value[:limit] if isinstance(value, str) else ""
 
 
-def glob_match(text: str, pattern: str) -> bool:
-    """Shell pattern, case counts; `*` also matches a slash."""
-    return fnmatch.fnmatchcase(text, pattern)
-
-
 class Push(NamedTuple):
     """What a push event says: https://docs.github.com/en/webhooks/webhook-events-and-payloads#push"""
 
@@ -2446,7 +2435,7 @@ class Push(NamedTuple):
             return False
         if app.branches is None:
             return self.branch in ((self.default_branch,) if self.default_branch else ("main", "master"))
-        return any(glob_match(self.branch, pattern) for pattern in app.branches)
+        return any(fnmatch.fnmatchcase(self.branch, pattern) for pattern in app.branches)  # * matches a slash, too
 
     def request(self, app: App, host: str) -> JobRequest:
         metadata = {
@@ -3075,7 +3064,7 @@ class Jobs:
                 self._no_host(hostname)
             if tx.running_apps(hostname):
                 raise Conflict(f"{hostname} runs a job: wait for its end or cancel it first")
-            tx.remove_agent(hostname)
+            tx.remove("agents", "hostname", hostname)
             tx.audited(self.clock.stamp(), principal, "host.remove", hostname)
             tx.after(self._forget, hostname)
 
@@ -3131,7 +3120,7 @@ class Jobs:
                 left -= tx.remove_events(job_id, left)
                 if left <= 0:  # it may have more
                     break
-                tx.remove_job(job_id)
+                tx.remove("jobs", "id", job_id)
             walked = job_id
         more = len(jobs) == RETENTION_JOBS or left <= 0
         for table, column, oldest in (
@@ -3438,13 +3427,11 @@ def forwarded(peer: str, headers: Mapping[str, str], trusted: tuple[Network, ...
     """(who asked, whether over TLS) as a trusted proxy says; what others say of it counts for nothing."""
     if not trusted or not is_one_of(peer, trusted):
         return peer, False
-    hops = [hop.strip() for hop in headers.get("x-forwarded-for", "").split(",")]
-    others = [hop for hop in hops if hop and not is_one_of(hop, trusted)]
-    secure = headers.get("x-forwarded-proto", "").lower() == "https"
-    try:
-        return (str(ipaddress.ip_address(others[-1])) if others else peer), secure
-    except ValueError:  # what the proxy passed on is no address
-        return peer, secure
+    hops = (hop.strip() for hop in reversed(headers.get("x-forwarded-for", "").split(",")))
+    asked = next((hop for hop in hops if hop and not is_one_of(hop, trusted)), peer)
+    with contextlib.suppress(ValueError):  # what the proxy passed on may be no address
+        peer = str(ipaddress.ip_address(asked))
+    return peer, headers.get("x-forwarded-proto", "").lower() == "https"
 
 
 def refuse_other_sites(request: Request) -> None:
@@ -3659,7 +3646,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.request.settimeout(SEND_DEADLINE)
 
     def finish(self) -> None:
-        if self._is_tls:  # tells its reader that this is the end, and waits for no answer
+        if self._is_tls:  # tells the reader that this is the end, and waits for no answer
             with contextlib.suppress(OSError, ValueError):
                 self.request.settimeout(0)
                 self.request.unwrap()  # type: ignore[attr-defined]
@@ -3837,11 +3824,12 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _linger(self) -> None:
         """Lets the answer arrive: to close with unread input would reset the connection and lose it."""
+        self.finish()
         end_of(self.request, socket.SHUT_WR)
+        self.request.settimeout(2.0)
         deadline, left = time.monotonic() + 2.0, MAX_PUSH
-        with contextlib.suppress(TimeoutError):
-            while left > 0 and (chunk := self._receive(64 * KIB, deadline)):
-                left -= len(chunk)
+        while left > 0 and time.monotonic() < deadline and (chunk := socket.socket.recv(self.request, 64 * KIB)):
+            left -= len(chunk)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -3935,20 +3923,18 @@ class Server(http.server.ThreadingHTTPServer):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
 class Controller:
-    """What the routes act on."""
+    """What the routes act on: all parts, built and recovered. Raises StartError."""
 
-    config: Config
-    clock: Clock
-    store: Store
-    jobs: Jobs
-    auth: Auth
-    apps: Apps
-    metrics: Metrics
-    started: float  # monotonic
-    pulse: float = PULSE
-    connections: Callable[[], int] = lambda: 0
+    def __init__(self, config: Config, apps: Apps, store: Store, tokens: Mapping[str, Principal], clock: Clock, pulse: float):
+        self.config, self.apps, self.store, self.clock, self.pulse = config, apps, store, clock, pulse
+        self.started = clock.monotonic()
+        self.queue, self.metrics, self.hub = JobQueue(), Metrics(), EventHub(store.position)
+        with database_errors(config.db):
+            self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
+            self.jobs.recover()
+        self.auth = Auth(tokens, config.open, self.jobs.host_of_secret, store, clock)
+        self.connections: Callable[[], int] = lambda: 0
 
 
 def job_id(request: Request) -> str:
@@ -4063,17 +4049,9 @@ def on_host(action: str, **columns: Any) -> Callable[[Controller, Request], Answ
     return lambda api, request: {"host": api.jobs.change_host(host_named(request), request.principal, action, **columns)}
 
 
-def remove_host(api: Controller, request: Request) -> Answer:
-    return api.jobs.remove_host(host_named(request), request.principal)
-
-
 def create_token(api: Controller, request: Request) -> Answer:
     token, secret = api.auth.create(TokenRequest.parse(request.json()).check(), request.principal)
     return answer(201, {"token": token.public(), "secret": secret})
-
-
-def revoke_token(api: Controller, request: Request) -> Answer:
-    return {"token": api.auth.revoke(request.params[0], request.principal).public()}
 
 
 def who_asks(api: Controller, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
@@ -4287,12 +4265,12 @@ ROUTES = [
     Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, on_host("host.drain", drained=1)),
     Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, on_host("host.resume", drained=0)),
     Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, on_host("host.reset", token_sha256=None, session="")),
-    Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, remove_host),
+    Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, lambda api, r: api.jobs.remove_host(host_named(r), r.principal)),
     Route("GET", "/v1/apps", Scope.VIEWER, list_apps, for_app=True),
     Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
     Route("POST", "/v1/tokens", Scope.ADMIN, create_token),
     Route("GET", "/v1/tokens", Scope.ADMIN, lambda api, _: {"tokens": [token.public() for token in api.auth.tokens()]}),
-    Route("DELETE", "/v1/tokens/{id}", Scope.ADMIN, revoke_token),
+    Route("DELETE", "/v1/tokens/{id}", Scope.ADMIN, lambda api, r: {"token": api.auth.revoke(r.params[0], r.principal).public()}),
     Route("GET", "/v1/session", Scope.ANY, who_asks, for_app=True),
     Route("POST", "/v1/session", Scope.PUBLIC, sign_in, 4 * KIB),
     Route("DELETE", "/v1/session", Scope.PUBLIC, sign_out),
@@ -4384,49 +4362,27 @@ def apps_of(path: pathlib.Path) -> tuple[App, ...]:
         raise StartError(*(f"{path}:{line}: {message}" for line, message in error.problems)) from None
 
 
-OTHER_VERBS = """
-Other verbs:
-  backup FILE               write a copy of the database, also while the controller runs
-  restore FILE              put a backup in the place of the database; the controller must be stopped
-  doctor                    check the database, the settings and the machine, and say what to do
-  check-apps FILE           say whether FILE would be taken as apps.yaml
-"""
-
-
-class Daemon:
-    """The controller as a process: builds the parts, serves, sweeps, stops."""
+class Daemon(Controller):
+    """The controller as a process: serves, sweeps, stops."""
 
     def __init__(self, config: Config, clock: Clock | None = None, pulse: float = PULSE):
-        clock = clock or Clock()
-        self.config = config
-        self.started = self._swept = clock.monotonic()
-        self.apps = Apps(config.apps)
-        self._load_apps()
-        self.store = Store(config.db, lambda: notify(f"EXTEND_TIMEOUT_USEC={MIGRATION_LIMIT * 1_000_000}"))
-        self.queue, self.metrics = JobQueue(), Metrics()
-        self.hub = EventHub(self.store.position)
-        with database_errors(config.db):
-            self.jobs = Jobs(self.store, self.queue, self.hub, self.apps, self.metrics, config, clock)
-            self.jobs.recover()
-        self.auth = Auth(tokens_of(config), config.open, self.jobs.host_of_secret, self.store, clock)
-        self.api = Controller(
-            *(config, clock, self.store, self.jobs, self.auth, self.apps, self.metrics, self.started, pulse),
-            connections=lambda: self.server.connections(),  # noqa: PLW0108 (there is no server yet)
-        )
-        writes = RateLimit(config.rate_limit, clock) if config.rate_limit else None
-        dispatcher = Dispatcher(self.api, ROUTES, self.auth, self.metrics, writes)
+        apps = Apps(config.apps)
+        if config.apps.exists():
+            apps.put(apps_of(config.apps))
+        else:
+            log.warning("%s is not there: no push deploys anything until it is, and is reloaded", config.apps)
+        store = Store(config.db, lambda: notify(f"EXTEND_TIMEOUT_USEC={MIGRATION_LIMIT * 1_000_000}"))
+        super().__init__(config, apps, store, tokens_of(config), clock or Clock(), pulse)
+        self._swept = self.started
+        writes = RateLimit(config.rate_limit, self.clock) if config.rate_limit else None
+        dispatcher = Dispatcher(self, ROUTES, self.auth, self.metrics, writes)
         try:
             self.server = Server((config.host, config.port), dispatcher, tls_of(config), config.trusted_proxy)
         except OSError as error:
             hint = "; choose another --port" if error.errno == errno.EADDRINUSE else ""
             raise StartError(f"--host {config.host} --port {config.port}: {error.strerror}{hint}") from None
         self.port = self.server.server_address[1]
-
-    def _load_apps(self) -> None:
-        if self.config.apps.exists():
-            self.apps.all = apps_of(self.config.apps)
-        else:
-            log.warning("%s is not there: no push deploys anything until it is, and is reloaded", self.config.apps)
+        self.connections = self.server.connections
 
     def start(self, poll_interval: float = 0.5) -> None:
         threading.stack_size(STACK)
@@ -4454,7 +4410,7 @@ class Daemon:
 
     def sweep(self) -> bool:
         """False after a fault of ours. A database that cannot be written is none: it is not cured by a restart."""
-        now = self.api.clock.monotonic()
+        now = self.clock.monotonic()
         away, self._swept = now - self._swept, now
         try:
             if away > LONG_SWEEP:
@@ -4512,13 +4468,22 @@ def run(daemon: Daemon, signals: int) -> None:
             notify("WATCHDOG=1")
 
 
+OTHER_VERBS = {
+    "backup FILE": "write a copy of the database, also while the controller runs",
+    "restore FILE": "put a backup in the place of the database; the controller must be stopped",
+    "doctor": "check the database, the settings and the machine, and say what to do",
+    "check-apps FILE": "say whether FILE would be taken as apps.yaml",
+}
+
+
 def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
     """What all verbs share: every option, and the FILE of those that take one."""
+    verbs = "".join(f"  {name:<26}{help}\n" for name, help in OTHER_VERBS.items())
     secret_lines = "".join(f"  DEPLOYBOT_{name.upper():<16}{help}\n" for name, help in SECRETS.items())
     parser = argparse.ArgumentParser(
         prog=f"deploybot.py {verb}".strip(),
         description=description,
-        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n{OTHER_VERBS}",
+        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n\n\nOther verbs:\n{verbs}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -4526,7 +4491,9 @@ def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pa
     if verb in ("backup", "restore"):
         parser.add_argument("file", metavar="FILE", type=pathlib.Path)
     for option in OPTIONS:
-        more = {"action": "store_const", "const": "true"} if option.parse is flag else {"metavar": option.field.upper()}
+        more: dict[str, Any] = (
+            {"action": "store_const", "const": "true"} if option.parse is flag else {"metavar": option.field.upper()}
+        )
         parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
     given = vars(parser.parse_args(arguments))
     return Config.load(given, os.environ), given.get("file", pathlib.Path())
@@ -4676,20 +4643,14 @@ def check_apps(arguments: list[str]) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[list[str]], int]] = {
-    "serve": serve,
-    "backup": backup,
-    "restore": restore,
-    "doctor": doctor,
-    "check-apps": check_apps,
-}
+VERBS = {"serve": serve, "backup": backup, "restore": restore, "doctor": doctor, "check-apps": check_apps}
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes: 0 done, 1 refused or could not start, 2 wrong use."""
-    verb = VERBS.get(arguments[0]) if arguments else None
+    verb, rest = (VERBS[arguments[0]], arguments[1:]) if arguments and arguments[0] in VERBS else (serve, arguments)
     try:
-        return verb(arguments[1:]) if verb else serve(arguments)
+        return verb(rest)
     except StartError as error:
         for line in error.problems:
             print(f"deploybot.py: {line}", file=sys.stderr)
