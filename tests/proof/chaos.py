@@ -26,6 +26,8 @@ from kill9 import ENDED, Stored, copy_of
 
 COMMITS = 4
 LINES = 5  # that a script prints
+SCRIPT_BYTES = 120  # that a script writes into the ledger, about
+PATIENCE = 8.0  # seconds after which the next one is killed in any case
 APPS = ("whole", "steps")  # one with `deploy`, one with `build` and `activate`
 
 # The attempt stands in the name of the agent's tracking file; a script without one would be started untracked.
@@ -38,7 +40,7 @@ for file in "$DEPLOY_RELEASE"/../../../.agent/jobs/"$DEPLOY_JOB_ID".*.json; do
 done
 exec 9> "$locks/$DEPLOY_HOST.$DEPLOY_APP"
 flock -n 9 || echo "overlap $DEPLOY_JOB_ID $attempt" >> "$ledger"
-echo "start $DEPLOY_JOB_ID $attempt" >> "$ledger"
+echo "start $DEPLOY_JOB_ID $attempt ${DEPLOY_PREVIOUS##*-}" >> "$ledger"
 line=0
 while [ $line -lt 5 ]; do
     echo "line $line of $DEPLOY_JOB_ID.$attempt"
@@ -232,10 +234,10 @@ class Load:
 
 
 class Chaos:
-    """Kills one process after the other and starts it again, until it is told to stop."""
+    """Kills one process after the other and starts it again, until it is told to stop; `pause`: scripts between two kills."""
 
-    def __init__(self, controller: Controller, agents: list[Agent], seed: int, pause: float):
-        self.controller, self.agents, self.pause = controller, agents, pause
+    def __init__(self, controller: Controller, agents: list[Agent], ledger: pathlib.Path, seed: int, pause: float):
+        self.controller, self.agents, self.ledger, self.pause = controller, agents, ledger, pause
         self.chance = random.Random(f"{seed} chaos")
         self.kills: collections.Counter[str] = collections.Counter()
         self.killed: collections.Counter[str] = collections.Counter()  # host to kills of its agent
@@ -245,7 +247,7 @@ class Chaos:
 
     def _run(self) -> None:
         try:
-            while not self.stopped.wait(self.chance.uniform(0.2, 1.8) * self.pause):
+            while self._wait(self.chance.uniform(0.2, 1.8) * self.pause * SCRIPT_BYTES):
                 if self.chance.random() < 0.2:
                     self.kills["controller"] += 1
                     self.controller.kill()
@@ -262,9 +264,17 @@ class Chaos:
         except BaseException as error:
             self.failure = error
 
+    def _wait(self, growth: float) -> bool:
+        """Until the ledger has grown so much, so that a slow machine is not killed to a standstill; False at the end."""
+        enough, deadline = self.ledger.stat().st_size + growth, time.monotonic() + PATIENCE
+        while self.ledger.stat().st_size < enough and time.monotonic() < deadline and not self.stopped.is_set():
+            time.sleep(self.chance.uniform(0.01, 0.05))
+        return not self.stopped.is_set()
+
     def stop(self) -> None:
         self.stopped.set()
-        self.thread.join(60)
+        self.thread.join(120)
+        check(not self.thread.is_alive(), "the killer hangs")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -278,11 +288,13 @@ class Ledger:
         self.starts: dict[str, list[int]] = collections.defaultdict(list)
         self.ends: dict[str, list[int]] = collections.defaultdict(list)
         self.active: dict[tuple[str, str], str] = {}  # (host, app) to the commit that was activated last
+        self.previous: dict[str, list[str]] = collections.defaultdict(list)  # what `current` led to when a script began
         self.overlaps: list[str] = []
         for line in path.read_text().splitlines():
             what, job_id, *rest = line.split()
             if what == "start":
                 self.starts[job_id].append(int(rest[0]))
+                self.previous[job_id].append(rest[1] if len(rest) > 1 else "")
             elif what == "end":
                 self.ends[job_id].append(int(rest[0]))
             elif what == "activate":
@@ -314,6 +326,19 @@ def verify_ledger(stored: Stored, ledger: Ledger) -> None:
     for job_id, job in stored.jobs.items():
         ran = (ledger.starts.get(job_id) or [0])[-1:], (ledger.ends.get(job_id) or [0])[-1:]
         check(job["status"] != "success" or ran == ([job["attempt"]],) * 2, job_id, "ended well, and its script", ran)
+
+
+def verify_previous(stored: Stored, ledger: Ledger) -> None:
+    """Each script found the release of the last success: what died between switch and report was undone."""
+    good: dict[tuple[str, str], list[tuple[str, str]]] = collections.defaultdict(list)
+    for job in stored.jobs.values():
+        if job["status"] == "success":
+            good[job["host"], job["app"]].append((job["completed_at"], job["commit"][:12]))
+    for job_id, previous in ledger.previous.items():
+        job = stored.jobs[job_id]
+        before = [end for end in good[job["host"], job["app"]] if end[0] < (job["started_at"] or job["completed_at"])]
+        expected = max(before)[1] if before else ""
+        check(set(previous) == {expected}, job_id, "found", previous, "on its host, and the last success was", expected)
 
 
 def verify_logs(stored: Stored) -> None:
@@ -365,7 +390,7 @@ def prove(proof: Proof) -> None:
         agent.launch()
     began = time.monotonic()
     load = Load(controller, hosts, repository.branches, jobs, proof.seed, 3 * 3600 if proof.full else 15)
-    chaos = Chaos(controller, list(agents.values()), proof.seed, proof.options.pause or (1.0 if proof.full else 0.5))
+    chaos = Chaos(controller, list(agents.values()), ledger, proof.seed, proof.options.pause or (8 if proof.full else 3))
     client = controller.client()
 
     def open_jobs() -> int:
@@ -400,6 +425,7 @@ def prove(proof: Proof) -> None:
     check(stored.integrity == ["ok"], "integrity_check:", stored.integrity)
     verify_jobs(stored, load.created)
     verify_ledger(stored, written)
+    verify_previous(stored, written)
     verify_logs(stored)
     places = verify_hosts(shown, agents, written)
     ends = collections.Counter(f"{job['status']}" for job in stored.jobs.values())
@@ -423,7 +449,7 @@ OPTIONS = (
     ("--agents", {"type": int, "help": "how many [6, 20]"}),
     ("--jobs", {"type": int, "help": "how many [120, 10000]"}),
     ("--rate", {"type": float, "default": 0.03, "help": "chance of a fault, a packet [0.03]"}),
-    ("--pause", {"type": float, "help": "seconds between two kills, on average [0.5, 1]"}),
+    ("--pause", {"type": float, "help": "scripts between two kills, on average [3, 8]"}),
 )
 
 if __name__ == "__main__":
