@@ -12,16 +12,19 @@ from pathlib import Path
 
 import pytest
 
+import deploybot
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted(["README.md", "SECURITY.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))])
 PROGRAMS = ("deploybot.py", "agent.py", "ctl.py")
 LEAVE_LIMIT_S = 30
 
 
-def headings():
+def headings(text=README):
     """(line number, level, title) of each; a # in a block of code is none."""
     fenced = False
-    for number, line in enumerate(README.splitlines()):
+    for number, line in enumerate(text.splitlines()):
         fenced ^= line.startswith("```")
         found = re.match(r"(#+) (.+)", line)
         if found and not fenced:
@@ -60,9 +63,7 @@ def table(text, heading):
 def program(name, *arguments, **options):
     plain = {k: v for k, v in os.environ.items() if not k.startswith("DEPLOYBOT_")}
     command = [sys.executable, ROOT / name, *arguments]
-    return subprocess.run(
-        command, env=plain | {"COLUMNS": "200"}, capture_output=True, text=True, check=False, **options
-    )
+    return subprocess.run(command, env=plain | {"COLUMNS": "200"}, capture_output=True, text=True, check=False, **options)
 
 
 def help_of(name, *verb):
@@ -93,11 +94,16 @@ def test_the_configuration_table_has_each_flag_and_variable_of_help_and_no_other
 
 
 def test_each_verb_of_ctl_is_in_its_table_with_its_flags():
-    rows = {re.match(r"`(\w+)", row[0])[1]: row[0] for row in table(section("ctl.py"), "call")}
-    verbs = set(re.findall(r"^    (\w+)  ", help_of("ctl.py"), re.M))
-    assert set(rows) == verbs
+    rows = {re.match(r"`(\w+(?: (?:create|list|revoke))?)", row[0])[1]: row[0] for row in table(section("ctl.py"), "call")}
+    assert {verb.split()[0] for verb in rows} == set(re.findall(r"^    (\w+)  ", help_of("ctl.py"), re.M))
+    assert {verb.split()[1] for verb in rows if " " in verb} == set(re.findall(r"^    (\w+)  ", help_of("ctl.py", "token"), re.M))
     for verb, shown in rows.items():
-        assert flags(shown) == flags(help_of("ctl.py", verb).partition("\nexample:")[0]) - {"--url", "--json"}, verb
+        assert flags(shown) == flags(help_of("ctl.py", *verb.split()).partition("\nexample:")[0]) - {"--url", "--json"}, verb
+
+
+def test_the_verbs_of_the_controller_are_those_that_help_names():
+    rows = {re.match(r"`([a-z-]+)", row[0])[1] for row in table(section("Configuration of deploybot.py"), "verb")}
+    assert rows == set(re.findall(r"^  ([a-z-]+)(?: FILE)?  ", help_of("deploybot.py").partition("Other verbs:")[2], re.M))
 
 
 @pytest.mark.parametrize("name", ["ctl.py", "agent.py"])
@@ -105,40 +111,47 @@ def test_the_exit_codes_are_those_that_help_names(name):
     title = "ctl.py" if name == "ctl.py" else "The agent on a host"
     codes = {row[0] for row in table(section(title), "exit code")}
     said = help_of(name)
-    listed = re.findall(r"^  (\d+) {2,}", said, re.M) or re.findall(
-        r"(?:codes:|,)\s+(\d+) ", said[said.index("Exit codes") :]
-    )
+    listed = re.findall(r"^  (\d+) {2,}", said, re.M) or re.findall(r"(?:codes:|,)\s+(\d+) ", said[said.index("Exit codes") :])
     assert codes == set(listed)
 
 
-def test_the_api_overview_has_each_call_of_openapi_and_no_other():
+def test_the_api_overview_has_each_call_of_openapi_with_its_role_and_no_other():
     document = json.loads((ROOT / "openapi.json").read_text())
     calls = {
-        f"{method.upper()} {path}"
+        (f"{method.upper()} {path}", item[method]["x-role"])
         for path, item in document["paths"].items()
         for method in item
         if method != "parameters"
     }
-    named = {re.match(r"`([A-Z]+ [^`?]+)", row[0])[1] for row in table(section("HTTP API"), "call")}
+    named = {(re.match(r"`([A-Z]+ [^`?]+)", row[0])[1], row[1]) for row in table(section("HTTP API"), "call")}
     assert named == calls
+
+
+def test_the_roles_are_those_of_ctl():
+    (roles,) = set(re.findall(r"--role \{([a-z,]+)\}", help_of("ctl.py", "token", "create")))
+    assert {row[0] for row in table(section("Who may call"), "role")} == set(roles.split(","))
 
 
 def test_make_targets_are_those_of_the_makefile():
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M))
     assert {row[0].strip("`").removeprefix("make ") for row in table(README, "target")} == targets
-    assert (
-        set(re.findall(r"\bmake ([a-z-]+)", "\n".join(re.findall(r"`[^`]+`|^```.*?^```", README, re.M | re.S))))
-        <= targets
-    )
+    assert set(re.findall(r"\bmake ([a-z-]+)", "\n".join(re.findall(r"`[^`]+`|^```.*?^```", README, re.M | re.S)))) <= targets
 
 
-def test_what_the_readme_links_to_is_there():
-    links = set(re.findall(r"\]\(([^)#]+)", README))
-    assert links
-    for link in links:
-        assert "://" in link or (ROOT / link).exists(), link
-    anchors = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, _, title in headings()}
-    assert set(re.findall(r"\]\(#([^)]+)\)", README)) <= anchors
+def anchors(text):
+    """What GitHub makes of its headings."""
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, _, title in headings(text)}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_what_it_links_to_is_there(name):
+    text, folder = (ROOT / name).read_text(), (ROOT / name).parent
+    for link, anchor in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", text):
+        if "://" in link:
+            continue
+        target = folder / link if link else ROOT / name
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), (link, anchor)
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -164,16 +177,34 @@ def test_the_mapping_of_the_readme_is_taken(tmp_path):
     assert program("deploybot.py", "check-apps", tmp_path / "apps.yaml").returncode != 0
 
 
-def test_the_lines_that_make_the_secrets_make_a_file_that_env_takes(tmp_path):
-    (script,) = [b for b in blocks(section("On a real server"), "sh") if "deploybot.env" in b and "secrets." in b]
-    script = script.replace("/etc/deploybot", str(tmp_path)).replace("sudo ", "")
-    subprocess.run(["sh", "-euc", script], check=True, capture_output=True)
-    made = tmp_path / "deploybot.env"
-    assert made.stat().st_mode & 0o777 == 0o600
-    said = subprocess.run(["sh", "-c", f"set -a; . {made}; env"], capture_output=True, text=True, check=True).stdout
-    values = [line.partition("=")[2] for line in said.splitlines() if line.startswith("DEPLOYBOT_")]
+def test_the_lines_that_make_the_credentials_make_files_that_only_root_can_read(tmp_path):
+    (script,) = [b for b in blocks(section("On a real server"), "sh") if "secrets." in b]
+    subprocess.run(["sh", "-euc", script.replace("/etc/deploybot", str(tmp_path))], check=True, capture_output=True)
+    made = tmp_path / "credentials"
+    assert made.stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in made.iterdir()} <= set(deploybot.SECRETS)
+    assert {path.stat().st_mode & 0o777 for path in made.iterdir()} == {0o600}
+    values = [path.read_text().strip() for path in made.iterdir()]
     assert len(values) == len(set(values)) == 3
-    assert all(re.fullmatch(r"[\w-]{40,}", value) for value in values)
+    assert all(re.fullmatch(r"dbt_[\w-]{40,}", value) for value in values)
+
+
+@pytest.mark.parametrize("name, language", [("nginx.conf", "nginx"), ("Caddyfile", "text")])
+def test_the_proxies_are_those_in_examples(name, language):
+    assert (ROOT / "examples" / name).read_text() in blocks(section("Behind a proxy"), language)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_every_block_of_shell_parses(name):
+    for block in blocks((ROOT / name).read_text(), "sh"):
+        done = subprocess.run(["sh", "-n"], input=block, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (block, done.stderr)
+
+
+def test_the_files_of_credentials_are_those_that_the_controller_reads():
+    rows = table((ROOT / "docs/operations.md").read_text(), "file")
+    names = set(re.findall(r"`(\w+)`", " ".join(row[0] for row in rows)))
+    assert names == {*deploybot.SECRETS, "tls_cert", "tls_key"}
 
 
 def test_env_of_make_keeps_blanks_quotes_and_hashes(tmp_path):

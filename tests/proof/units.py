@@ -172,19 +172,19 @@ class Machine:
 # What README.md says
 
 
-def blocks(title: str) -> list[str]:
+def blocks(title: str, document: str = "README.md") -> list[str]:
     """The shell blocks under that heading, without their lines that install packages."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / document).read_text()
     found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |\Z)", text, re.M | re.S)
-    check(found, "README.md has no section", title)
+    check(found, document, "has no section", title)
     assert found is not None
     shown = re.findall(r"^```sh\n(.*?)^```$", found[2], re.M | re.S)
     return [re.sub(r"^apt .*\n", "", block, flags=re.M) for block in shown]
 
 
-def block(title: str, mark: str) -> str:
+def block(title: str, mark: str, document: str = "README.md") -> str:
     """The only one that holds `mark`."""
-    found = [text for text in blocks(title) if mark in text]
+    found = [text for text in blocks(title, document) if mark in text]
     check(len(found) == 1, f"{len(found)} blocks with {mark!r} under {title!r}")
     return found[0]
 
@@ -260,6 +260,38 @@ def upgraded(machine: Machine, token: str) -> None:
             machine.do(text)
             check(machine.show("ActiveState") == "active", "not active after", text)
             check(machine.ask("/v1/hosts", token)[0] == 200, "does not answer after", text)
+
+
+OPERATIONS = "docs/operations.md"
+
+
+def operated(machine: Machine, token: str) -> None:
+    """The lines of docs/operations.md: doctor, backups and one that is restored."""
+    machine.do("mkdir -p /etc/cron.daily; " + block("Backup and restore", "cron.daily", OPERATIONS))
+    said = machine.do(block("Backup and restore", "doctor", OPERATIONS))
+    check("a controller runs on it" in said and "DEPLOYBOT_TOKEN is set" in said, "doctor said", said)
+    machine.do("/etc/cron.daily/deploybot; cd /var/backups/deploybot; mv ?.db any; mv any 1.db")
+    machine.do(block("Backup and restore", "restore", OPERATIONS))
+    check(machine.ask("/v1/hosts", token)[0] == 200, "does not answer from a backup")
+    owners = machine.do("stat -c '%U %a' /var/lib/private/deploybot/deploybot.db*")
+    check(set(owners.splitlines()) == {"deploybot 600"}, "the restored database belongs to", owners)
+
+
+def encrypted(machine: Machine, token: str) -> None:
+    """A certificate of its own as README.md installs it, a renewal by the hook, and port 443."""
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 9 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
+    machine.do(f"{make} -keyout privkey.pem -out fullchain.pem 2>&1")
+    machine.do(block("A certificate of its own", "tls_cert"))
+    ask = f"curl -s --cacert /root/new/fullchain.pem -H 'Authorization: Bearer {token}' -o /dev/null -w '%{{http_code}}'"
+    check(machine.do(f"{ask} https://localhost:8443/v1/hosts") == "200", "no TLS on 8443")
+    machine.do("mkdir -p /etc/letsencrypt/renewal-hooks/deploy; " + block("TLS", "renewal-hooks", OPERATIONS))
+    machine.do(f"{make} -keyout privkey.pem -out fullchain.pem 2>&1")
+    machine.do("RENEWED_LINEAGE=/root/new /etc/letsencrypt/renewal-hooks/deploy/deploybot")
+    check(machine.do(f"{ask} https://localhost:8443/v1/hosts") == "200", "the renewed certificate is not in force")
+    machine.do("sed -i /DEPLOYBOT_PORT/d /etc/deploybot/deploybot.env; " + block("TLS", "CAP_NET_BIND_SERVICE", OPERATIONS))
+    check(machine.do(f"{ask} https://localhost/v1/hosts") == "200", "no TLS on 443")
+    status = machine.do(f"cat /proc/{machine.show('MainPID')}/status")
+    check("CapEff:\t0000000000000400" in status, "it has other capabilities than that of low ports")
 
 
 CROWD = """
@@ -347,19 +379,23 @@ def prove(proof: Proof) -> None:
         check(machine.ask("/v1/hosts", "dbt_other")[0] == 401, "another token counts")
         rights(machine, token)
         reloaded(machine, token)
-        proof.figure("again after kill -9", restarted(machine, "kill -KILL", 30))
         dropin = machine.root / "etc/systemd/system/deploybot.service.d/proof.conf"
         dropin.parent.mkdir()
-        dropin.write_text("[Service]\nWatchdogSec=3\n")
+        dropin.write_text("[Service]\nWatchdogSec=3\nRestartSec=1\n")
         machine.do("systemctl daemon-reload; systemctl restart deploybot")
+        proof.figure("again after kill -9, RestartSec=1", restarted(machine, "kill -KILL", 30))
         proof.figure("again after kill -STOP, WatchdogSec=3", restarted(machine, "kill -STOP", 60))
         proof.say("killed, stopped, back each time")
         dropin.unlink()
         machine.do("systemctl daemon-reload")
         upgraded(machine, token)
         proof.say("upgraded, and back")
+        operated(machine, token)
+        proof.say("looked over, backed up, restored")
         if proof.full:
             crowded(machine, proof)
+        encrypted(machine, token)
+        proof.say("encrypted, on port 443")
         machine.do("systemctl stop deploybot")
         check(machine.show("Result") == "success", "the stop ended as", machine.show("Result"))
         proof.figure("systemd", machine.do("systemctl --version").split("\n", 1)[0])
