@@ -2516,12 +2516,13 @@ class Jobs:
     def __init__(self, store: Store, queue: JobQueue, hub: EventHub, apps: Apps, metrics: Metrics, config: Config, clock: Clock):
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
-        # Guards the four below; held for look-ups and assignments, never while something is waited for.
-        self._lock = threading.Lock()
+        # The four below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
+        # read without a lock, by single look-ups and list().
         self._agents: dict[str, Agent] = {}  # by id
         self._by_host: dict[str, Agent] = {}
         self._hosts_by_secret: dict[str, str] = {}  # SHA-256 of a secret to its host
         self._leases: dict[str, dict[str, Lease]] = {}  # host to job id to lease
+        self._lock = threading.Lock()  # guards Lease.answered: of two heartbeats one gets the job again
         self._flushed = clock.monotonic()
         self._ticks = itertools.count(1)  # orders the coming of heartbeats and the writing of answers
         self._retained = ""  # the last job that the walk over the old ones looked at
@@ -2650,8 +2651,7 @@ class Jobs:
                 lease.answered = next(self._ticks)
 
     def _agent(self, agent_id: str) -> Agent:
-        with self._lock:
-            agent = self._agents.get(agent_id)
+        agent = self._agents.get(agent_id)
         if agent is None:
             raise NotFound(f"no agent {agent_id[:100]}: register again")
         return agent
@@ -2670,8 +2670,7 @@ class Jobs:
         return agent
 
     def _leases_of(self, host: str) -> list[Lease]:
-        with self._lock:
-            return list(self._leases.get(host, {}).values())
+        return list(self._leases.get(host, {}).values())
 
     def _settle(self, agent: Agent, beat: Heartbeat) -> None:
         """What an older session ran: goes on where the agent still holds it, else it has crashed with the agent."""
@@ -2906,10 +2905,9 @@ class Jobs:
 
     def _warning(self, job: Job, asked: JobRequest) -> str | None:
         """What a person would want to know of a job that was taken all the same."""
-        with self._lock:
-            agent = self._by_host.get(job.host)
-            hosts = [] if agent else list(self._by_host)
+        agent = self._by_host.get(job.host)
         if agent is None:
+            hosts = list(self._by_host)
             longer = sorted(host for host in hosts if host.startswith(job.host + "."))
             return f"no agent has registered as {job.host}{nearest(job.host, longer[:1] or hosts)}"
         if agent.drained:
@@ -3014,15 +3012,12 @@ class Jobs:
         """These, or all that have an agent or open jobs."""
         with self.store.read() as db:
             counts = {(host, status): count for host, status, count in db.open_counts(*names)}
-        with self._lock:
-            agents = {name: self._by_host.get(name) for name in names} if names else dict(self._by_host)
+        agents = {name: self._by_host.get(name) for name in names} if names else dict(self._by_host)
         shown = sorted(agents.keys() | {host for host, _ in counts})
         return [self._host(name, agents.get(name), counts) for name in shown]
 
     def _no_host(self, hostname: str) -> Any:
-        with self._lock:
-            known = list(self._by_host)
-        raise NotFound(f"no agent has registered as {hostname}{nearest(hostname, known)}")
+        raise NotFound(f"no agent has registered as {hostname}{nearest(hostname, list(self._by_host))}")
 
     def _host(self, name: str, agent: Agent | None, counts: Mapping[tuple[str, str], int]) -> dict[str, Any]:
         return {
@@ -3076,19 +3071,18 @@ class Jobs:
     def excuse(self, away: float) -> None:
         """The controller was stopped for so many seconds, and nobody could reach it: no agent is to blame for them."""
         now = self.clock.monotonic()
-        with self._lock:
-            for held in self._leases.values():
-                for lease in held.values():
-                    lease.since, lease.deadline = now, lease.deadline + away
+        for lease in self._all_leases():
+            lease.since, lease.deadline = now, lease.deadline + away
+
+    def _all_leases(self) -> list[Lease]:
+        return [lease for held in list(self._leases.values()) for lease in list(held.values())]
 
     def sweep(self) -> None:
         """What time brings: lost agents, jobs over their time, pending jobs that waited too long. Called about once a second."""
         now = self.clock.monotonic()
-        with self._lock:
-            leases = [lease for held in self._leases.values() for lease in held.values()]
-            contacts = {host: agent.contact for host, agent in self._by_host.items()}
-        for lease in leases:
-            quiet = now - max(lease.since, contacts.get(lease.host, 0.0))
+        for lease in self._all_leases():
+            agent = self._by_host.get(lease.host)
+            quiet = now - max(lease.since, agent.contact if agent else 0.0)
             if now > lease.deadline:
                 error = "ran for longer than its timeout, and the agent did not say so"
                 self._close(lease, Status.FAILED, Reason.TIMEOUT, error)
@@ -3138,8 +3132,7 @@ class Jobs:
     def flush_contacts(self) -> None:
         self._flushed = self.clock.monotonic()
         seen, self._seen = self._seen, set()
-        with self._lock:
-            agents = [self._agents[agent_id] for agent_id in list(seen) if agent_id in self._agents]
+        agents = [agent for agent in map(self._agents.get, list(seen)) if agent]
         for agent in agents:
             agent.last_heartbeat = self._last_seen(agent)
         if agents:
@@ -3271,21 +3264,19 @@ class Jobs:
         return ended
 
     def _remember(self, agent: Agent) -> None:
-        with self._lock:
-            old = self._by_host.get(agent.hostname)
-            if old and not agent.contact:  # read from the database just now
-                agent.contact, agent.told, agent.online = old.contact, old.told, old.online and agent.session != ""
-            self._agents[agent.id] = self._by_host[agent.hostname] = agent
-            if old and old.token_sha256:
-                self._hosts_by_secret.pop(old.token_sha256, None)
-            if agent.token_sha256:
-                self._hosts_by_secret[agent.token_sha256] = agent.hostname
+        old = self._by_host.get(agent.hostname)
+        if old and not agent.contact:  # read from the database just now
+            agent.contact, agent.told, agent.online = old.contact, old.told, old.online and agent.session != ""
+        self._agents[agent.id] = self._by_host[agent.hostname] = agent
+        if old and old.token_sha256:
+            self._hosts_by_secret.pop(old.token_sha256, None)
+        if agent.token_sha256:
+            self._hosts_by_secret[agent.token_sha256] = agent.hostname
 
     def _forget(self, hostname: str) -> None:
-        with self._lock:
-            agent = self._by_host.pop(hostname)
-            self._agents.pop(agent.id, None)
-            self._hosts_by_secret.pop(agent.token_sha256 or "", None)
+        agent = self._by_host.pop(hostname)
+        self._agents.pop(agent.id, None)
+        self._hosts_by_secret.pop(agent.token_sha256 or "", None)
         self.queue.wake(hostname)
 
     def host_of_secret(self, digest: str) -> str | None:
@@ -3296,30 +3287,22 @@ class Jobs:
         ran = max(0.0, self.clock.now() - unix_time(job.started_at or job.created_at))
         lease = Lease(job.id, job.host, job.app, job.attempt, job.session, now, now - ran + job.timeout + GRACE)
         lease.cancel, lease.answered = job.cancel_requested_at is not None, answered
-        with self._lock:
-            self._leases.setdefault(job.host, {})[job.id] = lease
+        self._leases.setdefault(job.host, {})[job.id] = lease
 
     def _release(self, job: Job) -> None:
-        with self._lock:
-            held = self._leases.get(job.host, {})
-            held.pop(job.id, None)
-            if not held:
-                self._leases.pop(job.host, None)
+        self._leases.get(job.host, {}).pop(job.id, None)
 
     def _tell_cancel(self, job: Job) -> None:
-        with self._lock:
-            lease = self._leases.get(job.host, {}).get(job.id)
-            if lease:
-                lease.cancel = True
+        lease = self._leases.get(job.host, {}).get(job.id)
+        if lease:
+            lease.cancel = True
         self.queue.wake(job.host)
 
     def gauges(self) -> dict[str, float]:
-        with self._lock:
-            agents = list(self._agents.values())
-            running = sum(map(len, self._leases.values()))
+        agents = list(self._agents.values())
         return {
             "deploybot_queue_jobs": self.queue.depth(),
-            "deploybot_running_jobs": running,
+            "deploybot_running_jobs": len(self._all_leases()),
             "deploybot_agents_online": sum(map(self.is_online, agents)),
             "deploybot_agents_registered": len(agents),
         }
