@@ -8,7 +8,9 @@ import http.client
 import json
 import os
 import signal
+import socket
 import sqlite3
+import threading
 import time
 import urllib.parse
 
@@ -142,9 +144,7 @@ class Controller:
         return self.ok("POST", f"/v1/jobs/{job['id']}/logs", body)
 
     def end(self, job, status="success", **more):
-        return self.ok("POST", f"/v1/jobs/{job['id']}/result", {"attempt": job["attempt"], "status": status, **more})[
-            "job"
-        ]
+        return self.ok("POST", f"/v1/jobs/{job['id']}/result", {"attempt": job["attempt"], "status": status, **more})["job"]
 
     def lines(self, job, **query):
         """Every stored line of a job."""
@@ -157,7 +157,8 @@ class Controller:
 
 
 class EventStream:
-    """One SSE connection, read event by event."""
+    """One SSE connection, read event by event. It is cut at a time: comments come for ever, so no time-out of a socket ends a wait
+    for an event that does not."""
 
     def __init__(self, controller, path="/v1/logs/stream", last_id=None, timeout=10, headers=None):
         self.connection = http.client.HTTPConnection("127.0.0.1", controller.port, timeout=timeout)
@@ -167,6 +168,15 @@ class EventStream:
         self.connection.request("GET", path, headers=sent)
         self.answer = self.connection.getresponse()
         self.status = self.answer.status
+        self.was_cut = False
+        self.watch = threading.Timer(max(20, timeout), self.cut, [self.connection.sock])
+        self.watch.daemon = True
+        self.watch.start()
+
+    def cut(self, connection):
+        self.was_cut = True
+        with contextlib.suppress(OSError, AttributeError):
+            connection.shutdown(socket.SHUT_RDWR)
 
     def __iter__(self):
         event = {}
@@ -181,6 +191,7 @@ class EventStream:
                 event[name] = value
 
     def close(self):
+        self.watch.cancel()
         self.connection.close()
 
     def __enter__(self):

@@ -132,11 +132,7 @@ def test_the_example_that_is_shipped_is_good():
 def test_an_app_without_entry_has_a_name_of_its_own():
     assert deploybot.app_without_entry("MyOrg/Web", None).name == "myorg--web"
     long = [deploybot.app_without_entry(f"{'o' * 90}/{'n' * 90}{end}", None).name for end in "ab"]
-    for name in [
-        *long,
-        deploybot.app_without_entry("o/_x", None).name,
-        deploybot.app_without_entry("O/.github", None).name,
-    ]:
+    for name in [*long, deploybot.app_without_entry("o/_x", None).name, deploybot.app_without_entry("O/.github", None).name]:
         assert deploybot.is_app(name) is None
     assert long[0] != long[1]
 
@@ -200,9 +196,7 @@ def test_a_json_value_that_looks_like_a_key_is_none(refused, without_yaml):
 
 
 def test_every_mistake_is_told_at_once_in_order_of_lines(refused):
-    text = (
-        "apps:\n- name: A\n  repo: x\n- repo: o/n\n  hosts: [h]\n- 7\n- name: c\n  repo: o/c\n  hosts: [h]\n  hots: 1\n"
-    )
+    text = "apps:\n- name: A\n  repo: x\n- repo: o/n\n  hosts: [h]\n- 7\n- name: c\n  repo: o/c\n  hosts: [h]\n  hots: 1\n"
     told = refused(text)
     assert told == sorted(told)
     assert {(line, message.partition(":")[0]) for line, message in told} == {
@@ -275,9 +269,7 @@ def test_broken_yaml_has_one_message_of_one_line(refused, text, line):
     assert message.isprintable()
 
 
-@pytest.mark.parametrize(
-    ("data", "line"), [(b"\xff", 1), (b"apps:\n\n- name: \xff\n", 3), ('{"apps": []}'.encode("utf-16"), 1)]
-)
+@pytest.mark.parametrize(("data", "line"), [(b"\xff", 1), (b"apps:\n\n- name: \xff\n", 3), ('{"apps": []}'.encode("utf-16"), 1)])
 def test_what_is_not_utf_8_is_told_with_its_line(refused, data, line):
     assert refused(data) == [(line, "is not UTF-8")]
 
@@ -302,9 +294,7 @@ def test_an_alias_bomb_does_not_grow(refused, place):
     tracemalloc.start()
     try:
         told = refused(bomb + "apps:\n" + place)
-        assert (
-            tracemalloc.get_traced_memory()[1] < 1_000_000
-        )  # written out it is more than 2 MB, and 80 times as much per level
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000  # written out it is more than 2 MB, and 80 times as much per level
     finally:
         tracemalloc.stop()
     assert max(len(message) for _, message in told) < 500
@@ -322,14 +312,7 @@ def test_broken_json_without_pyyaml_is_told_as_json(refused, without_yaml):
     assert "PyYAML" not in message
 
 
-URLS = [
-    "https://github.com/o/n.git",
-    "ssh://git@host:22/o/n",
-    "git@github.com:o/n.git",
-    "/srv/git/n.git",
-    "../n",
-    "file:///srv/n",
-]
+URLS = ["https://github.com/o/n.git", "ssh://git@host:22/o/n", "git@github.com:o/n.git", "/srv/git/n.git", "../n", "file:///srv/n"]
 BAD_URLS = [
     "",
     "-x",
@@ -378,11 +361,7 @@ def test_a_command_is_text_that_can_be_stored_and_run(refused, command):
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, deploybot.__file__, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
+        [sys.executable, deploybot.__file__, *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False
     )
 
 

@@ -13,19 +13,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = ("deploybot", "agent", "ctl")
-SECTIONS = (
-    "Errors",
-    "Config",
-    "Models",
-    "Apps",
-    "Store",
-    "JobQueue",
-    "EventHub",
-    "Metrics",
-    "Auth",
-    "Webhooks",
-    "Jobs",
-)
+SECTIONS = ("Errors", "Config", "Models", "Apps", "Store", "JobQueue", "EventHub", "Metrics", "Auth", "Webhooks", "Jobs")
 SECTIONS += ("Deployments", "HTTP", "Routes", "Main")
 LATER = {"Deployments"}  # sections of design.md that are not built yet
 BANNER = re.compile(r"^# -{60,}\n# (\w+)\n# Owns .+\n(?:# .+\n)*?# -{60,}\n", re.MULTILINE)
@@ -65,9 +53,7 @@ def sections_naming(*names):
     """{section} in which any of these names or attributes is used."""
     lines = set()
     for node in ast.walk(tree("deploybot")):
-        if (isinstance(node, ast.Name) and node.id in names) or (
-            isinstance(node, ast.Attribute) and node.attr in names
-        ):
+        if (isinstance(node, ast.Name) and node.id in names) or (isinstance(node, ast.Attribute) and node.attr in names):
             lines.add(node.lineno)
     return {section_of(line) for line in lines}
 
@@ -87,9 +73,7 @@ def imports(node):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_only_the_standard_library_is_imported(name):
-    foreign = {
-        (module, top) for module, top in imports(tree(name)) if module.partition(".")[0] not in sys.stdlib_module_names
-    }
+    foreign = {(module, top) for module, top in imports(tree(name)) if module.partition(".")[0] not in sys.stdlib_module_names}
     assert foreign <= ({("yaml", False)} if name == "deploybot" else set())
 
 
@@ -100,9 +84,7 @@ def test_no_program_imports_another(name):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_nothing_is_loaded_or_run_by_text(name):
-    called = {
-        node.func.id for node in ast.walk(tree(name)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-    }
+    called = {node.func.id for node in ast.walk(tree(name)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert not called & {"eval", "exec", "__import__", "compile"}
 
 
@@ -212,22 +194,14 @@ def test_every_banner_says_what_it_owns_and_ignores():
 
 def test_the_store_alone_knows_sqlite():
     assert sections_naming("sqlite3") == {"Store"}
-    texts = [
-        node for node in ast.walk(tree("deploybot")) if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    ]
-    sql = re.compile(
-        r"\b(SELECT .+ FROM|INSERT (OR \w+ )?INTO|UPDATE \w+ SET|DELETE FROM|PRAGMA|BEGIN|COMMIT|ROLLBACK)\b"
-    )
+    texts = [node for node in ast.walk(tree("deploybot")) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    sql = re.compile(r"\b(SELECT .+ FROM|INSERT (OR \w+ )?INTO|UPDATE \w+ SET|DELETE FROM|PRAGMA|BEGIN|COMMIT|ROLLBACK)\b")
     documents = {
         id(node.body[0].value)
         for node in ast.walk(tree("deploybot"))
-        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module)
-        and node.body
-        and isinstance(node.body[0], ast.Expr)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and node.body and isinstance(node.body[0], ast.Expr)
     }
-    assert {section_of(node.lineno) for node in texts if sql.search(node.value) and id(node) not in documents} == {
-        "Store"
-    }
+    assert {section_of(node.lineno) for node in texts if sql.search(node.value) and id(node) not in documents} == {"Store"}
 
 
 def test_http_and_sockets_stay_in_http_routes_and_main():
@@ -246,10 +220,7 @@ def test_jobs_know_no_argv_and_routes_no_store_of_their_own():
 
 
 def test_the_queue_and_the_hub_know_no_sql_and_no_jobs():
-    for section, forbidden in (
-        ("JobQueue", ("Job", "Store", "Event", "Queries")),
-        ("EventHub", ("Job", "Store", "Queries")),
-    ):
+    for section, forbidden in (("JobQueue", ("Job", "Store", "Event", "Queries")), ("EventHub", ("Job", "Store", "Queries"))):
         for name in forbidden:
             assert section not in sections_naming(name), (section, name)
 
@@ -343,9 +314,7 @@ def test_no_test_hook_print_or_leftover_stands_in_a_program(name):
 
 def test_the_controller_prints_only_where_a_person_asked():
     lines = [
-        node.lineno
-        for node in ast.walk(tree("deploybot"))
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+        node.lineno for node in ast.walk(tree("deploybot")) if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
     ]
     assert {section_of(line) for line in lines} <= {"Main"}
 

@@ -59,8 +59,7 @@ class Stage:
         """All that an action can change, but for the audit."""
         with self.c.daemon.store.read() as db:
             tables = {
-                name: db.rows(f"SELECT * FROM {name}")
-                for name in ("agents", "jobs", "events", "deliveries", "pushes", "releases")
+                name: db.rows(f"SELECT * FROM {name}") for name in ("agents", "jobs", "events", "deliveries", "pushes", "releases")
             }
             # the last use of a token is written at any time
             tables["tokens"] = db.rows("SELECT id, sha256 FROM tokens")
@@ -99,9 +98,7 @@ ACTIONS = {
     ),
     "host.enrol (rotated)": (
         "agent:web-01",
-        lambda s: s.c.acting("own").call(
-            "POST", "/v1/agents/register", {"hostname": "web-01", "token_sha256": OWN[::-1]}
-        ),
+        lambda s: s.c.acting("own").call("POST", "/v1/agents/register", {"hostname": "web-01", "token_sha256": OWN[::-1]}),
         *(lambda s, _: "web-01", ""),
     ),
     "host.drain": ("ada", lambda s: s.op.call("POST", "/v1/hosts/WEB-01/drain"), lambda s, _: "web-01", ""),
@@ -290,9 +287,7 @@ def test_filters_narrow_together_and_by_the_whole_word(filled):
 
 def test_by_default_a_page_has_a_hundred(c):
     row = ("2026-01-01T00:00:00.000Z", "ada", "192.0.2.1", "push", "o/n", "")
-    c.daemon.store.write(
-        lambda tx: [tx.rows("INSERT INTO audit VALUES (NULL, ?, ?, ?, ?, ?, ?)", *row) for _ in range(101)]
-    )
+    c.daemon.store.write(lambda tx: [tx.rows("INSERT INTO audit VALUES (NULL, ?, ?, ?, ?, ?, ?)", *row) for _ in range(101)])
     page = c.ok("GET", "/v1/audit")
     assert (len(page["audit"]), len(audit(c, f"?before={page['next']}"))) == (100, 1)
 

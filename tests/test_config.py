@@ -42,15 +42,12 @@ def test_a_flag_wins_over_the_environment_and_that_over_the_default():
 def test_every_problem_is_told_at_once_with_its_source():
     told = problems({"DEPLOYBOT_LOST_AFTER": "soon", "DEPLOYBOT_TOKEN_FILE": "/nowhere/t"}, port="x", log_level="loud")
     assert len(told) == 4
-    for part, line in zip(
-        ("--port: 'x'", "--log-level: 'loud'", "DEPLOYBOT_LOST_AFTER: 'soon'", "/nowhere/t"), told, strict=True
-    ):
+    for part, line in zip(("--port: 'x'", "--log-level: 'loud'", "DEPLOYBOT_LOST_AFTER: 'soon'", "/nowhere/t"), told, strict=True):
         assert part in line
 
 
 @pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("200ms", 0.2), ("30s", 30), ("30", 30), ("1.5m", 90), ("2h", 7200), ("3d", 259200), ("0.001s", 0.001)],
+    ("text", "seconds"), [("200ms", 0.2), ("30s", 30), ("30", 30), ("1.5m", 90), ("2h", 7200), ("3d", 259200), ("0.001s", 0.001)]
 )
 def test_durations(text, seconds):
     assert deploybot.duration(text) == pytest.approx(seconds)
@@ -148,9 +145,7 @@ def test_credentials_of_systemd_are_read(tmp_path):
         (tmp_path / f"deploybot_{name}").write_text(f" of-{name}\n")
     env = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
     config = load(env)
-    assert {name: getattr(config, name) for name in deploybot.SECRETS} == {
-        name: f"of-{name}" for name in deploybot.SECRETS
-    }
+    assert {name: getattr(config, name) for name in deploybot.SECRETS} == {name: f"of-{name}" for name in deploybot.SECRETS}
     assert load({**env, "DEPLOYBOT_READ_TOKEN": "mine"}).read_token == "mine", "what is said counts"
     assert (config.tls_cert, config.tls_key) == (None, None)
     for name in ("tls_cert", "tls_key"):
@@ -206,6 +201,4 @@ def test_a_token_is_what_a_header_can_carry():
     for name in ("TOKEN", "AGENT_TOKEN", "READ_TOKEN"):
         for value in ("two words", "a\tb", "é", "a\nb"):
             assert f"DEPLOYBOT_{name}" in problems({f"DEPLOYBOT_{name}": value})[0]
-    assert (
-        load({"DEPLOYBOT_WEBHOOK_SECRET": "It's a Secret to Everybody"}).webhook_secret == "It's a Secret to Everybody"
-    )
+    assert load({"DEPLOYBOT_WEBHOOK_SECRET": "It's a Secret to Everybody"}).webhook_secret == "It's a Secret to Everybody"

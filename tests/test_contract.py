@@ -67,9 +67,7 @@ def wrong_fields(answer):
 
 
 def test_registration_and_heartbeat(controller):
-    status, agent = controller.call(
-        "POST", "/v1/agents/register", {"hostname": "Test-Host", "capabilities": {"os": "linux"}}
-    )
+    status, agent = controller.call("POST", "/v1/agents/register", {"hostname": "Test-Host", "capabilities": {"os": "linux"}})
     assert status == 200
     assert (agent["hostname"], agent["capabilities"], agent["slots"]) == ("test-host", {"os": "linux"}, 1)
     assert agent["status"] == "online" and agent["session"]
@@ -123,9 +121,7 @@ def test_a_job_on_heartbeat(controller):
 def test_idempotency(controller):
     first = controller.create()
     for same in ({}, {"repo": "MyOrg/App"}, {"host": "WEB-01"}):
-        status, answer = controller.call(
-            "POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": "web-01", **same}
-        )
+        status, answer = controller.call("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": "web-01", **same})
         assert (status, answer["created"], answer["job"]["id"]) == (201, False, first["id"])
     for other in ({"ref": "dev"}, {"host": "web-02"}, {"repo": "myorg/other"}, {"app": "mine"}, {"force": True}):
         assert controller.create(**other)["id"] != first["id"]

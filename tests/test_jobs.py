@@ -29,9 +29,7 @@ def claimed(c, host="web-01", **more):
 
 
 def result(c, job, status="success", attempt=None, **more):
-    return c.call(
-        "POST", f"/v1/jobs/{job['id']}/result", {"attempt": attempt or job["attempt"], "status": status, **more}
-    )
+    return c.call("POST", f"/v1/jobs/{job['id']}/result", {"attempt": attempt or job["attempt"], "status": status, **more})
 
 
 def holding(*jobs):

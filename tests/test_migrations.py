@@ -104,9 +104,7 @@ def shape(path):
     with connect(path) as db:
         rows = db.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY type, name").fetchall()
         version = db.execute("PRAGMA user_version").fetchone()[0]
-    return version, [
-        (*row[:3], " ".join((row[3] or "").replace("(", " ( ").replace(")", " ) ").split())) for row in rows
-    ]
+    return version, [(*row[:3], " ".join((row[3] or "").replace("(", " ( ").replace(")", " ) ").split())) for row in rows]
 
 
 def columns(path):
@@ -179,9 +177,7 @@ def test_a_step_is_taken_once(fresh, with_step):
     assert shape(fresh)[0] == len(MIGRATIONS) + 1
 
 
-@pytest.mark.parametrize(
-    "bad", ["INSERT INTO nowhere VALUES (1)", "this is no SQL", "INSERT INTO meta VALUES ('epoch', 'x')"]
-)
+@pytest.mark.parametrize("bad", ["INSERT INTO nowhere VALUES (1)", "this is no SQL", "INSERT INTO meta VALUES ('epoch', 'x')"])
 def test_a_failing_step_leaves_the_old_version_whole(fresh, with_step, bad):
     before = shape(fresh)
     with_step("CREATE TABLE extra (a INTEGER) STRICT", "UPDATE meta SET value = 'changed'", bad)

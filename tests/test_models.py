@@ -60,37 +60,8 @@ GOOD = {
 BAD = {
     deploybot.is_repo: ["", "a", "a/", "/b", "a/b/c", "a/.", "a/..", "../b", ".a/b", "-a/b", "a b/c", "a/b\n", "ä/b"]
     + ["a/b?x", "a//b", "a/b#", "a\0/b", "a" * 101 + "/b", "a/" + "b" * 101, "a/٣"],
-    deploybot.is_ref: [
-        "",
-        "-x",
-        "--upload-pack=x",
-        ".a",
-        "/a",
-        "a/",
-        "a.",
-        "a..b",
-        "a//b",
-        "a/.b",
-        "a.lock",
-        "a.lock/b",
-    ]
-    + [
-        "@",
-        "a@{0}",
-        "a b",
-        "a~1",
-        "a^",
-        "a:b",
-        "a?b",
-        "a*",
-        "a[b",
-        "a\\b",
-        "a\n",
-        "a\0",
-        "\x1b[31m",
-        "a\x7f",
-        "a\u202eb",
-    ]
+    deploybot.is_ref: ["", "-x", "--upload-pack=x", ".a", "/a", "a/", "a.", "a..b", "a//b", "a/.b", "a.lock", "a.lock/b"]
+    + ["@", "a@{0}", "a b", "a~1", "a^", "a:b", "a?b", "a*", "a[b", "a\\b", "a\n", "a\0", "\x1b[31m", "a\x7f", "a\u202eb"]
     + ["x" * 256, "a\u2028b", "a\x85"],
     deploybot.is_host: ["", "-a", "a-", "a.", ".a", "a..b", "a_b", "a b", "a/b", "a\n", "A", "ä", "a:80", "a" * 64]
     + [".".join(["a" * 63] * 4), "a\0", "٣", "a.-b"],
@@ -302,9 +273,7 @@ def test_a_heartbeat_is_checked_whole():
         *("status", "session", "running[0].job_id", "running[0].attempt", "running[1]", "wait")
     }
     assert "running" in errors_of(Heartbeat.parse, {"status": "online", "running": running * 129})
-    assert "running[0].job_id" in errors_of(
-        Heartbeat.parse, {"status": "online", "running": [{"job_id": [], "attempt": 1}]}
-    )
+    assert "running[0].job_id" in errors_of(Heartbeat.parse, {"status": "online", "running": [{"job_id": [], "attempt": 1}]})
 
 
 def test_log_lines_have_defaults():
@@ -315,15 +284,7 @@ def test_log_lines_have_defaults():
 
 @pytest.mark.parametrize(
     "stamp",
-    [
-        "",
-        "now",
-        "2026-11-23",
-        "2026-11-23T13:13:37",
-        "2026-11-23 13:13:37Z",
-        "2026-11-23T13:13:37Z\n",
-        "٢٠٢٦-11-23T13:13:37Z",
-    ]
+    ["", "now", "2026-11-23", "2026-11-23T13:13:37", "2026-11-23 13:13:37Z", "2026-11-23T13:13:37Z\n", "٢٠٢٦-11-23T13:13:37Z"]
     + ["2026-99-99T99:99:99Z", "2026-02-30T00:00:00Z"],
 )
 def test_a_timestamp_is_a_time(stamp):
@@ -501,11 +462,7 @@ def test_times_go_to_text_and_back(seconds):
 
 
 def test_readers_of_a_job_see_neither_its_spec_nor_its_session():
-    values = dict.fromkeys(deploybot.Job._fields) | {
-        "metadata": '{"a":1}',
-        "spec": '{"build":"hunter2"}',
-        "session": "s3cr3t",
-    }
+    values = dict.fromkeys(deploybot.Job._fields) | {"metadata": '{"a":1}', "spec": '{"build":"hunter2"}', "session": "s3cr3t"}
     job = deploybot.Job(**values)
     assert job.public()["metadata"] == {"a": 1}
     assert not {"hunter2", "s3cr3t"} & set(re.findall(r"\w+", json.dumps(job.public())))

@@ -430,30 +430,16 @@ JOB = job(1).id
 QUERIES = {
     "agent_of": [("web-01",)],
     "agents": [()],
-    "audit": [
-        ({}, None, 101),
-        ({}, 500, 101),
-        ({"who": "github"}, None, 101),
-        ({"action": "push", "who": "github"}, 9, 5),
-    ],
+    "audit": [({}, None, 101), ({}, 500, 101), ({"who": "github"}, None, 101), ({"action": "push", "who": "github"}, 9, 5)],
     "delivery": [("x", "y")],
     "events": [(EventFilter(), 2990, 3100), (EventFilter(job_id=JOB), 0, 9000), (EventFilter("quiet"), 2990, 3100)],
     "expired": [(JOB, NOW)],
     "hosts_of_secret": [("0" * 64,)],
     "job": [(JOB,)],
     "jobs": [
-        *[
-            (equal, None, None, 20)
-            for equal in ({}, {"host": "web-01"}, {"app": "web"}, {"repo": "O/N"}, {"status": "success"})
-        ],
-        *[
-            ({"host": "quiet", "status": "success"}, None, None, 20),
-            ({"app": "quiet", "status": "success"}, None, None, 20),
-        ],
-        *[
-            ({"repo": "o/quiet", "status": "success"}, None, None, 20),
-            ({"host": "web-01", "app": "quiet"}, None, None, 20),
-        ],
+        *[(equal, None, None, 20) for equal in ({}, {"host": "web-01"}, {"app": "web"}, {"repo": "O/N"}, {"status": "success"})],
+        *[({"host": "quiet", "status": "success"}, None, None, 20), ({"app": "quiet", "status": "success"}, None, None, 20)],
+        *[({"repo": "o/quiet", "status": "success"}, None, None, 20), ({"host": "web-01", "app": "quiet"}, None, None, 20)],
         *[({}, "00000000-0000", None, 20), ({}, None, JOB, 20), ({"status": "pending"}, None, None, 20)],
     ],
     "last_job_id": [()],
@@ -542,9 +528,7 @@ def test_no_query_scans_jobs_or_events(aged, name, values):
     assert seen
     for sql in seen:
         for line in plan(aged._db, sql):
-            if (
-                line.startswith(("SCAN jobs", "SCAN events")) and "jobs_open" not in line
-            ):  # that index holds open jobs alone
+            if line.startswith(("SCAN jobs", "SCAN events")) and "jobs_open" not in line:  # that index holds open jobs alone
                 assert "DESC LIMIT" in sql and "TEMP B-TREE" not in str(plan(aged._db, sql)), (line, sql)
 
 
@@ -556,9 +540,7 @@ def test_the_duplicate_check_and_the_claim_read_open_jobs_alone(aged):
     aged._db.set_trace_callback(None)
     for sql in seen:
         assert all(
-            "jobs_open (host=?" in line or "jobs_running (host=?" in line
-            for line in plan(aged._db, sql)
-            if "jobs" in line
+            "jobs_open (host=?" in line or "jobs_running (host=?" in line for line in plan(aged._db, sql) if "jobs" in line
         ), sql
 
 

@@ -8,32 +8,12 @@ import socket
 import threading
 import time
 
-import conftest
 import pytest
-from conftest import wait_for
+from conftest import EventStream, wait_for
 
 import deploybot
 
 LIMIT = 20  # seconds after which what is waited for does not come
-
-
-class EventStream(conftest.EventStream):
-    """Ends after LIMIT: comments come for ever, so no time-out of a socket ends a wait for an event that does not."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.watch = threading.Timer(LIMIT, self.cut, [self.connection.sock])
-        self.watch.daemon = True
-        self.watch.start()
-
-    @staticmethod
-    def cut(connection):
-        with contextlib.suppress(OSError, AttributeError):
-            connection.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self.watch.cancel()
-        super().close()
 
 
 def running(c, host="web-01", repo="myorg/app", **more):
@@ -330,8 +310,7 @@ def test_nothing_is_lost_or_repeated_whatever_happens(controller):
     ids = [position(event) for event in seen]
     assert ids == sorted(expected), f"seed {seed}"
     told = {
-        position(e): (e["data"]["job_id"], text(e)) if e["event"] == "log" else (e["data"]["id"], e["data"]["status"])
-        for e in seen
+        position(e): (e["data"]["job_id"], text(e)) if e["event"] == "log" else (e["data"]["id"], e["data"]["status"]) for e in seen
     }
     assert told == expected, f"seed {seed}"
     for job in jobs:

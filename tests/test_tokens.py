@@ -327,7 +327,7 @@ def test_a_stream_ends_with_its_token(c, clock, how):
         else:
             revoke(c, token)
         c.create("secret")
-        assert list(stream) == [], "not even the event that came next"
+        assert (list(stream), stream.was_cut) == ([], False), "not even the event that came next"
 
 
 # -- sign-ins of browsers ----------------------------------------------------------------------------------------------

@@ -42,9 +42,7 @@ def deliver(controller, body, **headers):
     """(status, answer) of a signed delivery; a header of None is left out."""
     body = body if isinstance(body, bytes) else json.dumps(body).encode()
     sent = {"X-GitHub-Event": "push", "X-Hub-Signature-256": signature(body), "Authorization": None}
-    return controller.call(
-        "POST", PATH, body, sent | {name.replace("_", "-"): value for name, value in headers.items()}
-    )
+    return controller.call("POST", PATH, body, sent | {name.replace("_", "-"): value for name, value in headers.items()})
 
 
 def jobs(controller):
@@ -85,15 +83,7 @@ def test_no_secret_signs_nothing(setting):
 
 @pytest.mark.parametrize(
     "given",
-    [
-        "",
-        "sha256=",
-        signature(b"x")[7:],
-        signature(b"x").upper(),
-        signature(b"x")[:-1],
-        signature(b"x") + "0",
-        "sha1=" + "0" * 40,
-    ]
+    ["", "sha256=", signature(b"x")[7:], signature(b"x").upper(), signature(b"x")[:-1], signature(b"x") + "0", "sha1=" + "0" * 40]
     + [signature(b"y"), signature(b"x", "other"), "é" * 71, "sha256=" + "٣" * 64, " " + signature(b"x"), "\ud800"],
 )
 def test_what_is_no_signature_is_refused(given):
@@ -138,9 +128,7 @@ def test_two_secrets_over_the_wire(make_controller):
     controller = make_controller(webhook_secret="old,new")
     body = b"{}"
     for secret, status in (("old", 200), ("new", 200), ("third", 401)):
-        assert (
-            deliver(controller, body, X_GitHub_Event="ping", X_Hub_Signature_256=signature(body, secret))[0] == status
-        )
+        assert deliver(controller, body, X_GitHub_Event="ping", X_Hub_Signature_256=signature(body, secret))[0] == status
 
 
 # -- events ------------------------------------------------------------------------------------------------------------
@@ -167,10 +155,7 @@ def test_a_push_makes_a_job_for_each_host(hooked):
 
 
 def test_ping_is_answered(hooked):
-    assert deliver(hooked, {"zen": "x"}, X_GitHub_Event="ping") == (
-        200,
-        {"received": True, "jobs_created": [], "message": "pong"},
-    )
+    assert deliver(hooked, {"zen": "x"}, X_GitHub_Event="ping") == (200, {"received": True, "jobs_created": [], "message": "pong"})
 
 
 @pytest.mark.parametrize("kind", ["pull_request", "create", "x" * 300, "PUSH"])
@@ -219,8 +204,7 @@ def test_a_form_body_says_the_same(hooked):
 
 
 @pytest.mark.parametrize(
-    "body",
-    [b"", b"x", b"payload=", b"other=1", b"payload={", b"payload=%ff", b"\xff=1", b"&".join([b"a=1"] * 50), b"%"],
+    "body", [b"", b"x", b"payload=", b"other=1", b"payload={", b"payload=%ff", b"\xff=1", b"&".join([b"a=1"] * 50), b"%"]
 )
 def test_a_form_without_a_good_payload_is_malformed(hooked, body):
     assert deliver(hooked, body, Content_Type="application/x-www-form-urlencoded")[0] == 400
@@ -349,8 +333,7 @@ def test_hostile_messages_are_kept_as_text_and_cut(hooked, text):
 
 
 @pytest.mark.parametrize(
-    "branch",
-    ["-x", "--upload-pack=x", "a..b", "a b", "a\nb", "", "a@{1}", "a\\b", "x" * 300, "\x1b[31m", ".lock", "a.lock"],
+    "branch", ["-x", "--upload-pack=x", "a..b", "a b", "a\nb", "", "a@{1}", "a\\b", "x" * 300, "\x1b[31m", ".lock", "a.lock"]
 )
 def test_hostile_branches_are_refused(hooked, branch):
     controller = hooked
@@ -396,20 +379,8 @@ def test_the_clone_url_never_comes_from_the_push(controller):
 
 # -- secrets of apps ---------------------------------------------------------------------------------------------------
 
-OWN = {
-    "name": "own",
-    "repo": "myorg/web",
-    "hosts": ["own-01"],
-    "deploy_on_push": True,
-    "webhook_secret_file": "own.secret",
-}
-OTHER = {
-    "name": "other",
-    "repo": "evil/other",
-    "hosts": ["h"],
-    "deploy_on_push": True,
-    "webhook_secret_file": "other.secret",
-}
+OWN = {"name": "own", "repo": "myorg/web", "hosts": ["own-01"], "deploy_on_push": True, "webhook_secret_file": "own.secret"}
+OTHER = {"name": "other", "repo": "evil/other", "hosts": ["h"], "deploy_on_push": True, "webhook_secret_file": "other.secret"}
 
 
 @pytest.fixture
@@ -469,9 +440,7 @@ def test_without_a_secret_of_the_controller_an_app_with_its_own_is_served(make_c
 def test_while_a_secret_is_rotated_its_file_holds_both(guarded):
     guard(guarded, OWN, own="\n  new secret \r\n\nown secret\n")
     for number, secret in enumerate(("new secret", "own secret")):
-        assert signed(guarded, secret, payload(after=f"{number + 1}" * 40, before=f"{number + 3}" * 40))[1] == [
-            "own-01"
-        ]
+        assert signed(guarded, secret, payload(after=f"{number + 1}" * 40, before=f"{number + 3}" * 40))[1] == ["own-01"]
     assert signed(guarded, "new secret \r")[0] == 401
     guard(guarded, OWN, own="new secret")
     assert signed(guarded, "own secret", payload(after="8" * 40))[0] == 401
@@ -483,9 +452,7 @@ def test_a_redelivery_with_another_secret_is_not_answered_with_the_jobs(guarded)
     assert signed(guarded, "own secret", X_GitHub_Delivery="d-1")[1] == ["own-01"]
     evil = payload(repository={"full_name": "evil/other", "default_branch": "main"})
     assert signed(guarded, "other secret", X_GitHub_Delivery="d-1")[:2] == (200, [])
-    assert signed(guarded, "other secret", evil, X_GitHub_Delivery="d-1")[1] == ["h"], (
-        "another delivery, though of that id"
-    )
+    assert signed(guarded, "other secret", evil, X_GitHub_Delivery="d-1")[1] == ["h"], "another delivery, though of that id"
 
 
 def test_a_secret_file_that_is_none_is_a_mistake_with_its_line(controller, tmp_path):
@@ -552,9 +519,7 @@ def test_the_guard_outlives_a_restart_and_the_end_of_the_jobs(hooked):
     finish_all(hooked)
     hooked.restart()
     assert pushed(hooked, A, ZERO, 199) == LATE
-    assert pushed(hooked, A, ZERO, 199, X_GitHub_Delivery="again")[1].startswith(
-        "taken before, nothing new is made: ignored"
-    )
+    assert pushed(hooked, A, ZERO, 199, X_GitHub_Delivery="again")[1].startswith("taken before, nothing new is made: ignored")
 
 
 def test_two_pushes_of_one_second_are_told_apart_by_the_commit_before(hooked):
@@ -575,9 +540,7 @@ def test_a_forced_push_back_is_the_newest(hooked):
     pushed(hooked, B, A, 200)
     finish_all(hooked)
     assert pushed(hooked, A, B, 201)[0] == 2
-    assert (
-        pushed(hooked, B, A, 200, X_GitHub_Delivery="x")[0] in (0, 2) and hooked.job(jobs(hooked)[0]["id"])["ref"] == A
-    )
+    assert pushed(hooked, B, A, 200, X_GitHub_Delivery="x")[0] in (0, 2) and hooked.job(jobs(hooked)[0]["id"])["ref"] == A
 
 
 def test_each_branch_and_repository_has_an_order_of_its_own(controller):
