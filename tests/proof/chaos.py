@@ -28,6 +28,7 @@ COMMITS = 4
 LINES = 5  # that a script prints
 SCRIPT_BYTES = 120  # that a script writes into the ledger, about
 PATIENCE = 8.0  # seconds after which the next one is killed in any case
+STANDSTILL = 90  # seconds: longer than an agent waits for the answer of a controller that was killed
 APPS = ("whole", "steps")  # one with `deploy`, one with `build` and `activate`
 
 # The attempt stands in the name of the agent's tracking file; a script without one would be started untracked.
@@ -401,10 +402,15 @@ def prove(proof: Proof) -> None:
             return sum(1 for status in ("pending", "running") for _ in client.jobs(status=status))
         return 1 << 30
 
-    told = time.monotonic()
+    told = moved = time.monotonic()
+    size = 0
     while not (load.done.is_set() and open_jobs() <= max(5, jobs // 50)):
-        open_jobs()
         time.sleep(0.5)
+        if ledger.stat().st_size > size:
+            size, moved = ledger.stat().st_size, time.monotonic()
+        check(
+            time.monotonic() < moved + STANDSTILL, "no script has done anything for", STANDSTILL, "s;", open_jobs(), "jobs are open"
+        )
         if time.monotonic() > told + 60:
             told = time.monotonic()
             proof.say(f"{len(load.created):,} jobs made, {sum(chaos.kills.values()):,} kills")
