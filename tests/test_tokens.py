@@ -467,6 +467,15 @@ def test_of_many_sign_ins_with_one_token_the_oldest_goes(c, clock, monkeypatch):
     assert c.call("GET", "/v1/session", headers=browsers[-1])[0] == 200, "it hangs on the token alone"
 
 
+def test_at_the_limit_two_may_sign_in_at_once(c, monkeypatch):
+    """For both the oldest is the same one."""
+    monkeypatch.setattr(deploybot, "MAX_SESSIONS", 2)
+    for _ in range(2):
+        signed_in(c, "dbt_admin")
+    browsers = at_once(c, *[lambda: signed_in(c, "dbt_admin")] * 2)
+    assert [c.call("GET", "/v1/session", headers=one)[0] for one in browsers] == [200, 200]
+
+
 def test_a_token_that_is_sent_counts_for_more_than_the_cookie(c):
     browser = {**signed_in(c, "dbt_read"), "Authorization": "Bearer dbt_admin"}
     assert c.call("GET", "/v1/session", headers=browser)[1]["name"] == "admin"
