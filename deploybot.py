@@ -117,10 +117,8 @@ log = logging.getLogger("deploybot")
 T = TypeVar("T")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Errors
+# == Errors ============================================================================================================
 # Owns what can go wrong, as data. Ignores statuses and words of HTTP: a table near the server has them.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class DeployBotError(Exception):
@@ -204,10 +202,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     return f"; did you mean {found[0]}?" if found else ""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config
+# == Config ============================================================================================================
 # Owns every setting: flags over environment over defaults, all problems at once. Ignores what the settings do.
-# ----------------------------------------------------------------------------------------------------------------------
 
 TIMES = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZES = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
@@ -395,10 +391,8 @@ class Config:
 OPTIONS, SECRETS = options_of(Config), secrets_of(Config)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
+# == Models ============================================================================================================
 # Owns the shapes: what comes from outside becomes a model here, or one ValidationError. Ignores where it came from.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 Status = enum.StrEnum("Status", ["PENDING", "RUNNING", "SUCCESS", "FAILED", "CANCELLED"])
@@ -614,17 +608,16 @@ class Fields:
         if len(values) > limit:
             self.wrong(name, f"must have at most {limit} entries")
             return None
-        return [item for item in (self._item(name, i, value, read) for i, value in enumerate(values)) if item]
-
-    def _item(self, name: str, index: int, value: Any, read: Callable[[Fields], T]) -> T | None:
-        if len(self.errors) >= MAX_ERRORS:
-            return None
-        try:
-            fields = Fields(value, prefix=f"{self.prefix}{name}[{index}].")
-            return fields.done(read(fields))
-        except ValidationError as error:
-            self.errors.extend(error.errors)
-            return None
+        found = []
+        for index, value in enumerate(values):
+            try:
+                fields = Fields(value, prefix=f"{self.prefix}{name}[{index}].")
+                found.append(fields.done(read(fields)))
+            except ValidationError as error:
+                self.errors.extend(error.errors)
+            if len(self.errors) >= MAX_ERRORS:
+                break
+        return found
 
     def done(self, model: T) -> T:
         """The model, or ValidationError with all that was wrong."""
@@ -986,10 +979,8 @@ class TimeOrderedIds:
         return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Apps
+# == Apps ==============================================================================================================
 # Owns apps.yaml: from text to models, each mistake with its line. Ignores who reads them.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def clone_url(text: Any) -> str:
@@ -1256,10 +1247,8 @@ class Apps:
         return [app for app in self.all if app.repo.lower() == repo.lower()]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Store
+# == Store =============================================================================================================
 # Owns SQLite: schema, SQL, transactions. Ignores what the rows mean; the only place that knows `sqlite3`.
-# ----------------------------------------------------------------------------------------------------------------------
 
 # To change the schema: append a tuple of statements, never edit one that was released; put a database of the schema before
 # into tests/test_migrations.py. A migration runs in one transaction with its `user_version`, so it happened or it did not.
@@ -1859,10 +1848,8 @@ class Store:
         self._lock_file.close()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# JobQueue
+# == JobQueue ==========================================================================================================
 # Owns which job ids wait for which host. Ignores SQL, models, and what is done with a job.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Lane:
@@ -1959,10 +1946,8 @@ class JobQueue:
                 self._signal(lane)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# EventHub
+# == EventHub ==========================================================================================================
 # Owns the most recent events, in order of commit. Ignores who reads them and how they are framed.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def first_of(events: Iterable[Event], budget: int = READ_BYTES) -> tuple[list[Event], bool]:
@@ -2021,10 +2006,8 @@ class EventHub:
             self._cond.notify_all()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics
+# == Metrics ===========================================================================================================
 # Owns counters and their text. Ignores what is counted.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 METRICS = {
@@ -2068,10 +2051,8 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Auth
+# == Auth ==============================================================================================================
 # Owns who a token is. Ignores what a principal then does.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 NO_TOKEN = "this call needs a token: Authorization: Bearer TOKEN (ctl.py and agents read it from the environment)"
@@ -2335,23 +2316,24 @@ def is_from_here(peer: str, headers: Mapping[str, str]) -> bool:
     )
 
 
-def first_token(path: pathlib.Path) -> tuple[str, bool]:
-    """The admin token in that file, and whether it was made now. The file is 0600 from its first moment."""
+def first_token(path: pathlib.Path) -> str:
+    """The admin token in that file; without the file, one is made, 0600 from its first moment. Raises StartError."""
     try:
-        token = path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+        if path.exists():
+            token = path.read_text(encoding="utf-8").strip()
+            check_token(token)
+            return token
         token = new_secret()
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(token + "\n")
-        return token, True
-    check_token(token)
-    return token, False
+    except (OSError, ValueError) as error:
+        raise StartError(f"{path}: {error}; delete it, and the next start makes a new one") from None
+    log.warning("no DEPLOYBOT_TOKEN is set: a token for everything is now in %s", path)
+    return token
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Webhooks
+# == Webhooks ==========================================================================================================
 # Owns GitHub's signature and push event. Ignores jobs: which apps there are is passed in.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def signature_of(secret: str, body: bytes) -> str:
@@ -2459,10 +2441,8 @@ def push_payload(body: bytes, content_type: str) -> Any:
     return load_json(body)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Jobs
+# == Jobs ==============================================================================================================
 # Owns the use cases of jobs and agents; joins Store, JobQueue and EventHub. Ignores HTTP and argv.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(slots=True)
@@ -3308,10 +3288,8 @@ class Jobs:
         }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# HTTP
+# == HTTP ==============================================================================================================
 # Owns requests, answers, connections and the table from error to status. Ignores what the routes do.
-# ----------------------------------------------------------------------------------------------------------------------
 
 REQUEST_LINE = re.compile(rb"([A-Z]{1,20}) (/[!-~]*) HTTP/1\.([01])")  # origin form alone (RFC 9112, 3.2.1)
 # A colon right after the name, and no control character but a tab in the value (RFC 9112, 5.1).
@@ -3431,23 +3409,13 @@ Headers = tuple[tuple[str, str], ...]
 @dataclasses.dataclass(slots=True)
 class Response:
     status: int
-    body: bytes = b""
+    body: bytes | Iterator[bytes] = b""  # chunks, where its length is not known: sent as they come (RFC 9112, 7.1)
     content_type: str = "application/json"
     headers: Headers = ()
     sent: Callable[[], None] | None = None  # called when the answer was written, or could not be
 
 
-@dataclasses.dataclass(slots=True)
-class Stream:
-    """An answer whose length is not known: sent in chunks (RFC 9112, 7.1) as they come."""
-
-    chunks: Iterator[bytes]
-    content_type: str
-    headers: Headers = ()
-    status: int = 200
-
-
-Answer = Response | Stream | dict[str, Any]  # a dict is sent as JSON, with 200
+Answer = Response | dict[str, Any]  # a dict is sent as JSON, with 200
 
 
 def answer(status: int, value: Any, sent: Callable[[], None] | None = None, headers: Headers = ()) -> Response:
@@ -3531,7 +3499,7 @@ class Dispatcher:
         self._api, self._router, self._auth, self._metrics = api, Router(routes), auth, metrics
         self._writes = writes
 
-    def respond(self, request: Request, read_body: Callable[[int, bool], bytes]) -> Response | Stream:
+    def respond(self, request: Request, read_body: Callable[[int, bool], bytes]) -> Response:
         """`read_body(limit, is_public)` is called once path and token are accepted. Raises OSError where the client goes away."""
         pattern = "none"
         try:
@@ -3645,7 +3613,8 @@ class Handler(socketserver.BaseRequestHandler):
             self._unread = content_length(headers)
             self._expects = self._expectation(headers)
         except Refusal as error:
-            self._send(problem_of(error), with_body=True, keep=False)
+            refused = problem_of(error)
+            self._send(refused, refused.body, keep=False)
             self._linger()
             return False
         path, _, query = target.partition("?")
@@ -3660,10 +3629,8 @@ class Handler(socketserver.BaseRequestHandler):
         wishes = re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
         keep = self._minor == 1 and "close" not in wishes
         keep = keep and not self._unread and not self.server.stopping
-        if isinstance(response, Stream):
-            self._send_stream(response, method != "HEAD", keep)
-        else:
-            self._send(response, method != "HEAD", keep)
+        send = self._send if isinstance(response.body, bytes) else self._send_chunks
+        send(response, response.body if method != "HEAD" else b"", keep)
         if self._unread:
             self._linger()
         return keep
@@ -3764,25 +3731,22 @@ class Handler(socketserver.BaseRequestHandler):
         except OSError:
             return False
 
-    def _head(self, response: Response | Stream, keep: bool, length: str) -> bytes:
+    def _head(self, response: Response, keep: bool, length: str) -> bytes:
         lines = [
             f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}",
             f"Date: {http_date(int(time.time()))}",
             "X-Content-Type-Options: nosniff",
+            "Cache-Control: no-store",
             length,
         ]
-        names = {name.lower() for name, _ in response.headers}
         if response.status != 204:
             lines.append(f"Content-Type: {response.content_type}")
-        if "cache-control" not in names:
-            lines.append("Cache-Control: no-store")
         lines += [f"{name}: {header_value(value)}" for name, value in response.headers]
         lines.append("Connection: keep-alive" if keep else "Connection: close")
         return "\r\n".join(line for line in lines if line).encode("latin-1", "replace") + b"\r\n\r\n"
 
-    def _send(self, response: Response, with_body: bool, keep: bool) -> None:
-        length = "" if response.status == 204 else f"Content-Length: {len(response.body)}"
-        body = response.body if with_body else b""
+    def _send(self, response: Response, body: Any, keep: bool) -> None:
+        length = "" if response.status == 204 else f"Content-Length: {len(response.body)}"  # type: ignore[arg-type]
         self.server.waiting[self.request] = None  # who does not read may go
         try:
             self.request.sendall(self._head(response, keep, length) + body[:FREE_BODY])  # one write for nearly all
@@ -3792,17 +3756,17 @@ class Handler(socketserver.BaseRequestHandler):
             if response.sent:
                 response.sent()
 
-    def _send_stream(self, stream: Stream, with_body: bool, keep: bool) -> None:
+    def _send_chunks(self, response: Response, body: Any, keep: bool) -> None:
         chunked = self._minor == 1
-        head = self._head(stream, keep and chunked, "Transfer-Encoding: chunked" if chunked else "")
-        with contextlib.closing(stream.chunks) as chunks:  # type: ignore[type-var]
+        head = self._head(response, keep and chunked, "Transfer-Encoding: chunked" if chunked else "")
+        with contextlib.closing(response.body):  # type: ignore[type-var]
             self.request.sendall(head)
             try:
-                for chunk in chunks if with_body else ():
+                for chunk in body:
                     self.request.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
             except DeployBotError as error:  # too late for another answer: without its last chunk the reader knows
                 raise ConnectionAbortedError(str(error)) from None
-        if chunked and with_body:
+        if chunked and body:
             self.request.sendall(b"0\r\n\r\n")
 
     def _linger(self) -> None:
@@ -3900,10 +3864,8 @@ class Server(http.server.ThreadingHTTPServer):
                 self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Routes
+# == Routes ============================================================================================================
 # Owns the API: thin functions, then one table that shows every call and who may make it. Ignores how they are served.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Controller:
@@ -4013,7 +3975,7 @@ def read_logs(api: Controller, request: Request) -> Answer:
     after = f.integer("after", 0, 1 << 53) or 0
     limit = f.done(f.integer("limit", 1, 10_000)) or 1000
     if "text/plain" in request.headers.get("accept", ""):
-        return Stream(log_text(api, visible_job(api, request).id, after), "text/plain; charset=utf-8")
+        return Response(200, log_text(api, visible_job(api, request).id, after), "text/plain; charset=utf-8")
     lines, following = api.jobs.log_lines(visible_job(api, request).id, after, limit)
     return {"lines": lines, "next": following}
 
@@ -4147,7 +4109,8 @@ def stream_logs(api: Controller, request: Request) -> Answer:
     if position is None:
         return Response(204)
     # nginx would gather a stream in its buffer: X-Accel-Buffering says not to
-    return Stream(sse(api, wanted, position, gap, request.principal), "text/event-stream", (("X-Accel-Buffering", "no"),))
+    chunks = sse(api, wanted, position, gap, request.principal)
+    return Response(200, chunks, "text/event-stream", (("X-Accel-Buffering", "no"),))
 
 
 def webhook_secrets(api: Controller) -> set[str]:
@@ -4270,10 +4233,8 @@ ROUTES = [
 ]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Main
+# == Main ==============================================================================================================
 # Owns arguments, admin verbs, logging, signals, and the order of start and stop. Ignores the rest.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class LogFormat(logging.Formatter):
@@ -4296,24 +4257,14 @@ class LogFormat(logging.Formatter):
 
 def tokens_of(config: Config) -> dict[str, Principal]:
     """Token to principal: the configured ones; without an admin's, the one in admin.token, which a closed first start makes."""
-    tokens = {}
-    admin = config.token
     path = config.db.parent / "admin.token"
-    if admin is None and (not config.open or path.exists()):
-        try:
-            admin, made = first_token(path)
-        except (OSError, ValueError) as error:
-            raise StartError(f"{path}: {error}; delete it, and the next start makes a new one") from None
-        if made:
-            log.warning("no DEPLOYBOT_TOKEN is set: a token for everything is now in %s", path)
-    for token, principal in (
-        (config.read_token, Principal("reader", Scope.VIEWER)),
-        (config.agent_token, Principal("agents", Scope.AGENT)),
-        (admin, Principal("admin", Scope.ADMIN)),
-    ):
-        if token:
-            tokens[token] = principal
-    return tokens
+    admin = config.token or (first_token(path) if not config.open or path.exists() else None)
+    named = (
+        ("reader", Scope.VIEWER, config.read_token),
+        ("agents", Scope.AGENT, config.agent_token),
+        ("admin", Scope.ADMIN, admin),
+    )
+    return {token: Principal(name, role) for name, role, token in named if token}
 
 
 def notify(*lines: str) -> None:

@@ -266,19 +266,18 @@ def test_the_first_token_is_for_its_owner_alone(tmp_path):
     path = tmp_path / "admin.token"
     before = os.umask(0)
     try:
-        token, made = deploybot.first_token(path)
+        token = deploybot.first_token(path)
     finally:
         os.umask(before)
-    assert made
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert token.startswith("dbt_")
     assert len(token) >= 4 + 43  # 256 bits
     assert path.read_text() == token + "\n"
-    assert deploybot.first_token(path) == (token, False)
+    assert deploybot.first_token(path) == token
 
 
 def test_first_tokens_differ(tmp_path):
-    assert len({deploybot.first_token(tmp_path / name)[0] for name in "abc"}) == 3
+    assert len({deploybot.first_token(tmp_path / name) for name in "abc"}) == 3
 
 
 def test_a_closed_first_start_makes_a_token_and_keeps_it(make_controller, caplog):
