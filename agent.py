@@ -96,6 +96,7 @@ CAPTURE_LIMIT = 16 * 1024  # of what a git command says
 ERROR_LIMIT = 4096  # the controller cuts longer errors
 KEEP_RELEASES = 5
 KEEP_ENTRIES = 1000  # tracking files of acknowledged attempts, so that none is started twice
+RECALLED = 10  # results that go up again to a controller that forgot this host: what it was restored to may still wait for them
 MASK_FROM = 6  # characters: a shorter value would mask half of a log
 GAP_LIMIT = 5  # gaps in a row that are closed from the spool; a controller that names one after another is not followed for ever
 
@@ -333,11 +334,7 @@ OPTIONS = (
     ("--hostname", "DEPLOYBOT_HOSTNAME", "the host whose jobs to take (this machine's name)"),
     ("--workdir", "DEPLOYBOT_WORKDIR", "mirrors, releases, the agent's own state (/var/lib/deploybot-agent as root)"),
     ("--git-protocols", "DEPLOYBOT_GIT_PROTOCOLS", "what git may fetch over (https:ssh); add file for trials"),
-    (
-        "--allow-repo",
-        "DEPLOYBOT_ALLOW_REPO",
-        "what may be deployed here: myorg/*; again, or with commas, for more (any)",
-    ),
+    ("--allow-repo", "DEPLOYBOT_ALLOW_REPO", "what may be deployed here: myorg/*; again, or with commas, for more (any)"),
     ("--run-as", "DEPLOYBOT_RUN_AS", "the user that scripts run as, where the agent is root (the agent's own user)"),
     ("--env-file", "DEPLOYBOT_ENV_FILE", "NAME=VALUE lines for scripts; the values are shown as *** in logs (none)"),
     ("--slots", "DEPLOYBOT_SLOTS", "how many jobs run at once, each of another app, 1 to 64 (1)"),
@@ -922,6 +919,11 @@ class Journal:
         for path in finished[:-KEEP_ENTRIES] + [path.with_suffix(".log") for path in finished]:
             path.unlink(missing_ok=True)
         return [entry for _, entry in entries if entry and entry.data["state"] != "done"]
+
+    def recent(self, count: int) -> list[Entry]:
+        """The attempts that were acknowledged last."""
+        paths = sorted(self._folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
+        return [entry for path in paths[-count:] if (entry := self._load(path)) and entry.data["state"] == "done"]
 
     def _path(self, key: JobKey) -> Path:
         return self._folder / f"{key.job_id}.{key.attempt}.json"
@@ -1894,6 +1896,7 @@ class Run:
         self.stop = Stop()
         self.spool = Spool(entry.spool_path, machine.now, machine.clock, words, entry.data.get("lines", 0))
         self.app = entry.data["job"].get("app")
+        self.recalled = entry.data["state"] == "done"  # known to a controller that may have forgotten it
         self.commit: str | None = None
         self.ended = threading.Event()  # the worker is done: nothing of the job runs here any more
 
@@ -1918,7 +1921,7 @@ class Uploader:
             return False
         except Refused as refusal:
             # 409: a newer attempt, or an end that stands already. 404: no such job. Then this script has no business any more.
-            log.warning("job %s: %s", self._run.key.job_id, refusal)
+            log.log(logging.INFO if self._run.recalled else logging.WARNING, "job %s: %s", self._run.key.job_id, refusal)
             self._run.stop.set("fenced")
             while not self._run.ended.wait(1):
                 if self._over.is_set():
@@ -2014,6 +2017,7 @@ class Agent:
         self._leaving = False  # takes no new job; set by the main thread, or by the heart with --once
         self._silent = threading.Event()  # no more heartbeats
         self._over = threading.Event()  # no more uploads
+        self._forgotten = False  # the heart's own: whether a registration would be one of an agent that was known before
         self._chosen: Run | None = None  # the one job of --once
         self._recovering: list[Run] = []  # what an agent that died left; set before any job is taken
         self._trouble = ""
@@ -2196,6 +2200,18 @@ class Agent:
             self._registered.touch(mode=0o600)
         self._identity = (urllib.parse.quote(str(answer.get("id")), safe=""), answer.get("session"))
         log.info("registered as %s at %s", self._config.hostname, self._config.url)
+        if self._forgotten:
+            self._recall()
+        self._forgotten = True  # the next time it will have been
+
+    def _recall(self) -> None:
+        """A controller that was restored may take for running what ended since its backup: this agent knows better. Where it
+        knows as well it refuses what it is told again, and that is the end of it."""
+        for entry in self._journal.recent(RECALLED):
+            with self._lock:
+                held = entry.key in self._runs
+            if not held:
+                self._hold(entry, Deployment.recover)
 
     def _heartbeat_request(self, status: str, wait: int = 0) -> tuple[str, dict]:
         agent_id, session = self._identity
@@ -2237,7 +2253,7 @@ class Agent:
                 return
         if known := self._journal.find(key):
             log.warning("job %s, attempt %d was started before; its result goes up again", *key)
-            self._again(known)
+            self._hold(known, Deployment.recover)
             return
         for run in self._holding():
             if run.key.job_id == key.job_id and run.key.attempt < key.attempt:
@@ -2248,19 +2264,13 @@ class Agent:
             self._chosen, self._leaving = run, True
             self.events.put("ended")  # it may have been quicker than this line
 
-    def _again(self, entry: Entry) -> None:
-        """What was acknowledged, as a restored controller has forgotten that it was, maybe with part of the log."""
-        note = "this attempt ended before; its result goes up again" if entry.data["state"] == "done" else ""
-        if note:
-            entry.note(state="ended")
-        self._hold(entry, Deployment.recover, note)
-
     # The threads of a job.
 
-    def _hold(self, entry: Entry, work: Callable[[Deployment], dict], note: str = "") -> Run:
+    def _hold(self, entry: Entry, work: Callable[[Deployment], dict]) -> Run:
         run = Run(entry, self._machine, self._words)
-        if note:
-            run.spool.say(note)
+        if run.recalled:
+            entry.note(state="ended")
+            run.spool.say("this attempt ended before; its result goes up again")
         with self._lock:
             self._runs[run.key] = run
         threading.Thread(target=self._worker, args=(run, work), name="worker", daemon=True).start()
@@ -2268,7 +2278,8 @@ class Agent:
         return run
 
     def _wait_for_recovery(self, run: Run) -> None:
-        """What a dead agent left of this app is ended first: it may be an older attempt at the same job, with the same mark."""
+        """What a dead agent left of this app is ended first. No lock keeps it apart, as that ended with its agent; and of an older
+        attempt at the same job it has the same mark."""
         for other in self._recovering:
             while other.app == run.app and not run.stop.cause and not other.ended.wait(TICK):
                 pass

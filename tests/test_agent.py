@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 import agent
+import deploybot
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 0.4  # between TERM and KILL, instead of 10 s
@@ -59,9 +60,7 @@ class Source:
         return f"file://{self.path}"
 
     def git(self, *args, cwd=None):
-        done = subprocess.run(
-            ["git", *args], cwd=cwd or self.path, env=self._env, capture_output=True, text=True, check=True
-        )
+        done = subprocess.run(["git", *args], cwd=cwd or self.path, env=self._env, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     def commit(self, files, message="a change"):
@@ -81,9 +80,7 @@ def env(tmp_path, monkeypatch):
     """The environment of a host: its own git configuration, no prompts, none of the developer's settings."""
     home = tmp_path / "home"
     home.mkdir()
-    (home / ".gitconfig").write_text(
-        '[user]\n\tname = T\n\temail = t@example.com\n[protocol "file"]\n\tallow = always\n'
-    )
+    (home / ".gitconfig").write_text('[user]\n\tname = T\n\temail = t@example.com\n[protocol "file"]\n\tallow = always\n')
     return {"PATH": os.environ["PATH"], "HOME": str(home), "GIT_CONFIG_NOSYSTEM": "1", "LC_ALL": "C"}
 
 
@@ -175,9 +172,7 @@ def test_flags_win_over_variables_and_variables_over_defaults(tmp_path):
         ["--url", "https://deploy.example.com/", "--slots=3"],
         {"DEPLOYBOT_URL": "http://ignored", "DEPLOYBOT_HOSTNAME": "web-01", "DEPLOYBOT_WORKDIR": str(tmp_path)},
     )
-    assert config == agent.Config(
-        "https://deploy.example.com/", "web-01", tmp_path, "https:ssh", 3, False, "INFO", None
-    )
+    assert config == agent.Config("https://deploy.example.com/", "web-01", tmp_path, "https:ssh", 3, False, "INFO", None)
 
 
 def test_every_problem_is_named_at_once(tmp_path):
@@ -197,8 +192,7 @@ def test_a_protocol_that_git_does_not_speak_is_refused_with_those_it_does(protoc
 
 
 @pytest.mark.parametrize(
-    "url",
-    ["http://user:secret@host", "http://:secret@host/x", "http://", "host:8080", "http://h:port", "http://h/?a=b"],
+    "url", ["http://user:secret@host", "http://:secret@host/x", "http://", "host:8080", "http://h:port", "http://h/?a=b"]
 )
 def test_urls_that_are_none_are_refused_without_their_secret(url):
     with pytest.raises(agent.ConfigError) as caught:
@@ -250,9 +244,7 @@ def test_scripts_run_as_another_user_only_where_that_takes_rights_away(monkeypat
     found = loaded("--run-as=nobody").account
     assert (found.uid, found.gid, found.home) == (nobody.pw_uid, nobody.pw_gid, nobody.pw_dir)
     assert set(found.groups) == set(os.getgrouplist("nobody", nobody.pw_gid))
-    assert problems_of(DEPLOYBOT_RUN_AS="root") == [
-        "--run-as: is to take rights away from scripts, and root has them all"
-    ]
+    assert problems_of(DEPLOYBOT_RUN_AS="root") == ["--run-as: is to take rights away from scripts, and root has them all"]
     assert problems_of("--run-as=no-one-here") == ["--run-as: there is no user 'no-one-here' on this machine"]
     monkeypatch.setattr(os, "geteuid", lambda: nobody.pw_uid)
     [problem] = problems_of("--run-as=nobody")
@@ -297,16 +289,7 @@ def test_the_env_file_is_read_as_systemd_reads_it(tmp_path):
 def test_what_is_wrong_with_an_env_file_is_named_by_its_line_and_never_by_its_text(tmp_path):
     path = tmp_path / "env"
     path.touch(0o600)
-    lines = [
-        "GOOD=1",
-        "hunter2",
-        "export A=hunter2",
-        "1A=x",
-        "DEPLOYBOT_AGENT_TOKEN=hunter2",
-        "A=x\0",
-        "B='hunter2",
-        "C=1",
-    ]
+    lines = ["GOOD=1", "hunter2", "export A=hunter2", "1A=x", "DEPLOYBOT_AGENT_TOKEN=hunter2", "A=x\0", "B='hunter2", "C=1"]
     path.write_text("\n".join(lines))
     assert problems_of("--env-file", str(path)) == [
         "--env-file: line 2 is no NAME=VALUE",
@@ -321,9 +304,7 @@ def test_what_is_wrong_with_an_env_file_is_named_by_its_line_and_never_by_its_te
     assert "can't decode" in problems_of("--env-file", str(path))[0]
 
 
-@pytest.mark.parametrize(
-    ("mode", "good"), [(0o600, True), (0o640, True), (0o644, False), (0o660, False), (0o602, False)]
-)
+@pytest.mark.parametrize(("mode", "good"), [(0o600, True), (0o640, True), (0o644, False), (0o660, False), (0o602, False)])
 def test_an_env_file_that_others_can_read_or_change_is_refused(tmp_path, mode, good):
     path = tmp_path / "env"
     path.write_text("A=b\n")
@@ -353,9 +334,7 @@ def test_a_working_folder_that_cannot_be_written_is_named_with_its_setting(tmp_p
     (tmp_path / "file").touch()
     folder = tmp_path / "file" / "work"
     assert agent.main(["--workdir", str(folder)]) == agent.EXIT_USAGE
-    said = (
-        f"agent.py: --workdir {folder}: cannot be written by {pwd.getpwuid(os.geteuid()).pw_name} (Not a directory)\n"
-    )
+    said = f"agent.py: --workdir {folder}: cannot be written by {pwd.getpwuid(os.geteuid()).pw_name} (Not a directory)\n"
     assert capsys.readouterr().err == said
 
 
@@ -376,10 +355,7 @@ def test_refs_that_git_would_not_take_are_rejected(host, ref):
 
 
 def test_every_field_at_fault_is_named(host):
-    data = host.job(app="../up", clone_url="-x", build=[], activate="", deploy=["a\0b"], timeout=-1) | {
-        "repo": "a",
-        "host": "a/b",
-    }
+    data = host.job(app="../up", clone_url="-x", build=[], activate="", deploy=["a\0b"], timeout=-1) | {"repo": "a", "host": "a/b"}
     with pytest.raises(agent.StepFailed) as caught:
         agent.parse_job(data)
     names = ["app", "repo", "host", "timeout", "spec.build", "spec.activate", "spec.deploy", "spec.clone_url"]
@@ -556,9 +532,7 @@ def test_a_mask_is_the_same_however_the_text_comes_in_pieces():
     chance, met = random.Random(seed), 0
     for _ in range(1500):
         letters = chance.choice(["ab", "abc\n"])
-        words = agent.secret_words(
-            "".join(chance.choices("ab", k=chance.randint(6, 9))) for _ in range(chance.randint(1, 3))
-        )
+        words = agent.secret_words("".join(chance.choices("ab", k=chance.randint(6, 9))) for _ in range(chance.randint(1, 3)))
         text = "".join(chance.choices([*letters, *words, *(word[:4] for word in words)], k=chance.randint(0, 30)))
         cuts = sorted(chance.choices(range(len(text) + 1), k=chance.randint(0, 12)))
         pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
@@ -570,9 +544,7 @@ def test_a_mask_is_the_same_however_the_text_comes_in_pieces():
 
 
 def test_what_is_hidden_and_what_not():
-    words = agent.secret_words(
-        ["hunter2000", "hunter2000-and-more", "short", " padded-value ", "first line\nsecond\r\nab"]
-    )
+    words = agent.secret_words(["hunter2000", "hunter2000-and-more", "short", " padded-value ", "first line\nsecond\r\nab"])
     assert words == ("first line", "hunter2000", "hunter2000-and-more", "padded-value", "second")
     for text, shown in (
         ("a hunter2000, a hunter2000-and-more\n", "a ***, a ***\n"),
@@ -625,18 +597,15 @@ def test_the_limit_of_the_output_cuts_no_secret_open(tmp_path, monkeypatch):
 
 
 def test_secrets_stay_out_of_logs_and_errors(host, variables):
-    variables |= {
-        "PASSWORD": "hunter2000",
-        "KEY": "-----BEGIN KEY-----\nMIIEvQIBADANBgkq\n-----END KEY-----\n",
-        "PIN": "1234",
-    }
+    variables |= {"PASSWORD": "hunter2000", "KEY": "-----BEGIN KEY-----\nMIIEvQIBADANBgkq\n-----END KEY-----\n", "PIN": "1234"}
     slowly = 'for part in hun ter2 000; do printf %s "$part"; sleep 0.1; done'
     result = host.deploy(build=f'echo "$PASSWORD"; printf %s "$KEY"; {slowly}; echo; echo "$PIN"; ./no-such-hunter2000')
     lines = host.output.splitlines()
     assert [line for line in lines if line][:6] == ["***", "***", "***", "***", "***", "1234"]
     assert result["exit_code"] == 127 and "./no-such-***" in lines[-1] and "./no-such-***" in result["error"]
     assert host.deploy(ref="hunter2000")["error"].endswith(" has no branch, tag or commit ***")
-    host.deploy(build=["./no-such-hunter2000"])
+    assert host.deploy(clone_url=f"{host.source.url}-hunter2000")["reason"] == "fetch_failed"
+    assert host.said == f"[deploybot] fetching {host.source.url}-***"
     spools = "".join(path.read_text() for path in (host.machine.workdir / ".agent/jobs").glob("*.log"))
     assert "hunter" not in spools and "MIIE" not in spools and "[deploybot] " in spools
 
@@ -745,9 +714,7 @@ def test_a_remote_without_filters_is_fetched_whole(host):
 
 def fake_git(tmp_path, env, body):
     """Puts a git first on PATH that fails where `body` says so."""
-    real = subprocess.run(
-        ["sh", "-c", "command -v git"], env=env, capture_output=True, text=True, check=True
-    ).stdout.strip()
+    real = subprocess.run(["sh", "-c", "command -v git"], env=env, capture_output=True, text=True, check=True).stdout.strip()
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "git").write_text(f'#!/bin/sh\n{body}\nexec {real} "$@"\n')
@@ -843,9 +810,7 @@ def test_hooks_of_the_host_do_not_run_in_a_checkout(host, tmp_path, env):
 
 def test_the_credentials_of_the_host_are_used(host, tmp_path, env):
     """insteadOf stands for all that a host's own git configuration brings."""
-    Path(env["HOME"], ".gitconfig").write_text(
-        f'[url "{host.source.url}"]\n\tinsteadOf = https://git.example.com/o/n.git\n'
-    )
+    Path(env["HOME"], ".gitconfig").write_text(f'[url "{host.source.url}"]\n\tinsteadOf = https://git.example.com/o/n.git\n')
     assert host.deploy(clone_url="https://git.example.com/o/n.git")["status"] == "success"
 
 
@@ -950,12 +915,7 @@ def test_a_failing_activate_goes_the_way_back(host):
     before = os.readlink(host.app / "current")
     second = host.source.commit({"page.txt": "bad\n"})
     result = host.deploy(activate='echo "$DEPLOY_COMMIT in $(cat page.txt)"; grep -q one page.txt')
-    assert (result["status"], result["exit_code"], result["commit"], result["rolled_back_to"]) == (
-        "failed",
-        1,
-        second,
-        first,
-    )
+    assert (result["status"], result["exit_code"], result["commit"], result["rolled_back_to"]) == ("failed", 1, second, first)
     assert host.output.splitlines() == [f"{second} in bad", f"{first} in one"]
     assert os.readlink(host.app / "current") == before and len(host.releases) == 1
 
@@ -977,9 +937,7 @@ def test_a_first_activate_that_fails_leaves_nothing_behind(host):
 def test_the_deploy_form_runs_before_the_switch_and_instead_of_both(host):
     host.deploy()
     before = os.readlink(host.app / "current")
-    result = host.deploy(
-        deploy='readlink "$DEPLOY_CURRENT"; echo "$DEPLOY_PREVIOUS"', build="exit 1", activate="exit 1"
-    )
+    result = host.deploy(deploy='readlink "$DEPLOY_CURRENT"; echo "$DEPLOY_PREVIOUS"', build="exit 1", activate="exit 1")
     assert result["status"] == "success"
     assert host.output.splitlines() == [before, str(host.app / before)]
     assert os.readlink(host.app / "current") != before
@@ -1021,12 +979,7 @@ def test_an_exit_code_of_126_without_a_word_gets_no_cause_of_an_earlier_command(
 
 
 def test_scripts_see_their_variables_and_nothing_else(host, env, variables):
-    env |= {
-        "DEPLOYBOT_AGENT_TOKEN": "dbt_secret",
-        "DEPLOYBOT_URL": "x",
-        "NOTIFY_SOCKET": "x",
-        "CREDENTIALS_DIRECTORY": "/x",
-    }
+    env |= {"DEPLOYBOT_AGENT_TOKEN": "dbt_secret", "DEPLOYBOT_URL": "x", "NOTIFY_SOCKET": "x", "CREDENTIALS_DIRECTORY": "/x"}
     env |= {"AWS_SECRET_ACCESS_KEY": "of whoever started the agent", "LD_PRELOAD": "", "LANG": "C"}
     variables |= {"PORT": "8080", "DEPLOY_HOST": "not from here"}
     commit = host.source.git("rev-parse", "main")
@@ -1046,16 +999,12 @@ def test_commands_stay_out_of_the_log(host):
     assert "s3cret" not in host.said + host.output
 
 
-@pytest.mark.parametrize(
-    "name", ["a;touch${IFS}canary", "$(touch${IFS}canary)", "`touch${IFS}canary`", "x'|touch'canary", "a&&b"]
-)
+@pytest.mark.parametrize("name", ["a;touch${IFS}canary", "$(touch${IFS}canary)", "`touch${IFS}canary`", "x'|touch'canary", "a&&b"])
 def test_what_is_pushed_never_runs(host, tmp_path, name):
     host.source.git("checkout", "--quiet", "-b", name)
     host.source.commit({"page.txt": "pushed\n"}, "$(touch canary); `touch canary` '; touch canary; '")
     metadata = {"branch": name, "commit_message": "$(touch canary)"}
-    result = host.deploy(
-        name, build='echo "$DEPLOY_REF"', activate=["sh", "-c", "echo $DEPLOY_BRANCH"], metadata=metadata
-    )
+    result = host.deploy(name, build='echo "$DEPLOY_REF"', activate=["sh", "-c", "echo $DEPLOY_BRANCH"], metadata=metadata)
     assert result["status"] == "success"
     assert host.output.splitlines() == [name, name]
     assert not list(tmp_path.rglob("*canary*")) or all("refs" in str(path) for path in tmp_path.rglob("*canary*"))
@@ -1095,12 +1044,10 @@ def submodule(source, text, path="sub"):
     ("name", "path", "url", "more"),
     [
         ("sub", "sub", "ext::sh -c touch% {canary}", ""),
-        ("sub", "sub", "--upload-pack=touch {canary}", ""),
         ("sub", "sub", "-u./payload", ""),
         ("sub", "sub", "{source}", "update = !touch {canary}"),
         ("../../../outside", "sub", "{source}", ""),
         ("sub", "../../../outside", "{source}", ""),
-        ("sub", "sub", "git::touch {canary}", ""),
         ("sub", "sub", "http://127.0.0.1:1/x.git", ""),
     ],
 )
@@ -1183,6 +1130,14 @@ def test_what_git_is_told(host, tmp_path, env):
     assert sum("a;b$(c)" in call for call in calls) == 1
 
 
+def test_nothing_but_hex_goes_on_from_where_a_ref_is_resolved(host, tmp_path, env):
+    said = tmp_path / "said"
+    answer = 'case "$*" in *rev-parse*) echo --output=/canary; exit 0;; esac'
+    env["PATH"] = fake_git(tmp_path, env, f'echo "$*" >>{said}; {answer}')
+    assert host.deploy()["error"].endswith("has no branch, tag or commit main")
+    assert "canary" not in said.read_text()
+
+
 def test_a_mirror_of_another_user_is_made_anew_as_its_configuration_can_name_commands(host, tmp_path, monkeypatch):
     canary = tmp_path / "canary"
     host.deploy()
@@ -1213,9 +1168,7 @@ def test_a_build_whose_folders_cannot_be_written_goes_without_touching_what_it_l
 # Locks
 
 
-def test_agents_with_folders_of_their_own_do_not_run_one_app_of_one_host_at_once(
-    host, tmp_path, env, source, variables
-):
+def test_agents_with_folders_of_their_own_do_not_run_one_app_of_one_host_at_once(host, tmp_path, env, source, variables):
     other = Host(tmp_path / "elsewhere", env, source, variables)
     other.agent_id = host.agent_id
     job = agent.parse_job(host.job())
@@ -1293,16 +1246,18 @@ def test_scripts_run_as_another_user_who_owns_its_release_and_nothing_else(ruled
         done
         touch "$DEPLOY_RELEASE/../x" "$DEPLOY_CURRENT.x" 2>/dev/null && echo "wrote beside the release"
         ln -sfn /tmp "$DEPLOY_CURRENT" 2>/dev/null && echo "moved current"
-        touch made deep/er/made && rm page.txt && echo "wrote in the release"
+        touch "$DEPLOY_RELEASE/made" deep/er/made && rm page.txt && echo "wrote in the release"
         """})  # fmt: skip
     (source.path / "link").symlink_to(outside / "file")
     (source.path / "folder").symlink_to(outside)
     source.commit({})
-    old = os.umask(0o077)  # as root often has it
+    umask, groups = os.umask(0o077), os.getgroups()  # as root often has them
+    os.setgroups([0, 4, 1000])
     try:
         assert ruled.deploy(build=["./probe"])["error"] is None
     finally:
-        os.umask(old)
+        os.umask(umask)
+        os.setgroups(groups)
     groups = " ".join(map(str, sorted({nobody.gid, *nobody.groups})))
     who, capabilities, *done = ruled.output.splitlines()
     assert who == f"{nobody.uid} {nobody.gid} {groups} {nobody.home} nobody"
@@ -1315,6 +1270,23 @@ def test_scripts_run_as_another_user_who_owns_its_release_and_nothing_else(ruled
     assert {path.lstat().st_uid for path in kept} == {0}
     assert ruled.deploy(build="mkdir sealed; touch sealed/x; chmod 0 sealed; exit 7")["exit_code"] == 7
     assert len(ruled.releases) == 1
+
+
+def test_a_folder_is_handed_over_after_what_is_in_it(tmp_path, monkeypatch):
+    """Else its new owner could put a link in the place of what comes next."""
+    (tmp_path / "tree/a/b").mkdir(parents=True)
+    (tmp_path / "tree/a/b/c").touch()
+    (tmp_path / "tree/z").touch()
+    given = []
+
+    def chown(path, uid, gid, dir_fd=None, follow_symlinks=True):
+        folder = os.readlink(f"/proc/self/fd/{dir_fd}") if dir_fd else ""
+        given.append(os.path.join(folder, path))
+
+    monkeypatch.setattr(os, "chown", chown)
+    agent.hand_over(tmp_path / "tree", agent.Account("x", 1, 1, (), "/"))
+    assert sorted(given) == [str(tmp_path / "tree" / name).rstrip("/") for name in ("", "a", "a/b", "a/b/c", "z")]
+    assert not [(one, later) for at, one in enumerate(given) for later in given[at:] if later.startswith(one + "/")]
 
 
 STAYING = """#!/bin/sh
@@ -1335,7 +1307,7 @@ def test_the_processes_of_another_user_are_ended_too(ruled, how):
         found[:] = files[0].read_text().split() if files else []
         return len(found) == 2
 
-    data = ruled.job(deploy=["./run"], timeout=1)
+    data = ruled.job(deploy=["./run"], timeout=0.7)
     if how == "timeout":
         watcher = threading.Thread(target=lambda: until(pids))
         watcher.start()
@@ -1368,10 +1340,7 @@ def test_folders_that_scripts_could_swap_are_not_worked_in(ruled, nobody, name):
     folder = ruled.machine.workdir / name
     os.chown(folder, nobody.uid, nobody.gid)
     result = ruled.deploy()
-    assert (result["reason"], result["error"]) == (
-        "rejected",
-        f"{folder} must be root's own folder: chown root: {folder}",
-    )
+    assert (result["reason"], result["error"]) == ("rejected", f"{folder} must be root's own folder: chown root: {folder}")
     os.chown(folder, 0, 0)
     assert ruled.deploy()["status"] == "success"
     folder.rename(folder.with_name("moved"))
@@ -1391,8 +1360,7 @@ def test_a_working_folder_that_scripts_could_change_or_not_enter_ends_the_start(
     ):
         change()
         with pytest.raises(
-            agent.ConfigError,
-            match=f"^--run-as: only root may write {folder}: chown root: {folder}; chmod go-w {folder}$",
+            agent.ConfigError, match=f"^--run-as: only root may write {folder}: chown root: {folder}; chmod go-w {folder}$"
         ):
             agent.check_account(nobody, work)
         back()
@@ -1424,10 +1392,10 @@ def test_a_script_of_the_same_user_cannot_read_the_token_out_of_the_agents_memor
     )  # fmt: skip
     try:
         process.stdout.readline()
+        rights = {"user": nobody.uid, "group": nobody.gid, "extra_groups": ()}
         for file in ("environ", "maps"):
-            done = subprocess.run(
-                ["cat", f"/proc/{process.pid}/{file}"], user=nobody.uid, capture_output=True, text=True, check=False
-            )
+            argv = ["cat", f"/proc/{process.pid}/{file}"]
+            done = subprocess.run(argv, capture_output=True, text=True, check=False, **rights)
             assert "Permission denied" in done.stderr and done.stdout == ""
     finally:
         process.kill()
@@ -1831,11 +1799,7 @@ def test_an_app_folder_that_cannot_be_made_is_named(host, lone, monkeypatch):
     seal(monkeypatch, host.app)
     one.take(host.job())
     [run] = one.agent._holding()
-    expected = {
-        "status": "failed",
-        "reason": "rejected",
-        "error": f"cannot write {host.app}/releases: Permission denied",
-    }
+    expected = {"status": "failed", "reason": "rejected", "error": f"cannot write {host.app}/releases: Permission denied"}
     assert run.entry.result == expected
 
 
@@ -1863,9 +1827,7 @@ def test_a_full_disk_in_the_middle_of_a_job_leaves_no_process(host, monkeypatch,
         real(path, text, sync)
 
     monkeypatch.setattr(agent, "write_whole", full_when_it_runs)
-    host.machine.env["PATH"] = fake_git(
-        tmp_path, env, 'case "$*" in *update-ref*) echo $$ >"$PIDS"; exec sleep 60;; esac'
-    )
+    host.machine.env["PATH"] = fake_git(tmp_path, env, 'case "$*" in *update-ref*) echo $$ >"$PIDS"; exec sleep 60;; esac')
     assert host.deploy()["status"] == "failed"
     assert not lives(int((tmp_path / "pids").read_text()))
 
@@ -1878,10 +1840,7 @@ def test_the_host_signs_in_with_its_own_secret_and_registers_its_digest(host, lo
     (path, body, token), (beat_path, beat, secret) = server.asked
     assert (path, token) == ("/v1/agents/register", "dbt_enrol")
     assert secret.startswith("dbt_") and body["token_sha256"] == hashlib.sha256(secret.encode()).hexdigest()
-    assert (beat_path, beat) == (
-        "/v1/agents/a1/heartbeat",
-        {"status": "online", "running": [], "session": "s1", "wait": 25},
-    )
+    assert (beat_path, beat) == ("/v1/agents/a1/heartbeat", {"status": "online", "running": [], "session": "s1", "wait": 25})
     file = host.machine.workdir / ".agent/secret"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600 and file.read_text().strip() == secret
     assert lone(server.url).agent._secret == secret  # the next agent is the same host
@@ -2061,11 +2020,7 @@ def test_a_script_is_tracked_on_disk_before_it_starts(host, lone, monkeypatch, v
     variables["JOBS"] = str(host.machine.workdir / ".agent/jobs")
     one = lone()
     del events[:]  # of the secret that it made
-    one.take(
-        host.job(
-            deploy='grep -c "\\"state\\": \\"running\\".*\\"leader\\": .$$," "$JOBS/$DEPLOY_JOB_ID.1.json"; exit 3'
-        )
-    )
+    one.take(host.job(deploy='grep -c "\\"state\\": \\"running\\".*\\"leader\\": .$$," "$JOBS/$DEPLOY_JOB_ID.1.json"; exit 3'))
     assert events[:3] == ["synced", "synced", "started"]  # the file, its folder
     [run] = one.agent._holding()
     assert [line for line in spooled(run) if not line.startswith("[")] == ["1"]
@@ -2136,10 +2091,10 @@ def test_a_cancel_of_the_only_attempt_is_a_cancel(host, lone, tmp_path, variable
     assert run.ended.wait(20) and run.entry.result["error"] == "cancelled"
 
 
-def test_what_a_dead_agent_left_is_ended_before_the_next_attempt_starts(host, lone, scripted, tmp_path, variables):
-    """Both attempts carry the same mark, so what looks for the older one would also find the newer."""
+def test_what_a_dead_agent_left_of_an_app_is_ended_before_its_next_job_starts(host, lone, scripted, tmp_path, variables):
+    host.machine.grace = 1.0  # the newer one has the time to start, if it is let
     variables |= {"NEW": str(tmp_path / "new"), "OVERLAP": str(tmp_path / "overlap")}
-    data = host.job(deploy='touch "$NEW"; sleep 0.6')
+    data = host.job(deploy='touch "$NEW"; sleep 0.1')
     entry = host.journal.begin(data, agent.boot_id())
     script = 'trap "" TERM; echo; while :; do [ -e "$NEW" ] && touch "$OVERLAP"; sleep 0.02; done'
     child = subprocess.Popen(
@@ -2148,14 +2103,14 @@ def test_what_a_dead_agent_left_is_ended_before_the_next_attempt_starts(host, lo
     )  # fmt: skip
     child.stdout.readline()
     entry.note(leader=[child.pid, agent.read_stat(child.pid).start])
-    results, handed = {}, []
+    results, handed, following = {}, [], data | {"id": str(uuid.uuid4())}
 
     def answer(path, body, token):
         if path.endswith("register"):
             return 200, {"id": "a1", "session": "s"}, {}
         if path.endswith("result"):
-            results[body["attempt"]] = (body["status"], body.get("reason"))
-        job = data | {"attempt": 2} if path.endswith("heartbeat") and not handed else None
+            results[path.split("/")[3]] = (body["status"], body.get("reason"))
+        job = following if path.endswith("heartbeat") and not handed else None
         handed.extend([job] if job else [])
         return 200, {"job": job, "interval": 0.05}, {}
 
@@ -2168,7 +2123,7 @@ def test_what_a_dead_agent_left_is_ended_before_the_next_attempt_starts(host, lo
     child.wait()
     child.stdout.close()
     assert not thread.is_alive() and not (tmp_path / "overlap").exists()
-    assert results == {1: ("failed", "agent_crashed"), 2: ("success", None)}
+    assert results == {data["id"]: ("failed", "agent_crashed"), following["id"]: ("success", None)}
 
 
 class Restored:
@@ -2189,9 +2144,7 @@ class Restored:
 
 
 @pytest.mark.parametrize("kept", [0, 3, 8])
-def test_a_job_that_a_restored_controller_hands_out_again_is_answered_and_its_gap_filled(
-    host, lone, scripted, tmp_path, kept
-):
+def test_a_job_that_a_restored_controller_hands_out_again_is_answered_and_its_gap_filled(host, lone, scripted, tmp_path, kept):
     """Its 8 lines were acknowledged, and are gone here."""
     data = host.job(deploy=f"touch {tmp_path}/again")
     entry = host.journal.begin(data, agent.boot_id())
@@ -2201,9 +2154,7 @@ def test_a_job_that_a_restored_controller_hands_out_again_is_answered_and_its_ga
     one = lone(controller.url)
     one.agent._take(data)
     until(lambda: not one.agent._holding())
-    gap = [
-        f"[deploybot] {8 - kept} line(s) are missing here: the controller lost them, and this host no longer has them"
-    ]
+    gap = [f"[deploybot] {8 - kept} line(s) are missing here: the controller lost them, and this host no longer has them"]
     again = "[deploybot] this attempt ended before; its result goes up again"
     assert controller.lines[kept:] == (gap if kept < 8 else []) + [again]
     assert [(body["exit_code"], body["error"]) for body in controller.results] == [(6, "as it was")]
@@ -2248,7 +2199,7 @@ def test_a_controller_that_names_gaps_without_end_gets_the_result_all_the_same(h
 
     server = scripted(answer)
     one = lone(server.url)
-    one.agent._take(host.job(build="for i in 1 2 3 4 5 6; do echo $i; sleep 0.06; done"))
+    one.agent._take(host.job(build="echo 1; sleep 0.1; echo 2; sleep 0.1; echo 3"))
     until(lambda: not one.agent._holding())
     assert server.asked[-1][1]["status"] == "success" and len(server.asked) < 40
 
@@ -2275,9 +2226,7 @@ def authority(tmp_path_factory):
 
 @pytest.fixture
 def over_tls(make_controller, authority):
-    made = make_controller(
-        tls_cert=authority / "cert.pem", tls_key=authority / "key.pem", open=False, agent_token="dbt_agent"
-    )
+    made = make_controller(tls_cert=authority / "cert.pem", tls_key=authority / "key.pem", open=False, agent_token="dbt_agent")
     return f"https://localhost:{made.port}"
 
 
@@ -2362,6 +2311,7 @@ RUNNER = f"""
 import functools, sys
 sys.path.insert(0, {str(ROOT)!r})
 import agent
+import deploybot
 agent.Machine = functools.partial(agent.Machine, grace={GRACE})
 agent.BACKOFF_LIMIT = 0.5
 sys.exit(agent.main())
@@ -2383,10 +2333,7 @@ class Site:
             "DEPLOYBOT_GIT_PROTOCOLS": "file", "DEPLOYBOT_ENV_FILE": self.env_file(), **variables,
         }  # fmt: skip
         process = subprocess.Popen(
-            [sys.executable, "-c", RUNNER, *flags],
-            env=self.env | settings,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
+            [sys.executable, "-c", RUNNER, *flags], env=self.env | settings, stderr=subprocess.PIPE, start_new_session=True
         )
         process.errors = []
         process.reader = threading.Thread(target=lambda: process.errors.extend(process.stderr), daemon=True)
@@ -2401,9 +2348,7 @@ class Site:
         return str(path)
 
     def apps(self, *names, hosts=("h",), **commands):
-        entries = [
-            {"name": name, "repo": "o/n", "clone_url": self.source.url, "hosts": hosts, **commands} for name in names
-        ]
+        entries = [{"name": name, "repo": "o/n", "clone_url": self.source.url, "hosts": hosts, **commands} for name in names]
         self.controller.apps_file.write_text(json.dumps({"apps": entries}))
         self.controller.ok("POST", "/v1/reload")
 
@@ -2493,16 +2438,11 @@ def test_a_restart_of_the_controller_disturbs_no_job(site):
 
 
 def test_output_is_seen_while_the_script_runs_prompts_as_well(site):
-    script_app(
-        site,
-        {"run": '#!/bin/sh\necho line\nprintf "Continue? "\nuntil [ -e "$DEPLOY_RELEASE/go" ]; do sleep 0.02; done\n'},
-    )
+    script_app(site, {"run": '#!/bin/sh\necho line\nprintf "Continue? "\nuntil [ -e "$DEPLOY_RELEASE/go" ]; do sleep 0.02; done\n'})
     site.start()
     job_id = site.submit()
     until(lambda: site.output(job_id) == "lineContinue? ")
-    assert (
-        site.job(job_id)["commit"] == site.source.git("rev-parse", "main") and site.job(job_id)["status"] == "running"
-    )
+    assert site.job(job_id)["commit"] == site.source.git("rev-parse", "main") and site.job(job_id)["status"] == "running"
     (next((site.tmp_path / "work/web/releases").iterdir()) / "go").touch()
     assert site.ended(job_id)["status"] == "success"
 
@@ -2554,11 +2494,7 @@ def test_nothing_runs_on_and_every_byte_is_stored_once(site, how):
         assert all(lives(int(pid)) for pid in pids.read_text().split())
         site.start()
     job = site.ended(job_id)
-    expected = {
-        "cancel": ("cancelled", "cancelled"),
-        "timeout": ("failed", "timeout"),
-        "kill -9": ("failed", "agent_crashed"),
-    }
+    expected = {"cancel": ("cancelled", "cancelled"), "timeout": ("failed", "timeout"), "kill -9": ("failed", "agent_crashed")}
     assert (job["status"], job["reason"]) == expected[how]
     assert not any(lives(int(pid)) for pid in pids.read_text().split())
     numbers = re.fullmatch(r"((?:<\d+>)*)(?:<\d*)?(Terminated|Killed)?", site.output(job_id))[1]
@@ -2682,10 +2618,7 @@ def test_two_agents_do_not_share_a_folder(site):
 
 def test_slots_run_jobs_of_different_apps_at_once(site):
     script_app(
-        site,
-        {
-            "run": '#!/bin/sh\ntouch "$MEET.$DEPLOY_APP"\nuntil [ -e "$MEET.web" -a -e "$MEET.api" ]; do sleep 0.02; done\n'
-        },
+        site, {"run": '#!/bin/sh\ntouch "$MEET.$DEPLOY_APP"\nuntil [ -e "$MEET.web" -a -e "$MEET.api" ]; do sleep 0.02; done\n'}
     )
     site.apps("web", "api", deploy=["./run"])
     site.variables["MEET"] = str(site.tmp_path / "meet")
@@ -2768,9 +2701,7 @@ def test_a_host_that_was_reset_registers_anew_with_its_token_and_its_script_goes
 @as_root
 def test_run_as_allow_repo_and_env_file_in_a_whole_agent(site, public):
     site.variables |= {"PASSWORD": "hunter2000"}
-    script_app(
-        site, {"run": '#!/bin/sh\nid -un\necho "$PASSWORD"\ncat "$DEPLOY_RELEASE/../../../.agent/secret"\nexit 3\n'}
-    )
+    script_app(site, {"run": '#!/bin/sh\nid -un\necho "$PASSWORD"\ncat "$DEPLOY_RELEASE/../../../.agent/secret"\nexit 3\n'})
     process = site.start("--run-as=nobody", "--allow-repo=O/*", work=public / "work")
     job_id = site.submit()
     assert site.ended(job_id)["exit_code"] == 3
@@ -2849,11 +2780,7 @@ def test_the_shell_agent_takes_a_token_of_its_host(closed_site, env):
 
 def test_a_whole_agent_over_tls(make_controller, authority, source, env, tmp_path):
     closed = make_controller(
-        tls_cert=authority / "cert.pem",
-        tls_key=authority / "key.pem",
-        open=False,
-        agent_token="dbt_enrol",
-        token="dbt_admin",
+        tls_cert=authority / "cert.pem", tls_key=authority / "key.pem", open=False, agent_token="dbt_enrol", token="dbt_admin"
     )
     site = Site(closed, source, env, tmp_path)
     try:
@@ -2866,3 +2793,28 @@ def test_a_whole_agent_over_tls(make_controller, authority, source, env, tmp_pat
         until(lambda: any(b"registered as h at https" in line for line in process.errors))
     finally:
         site.close()
+
+
+def test_a_script_goes_on_while_its_controller_is_restored_from_a_backup(site):
+    """What it printed since the backup goes up again; what had ended here and not there is answered again, and not run."""
+    database, copy = site.controller.folder / "deploybot.db", site.tmp_path / "backup.db"
+    site.variables |= {"GO": str(site.tmp_path / "go"), "LEDGER": str(site.tmp_path / "ledger")}
+    print_and_wait = 'echo $1 >>"$LEDGER"; echo "begun $1"; until [ -e "$GO.$1" ]; do sleep 0.02; done; echo "finished $1"\n'
+    site.source.commit({"run": f'#!/bin/sh\nset "$DEPLOY_APP"\n{print_and_wait}'})
+    site.apps("web", "api", deploy=["./run"])
+    process = site.start("--slots=2")
+    jobs = {app: site.submit(app=app) for app in ("web", "api")}
+    for app, job_id in jobs.items():
+        until(lambda: f"begun {app}" in site.output(job_id))  # noqa: B023
+    assert deploybot.main(["backup", str(copy), "--db", str(database)]) == 0
+    (site.tmp_path / "go.web").touch()
+    assert site.ended(jobs["web"])["status"] == "success"
+    site.controller.stop()
+    assert deploybot.main(["restore", str(copy), "--db", str(database)]) == 0
+    site.controller.restart()
+    (site.tmp_path / "go.api").touch()
+    assert site.ended(jobs["api"])["status"] == "success" and site.output(jobs["api"]) == "begun apifinished api"
+    assert site.ended(jobs["web"])["status"] == "success" and process.poll() is None
+    gap, again = site.messages(jobs["web"])[-2:]
+    assert "line(s) are missing here" in gap and again == "[deploybot] this attempt ended before; its result goes up again"
+    assert sorted((site.tmp_path / "ledger").read_text().split()) == ["api", "web"]
