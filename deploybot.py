@@ -299,7 +299,6 @@ def options_of(config: Any) -> list[Option]:
 
 
 def secrets_of(config: Any) -> dict[str, str]:
-    """Name to help."""
     found = {field.name: field.metadata.get("secret", "") for field in dataclasses.fields(config)}
     return {name: help for name, help in found.items() if help}
 
@@ -349,7 +348,7 @@ class Config:
     log_limit: int = option(size, "10MiB", "what is kept of the log of one job")
     rate_limit: int = option(whole, "0", "writes a minute that one token may make, agents' calls aside; 0: no limit")
     trusted_proxy: tuple[Network, ...] = option(
-        networks, "", "addresses or networks of proxies whose X-Forwarded-For and -Proto count"
+        networks, "", "addresses or networks of proxies: their X-Forwarded-For and -Proto count"
     )
     tls_cert: pathlib.Path | None = option(optional_path, "", "PEM file of the certificate and its chain; read again on SIGHUP")
     tls_key: pathlib.Path | None = option(optional_path, "", "PEM file of its key")
@@ -487,7 +486,6 @@ def load_json(body: bytes) -> Any:
 
 
 def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]:
-    """A check for Fields.text."""
     return lambda text: None if pattern.fullmatch(text) else "must be " + words
 
 
@@ -852,11 +850,8 @@ class EventFilter(NamedTuple):
     job_id: str | None = None
 
     def wants(self, event: Event) -> bool:
-        return (
-            (self.job_id is None or event.job_id == self.job_id)
-            and (self.host is None or event.host == self.host)
-            and (self.app is None or event.app == self.app)
-        )
+        host, app, job_id = self.host or event.host, self.app or event.app, self.job_id or event.job_id
+        return event.job_id == job_id and event.host == host and event.app == app
 
 
 class Principal(NamedTuple):
@@ -878,9 +873,7 @@ class Principal(NamedTuple):
         if self.scope is Scope.ADMIN or self.host == host:
             return
         if self.host is None:
-            raise Forbidden(
-                "an enrolment token may only register: go on with the host's own secret, or with the `token` that register answers"
-            )
+            raise Forbidden("an enrolment token may only register: go on with the host's own secret, or with register's `token`")
         raise Forbidden(f"this token belongs to {self.host}, not to {host}")
 
     def sees(self, app: str) -> None:
@@ -1124,7 +1117,6 @@ def located_loader(yaml: Any) -> Any:
 
 
 def pyyaml() -> Any:
-    """The package, or None where it is not installed."""
     try:
         import yaml
     except ImportError:
@@ -1187,7 +1179,6 @@ class AppReader:
         return tuple(app for app in apps if app)
 
     def _gather(self, entry: Located, f: Fields) -> bool:
-        """Whether there was something wrong."""
         self.problems += [(entry.line_of(name), f"{name}: {message}") for name, message in f.errors]
         return bool(f.errors)
 
@@ -1234,10 +1225,6 @@ class Apps:
 
     def put(self, apps: tuple[App, ...]) -> None:
         self.all = apps
-
-    def load(self) -> None:
-        """Raises AppsError or OSError; then the mapping in force stays."""
-        self.put(read_apps(self.path))
 
     def named(self, name: str) -> App | None:
         return next((app for app in self.all if app.name == name), None)
@@ -1346,9 +1333,6 @@ class Queries:
     def agents(self, where: str = "1", *values: Any) -> list[Agent]:
         return [Agent(*row) for row in self.rows(f"SELECT * FROM agents WHERE {where}", *values)]
 
-    def hosts_of_secret(self, token_sha256: str | None) -> list[str]:
-        return [row[0] for row in self.rows("SELECT hostname FROM agents WHERE token_sha256 = ?", token_sha256)]
-
     def agent_of(self, hostname: str) -> Agent | None:
         return next(iter(self.agents("hostname = ?", hostname)), None)
 
@@ -1382,18 +1366,14 @@ class Queries:
         return Job._make(row) if row else None
 
     def running_apps(self, host: str) -> list[str]:
-        return [
-            row[0] for row in self.rows("SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'", host)
-        ]
+        sql = "SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'"
+        return [row[0] for row in self.rows(sql, host)]
 
     def open_counts(self, *hosts: str) -> list[tuple[str, str, int]]:
         """(host, status, how many) of pending and running jobs, of these hosts or of all."""
         some = f"host IN ({', '.join('?' * len(hosts))}) AND" if hosts else ""
-        return self.rows(
-            f"SELECT host, status, count(*) FROM jobs INDEXED BY jobs_open WHERE {some} status IN ('pending', 'running')"
-            " GROUP BY host, status",
-            *hosts,
-        )
+        counts = f"SELECT host, status, count(*) FROM jobs INDEXED BY jobs_open WHERE {some} status IN ('pending', 'running')"
+        return self.rows(counts + " GROUP BY host, status", *hosts)
 
     def jobs(self, equal: Mapping[str, str], starts: str | None, before: str | None, limit: int) -> list[Job]:
         """Newest first. `equal`: column to value, columns of ours alone."""
@@ -1426,11 +1406,8 @@ class Queries:
 
     def log_end(self, job_id: str, attempt: int) -> tuple[int, int]:
         """(the offset after the last stored line of that attempt, bytes of the log of the job)."""
-        row = self.one(
-            "SELECT attempt, \"offset\" + lines, log_bytes FROM events WHERE job_id = ? AND kind = 'log'"
-            " ORDER BY position DESC LIMIT 1",
-            job_id,
-        )
+        last = "SELECT attempt, \"offset\" + lines, log_bytes FROM events WHERE job_id = ? AND kind = 'log' ORDER BY position DESC"
+        row = self.one(f"{last} LIMIT 1", job_id)
         return (row[1] if row[0] == attempt else 0, row[2]) if row else (0, 0)
 
     def last_position_of(self, job_id: str, kind: str) -> int:
@@ -1555,7 +1532,6 @@ class Tx(Queries):
         return len(rows)
 
     def remove(self, table: str, column: str, value: str) -> int:
-        """How many."""
         return self._do(f"DELETE FROM {table} WHERE {column} = ?", value).rowcount
 
     def remove_oldest(self, table: str, column: str, before: str, limit: int) -> int:
@@ -1701,14 +1677,14 @@ def restore_database(source: pathlib.Path, path: pathlib.Path, kept: pathlib.Pat
     return facts
 
 
+@dataclasses.dataclass(slots=True)
 class Work:
     """What one caller of Store.write() wants done, and how it went."""
 
-    def __init__(self, do: Callable[[Tx], Any]):
-        self.do = do
-        self.done = False
-        self.value: Any = None
-        self.error: BaseException | None = None
+    do: Callable[[Tx], Any]
+    done: bool = False
+    value: Any = None
+    error: BaseException | None = None
 
     def finish(self, value: Any, error: BaseException | None) -> None:
         self.value, self.error, self.done = value, error, True
@@ -2217,7 +2193,8 @@ class Auth:
 
         def do(tx: Tx) -> None:
             for older in sorted(one for one in self._tokens.values() if one.parent == parent)[: 1 - MAX_SESSIONS]:
-                self._remove(tx, older, by, "session.end")
+                with contextlib.suppress(NotFound):  # it has just ended
+                    self._remove(tx, older, by, "session.end")
             self._add(tx, token, by, "session.create", "")
 
         self._store.write(do)
@@ -2292,7 +2269,6 @@ PROXIED = ("forwarded", "via", "x-real-ip")  # with X-Forwarded-*: what proxies 
 
 
 def is_loopback(address: str) -> bool:
-    """Of an IP address or a Host header."""
     name = re.sub(r":[0-9]*\Z", "", address) if address.startswith("[") or address.count(":") == 1 else address
     name = name.strip("[]").lower()
     if name == "localhost" or name.endswith(".localhost"):
@@ -2460,6 +2436,9 @@ class Lease:
     answered: int | None = None  # tick of Jobs at which the answer that carried it was written
 
 
+Connected = Callable[[], bool]  # whether the client is still there
+
+
 class Order(NamedTuple):
     """The answer to a heartbeat."""
 
@@ -2559,7 +2538,7 @@ class Jobs:
                     f"{asked.hostname} is registered with a secret of its own: "
                     f"start the agent with its old working directory, or run ctl.py hosts reset {asked.hostname}"
                 )
-            if any(host != asked.hostname for host in tx.hosts_of_secret(asked.token_sha256)):
+            if any(other.hostname != asked.hostname for other in tx.agents("token_sha256 = ?", asked.token_sha256)):
                 raise Conflict("token_sha256 belongs to another host: each host makes a secret of its own")
             now = self.clock.stamp()
             agent = Agent(
@@ -2608,9 +2587,7 @@ class Jobs:
         interval = 0 if beat.wait and agent.online else POLL_INTERVAL
         return Order(job, sorted({job_id for job_id, _ in agent.told}), interval)
 
-    def _look(
-        self, agent: Agent, beat: Heartbeat, arrived: int, deadline: float, connected: Callable[[], bool]
-    ) -> tuple[Job | None, bool]:
+    def _look(self, agent: Agent, beat: Heartbeat, arrived: int, deadline: float, connected: Connected) -> tuple[Job | None, bool]:
         """One look at what there is for the agent, parked until there may be something: (a job or None, whether to look again)."""
         ticket = self.queue.ticket(agent.hostname)  # before all else that is looked at
         agent = self._current(agent.id, beat)
@@ -2698,7 +2675,6 @@ class Jobs:
         return frozenset(lease.app for lease in leases)
 
     def _try(self, agent: Agent, entry: tuple[str, str], connected: Callable[[], bool]) -> Job | None:
-        """Claims what the queue gave out, or puts it back."""
         try:
             if connected():
                 return self.store.write(lambda tx: self._claim(tx, agent, *entry))
@@ -2825,13 +2801,7 @@ class Jobs:
         app = self._app_of(asked)
         self._check_allowed(principal, app.name, asked.host)
 
-        def do(tx: Tx) -> tuple[Job, bool]:
-            job, created = self._submit(tx, asked, app, principal.name)
-            if created:
-                self._audit(tx, principal, "job.create", job)
-            return job, created
-
-        job, created = self.store.write(do)
+        job, created = self.store.write(lambda tx: self._submit(tx, asked, app, principal, "job.create"))
         return job, created, self._warning(job, asked)
 
     def _check_allowed(self, principal: Principal, name: str, host: str) -> None:
@@ -2855,7 +2825,10 @@ class Jobs:
             raise ValidationError([("app", f"{app.name} belongs to {app.repo}")])
         return app
 
-    def _submit(self, tx: Tx, asked: JobRequest, app: App, by: str, retry_of: str | None = None) -> tuple[Job, bool]:
+    def _submit(
+        self, tx: Tx, asked: JobRequest, app: App, by: Principal, action: str = "", retry_of: str | None = None
+    ) -> tuple[Job, bool]:
+        """(job, whether it was made now); `action`: of the audit row, where that is not the caller's."""
         existing = None if asked.force else tx.open_job(asked.repo, asked.ref, asked.host, app.name)
         if existing:
             return existing, False
@@ -2874,10 +2847,12 @@ class Jobs:
             retries=app.retries if asked.retries is None else asked.retries,
             created_at=now,
             queued_at=now,
-            created_by=by,
+            created_by=by.name,
             retry_of=retry_of,
         )
         tx.add("jobs", *job)
+        if action:
+            self._audit(tx, by, action, job)
         self._announce(tx, job)
         tx.after(self.queue.put, job.host, job.id, job.app)
         tx.after(self.metrics.count, "deploybot_jobs_created_total")
@@ -2920,7 +2895,7 @@ class Jobs:
             for app in in_time:
                 tx.put("pushes", app.name, push.ref, push.pushed_at, push.before)
                 for host in app.hosts:
-                    job, created = self._submit(tx, push.request(app, host), app, "github")
+                    job, created = self._submit(tx, push.request(app, host), app, github)
                     made += [job.id] if created else []
             message = self._push_message(push, apps, in_time, len(made), bool(trusting))
             if apps:  # else a redelivery counts, once apps.yaml says more
@@ -2979,10 +2954,7 @@ class Jobs:
             if job.status not in ENDED:
                 raise Conflict(f"job {job.id} cannot be retried: {in_words(job)}")
             asked = JobRequest(job.repo, job.ref, job.host, job.app, json.loads(job.metadata), False, job.timeout, job.retries)
-            again, created = self._submit(tx, asked, self._app_of(asked), principal.name, retry_of=job.id)
-            if created:
-                self._audit(tx, principal, "job.retry", again)
-            return again, created
+            return self._submit(tx, asked, self._app_of(asked), principal, "job.retry", job.id)
 
         return self.store.write(do)
 
@@ -3141,7 +3113,6 @@ class Jobs:
         return waiting
 
     def _logged(self, job: Job | None) -> None:
-        """Called after the transaction: writing a log line is I/O."""
         if job:
             log.info("job %s of %s on %s: %s", job.id, job.app, job.host, in_words(job))
 
@@ -3603,7 +3574,6 @@ class Handler(socketserver.BaseRequestHandler):
                 self.request.unwrap()  # type: ignore[attr-defined]
 
     def _serve_one(self) -> bool:
-        """Whether the connection goes on."""
         try:
             self.server.waiting[self.request] = None
             head = self._read_head()
@@ -3611,7 +3581,9 @@ class Handler(socketserver.BaseRequestHandler):
                 return False
             method, target, self._minor, headers = parse_head(head)
             self._unread = content_length(headers)
-            self._expects = self._expectation(headers)
+            self._expects = headers.get("expect", "").lower() == "100-continue"
+            if "expect" in headers and not self._expects:
+                raise Refusal(417, "the only expectation known is 100-continue")
         except Refusal as error:
             refused = problem_of(error)
             self._send(refused, refused.body, keep=False)
@@ -3634,13 +3606,6 @@ class Handler(socketserver.BaseRequestHandler):
         if self._unread:
             self._linger()
         return keep
-
-    @staticmethod
-    def _expectation(headers: Mapping[str, str]) -> bool:
-        expect = headers.get("expect", "")
-        if expect and expect.lower() != "100-continue":
-            raise Refusal(417, "the only expectation known is 100-continue")
-        return bool(expect)
 
     def _read_head(self) -> bytes | None:
         """The head without its blank line; None where the client ended the connection or said nothing for too long."""
@@ -3903,12 +3868,8 @@ def register_agent(api: Controller, request: Request) -> Answer:
 def heartbeat(api: Controller, request: Request) -> Answer:
     beat = Heartbeat.parse(request.json())
     order = api.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
-    body = {
-        "acknowledged": True,
-        "job": order.job.for_agent() if order.job else None,
-        "cancel": order.cancel,
-        "interval": order.interval,
-    }
+    job = order.job.for_agent() if order.job else None
+    body = {"acknowledged": True, "job": job, "cancel": order.cancel, "interval": order.interval}
     return answer(200, body, functools.partial(api.jobs.delivered, order.job) if order.job else None)
 
 
@@ -4157,11 +4118,8 @@ def health(api: Controller, request: Request) -> Answer:
 
 
 def metrics(api: Controller, request: Request) -> Answer:
-    gauges = {
-        **api.jobs.gauges(),
-        "deploybot_http_connections": api.connections(),
-        "deploybot_uptime_seconds": api.clock.monotonic() - api.started,
-    }
+    uptime = api.clock.monotonic() - api.started
+    gauges = {**api.jobs.gauges(), "deploybot_http_connections": api.connections(), "deploybot_uptime_seconds": uptime}
     return Response(200, api.metrics.text(gauges).encode(), "text/plain; version=0.0.4; charset=utf-8")
 
 
@@ -4259,11 +4217,8 @@ def tokens_of(config: Config) -> dict[str, Principal]:
     """Token to principal: the configured ones; without an admin's, the one in admin.token, which a closed first start makes."""
     path = config.db.parent / "admin.token"
     admin = config.token or (first_token(path) if not config.open or path.exists() else None)
-    named = (
-        ("reader", Scope.VIEWER, config.read_token),
-        ("agents", Scope.AGENT, config.agent_token),
-        ("admin", Scope.ADMIN, admin),
-    )
+    viewer, agent = ("reader", Scope.VIEWER, config.read_token), ("agents", Scope.AGENT, config.agent_token)
+    named = (viewer, agent, ("admin", Scope.ADMIN, admin))
     return {token: Principal(name, role) for name, role, token in named if token}
 
 
@@ -4334,13 +4289,11 @@ class Daemon(Controller):
         except StartError as error:
             log.error("%s: the certificate in force stays", error)
         try:
-            self.apps.load()
+            self.apps.put(apps_of(self.config.apps))
             log.info("%s is in force: %d apps", self.config.apps, len(self.apps.all))
-        except AppsError as error:
-            for line, message in error.problems:
-                log.error("%s:%d: %s (the mapping in force stays)", self.config.apps, line, message)
-        except OSError as error:
-            log.error("%s: %s (the mapping in force stays)", self.config.apps, error.strerror)
+        except StartError as error:
+            for problem in error.problems:
+                log.error("%s (the mapping in force stays)", problem)
 
     def sweep(self) -> bool:
         """False after a fault of ours. A database that cannot be written is none: it is not cured by a restart."""
@@ -4425,16 +4378,15 @@ def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pa
     if verb in ("backup", "restore"):
         parser.add_argument("file", metavar="FILE", type=pathlib.Path)
     for option in OPTIONS:
-        more: dict[str, Any] = (
-            {"action": "store_const", "const": "true"} if option.parse is flag else {"metavar": option.field.upper()}
-        )
+        more: dict[str, Any] = {"metavar": option.field.upper()}
+        if option.parse is flag:
+            more = {"action": "store_const", "const": "true"}
         parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
     given = vars(parser.parse_args(arguments))
     return Config.load(given, os.environ), given.get("file", pathlib.Path())
 
 
 def serve(arguments: list[str]) -> int:
-    """Runs the controller until SIGTERM or SIGINT."""
     config, _ = parse("", "The deployment controller. SIGHUP reads apps.yaml again, SIGTERM stops.", arguments)
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormat(config.log_format == "json"))
@@ -4505,10 +4457,10 @@ def look_at_database(config: Config) -> Iterator[Finding]:
 def look_at_files(config: Config) -> Iterator[Finding]:
     folder = config.db.parent
     secret = [os.environ.get(f"DEPLOYBOT_{name.upper()}_FILE") or "" for name in SECRETS]
-    for path in filter(os.path.exists, [config.db, folder / "admin.token", config.tls_key or "", *secret]):
+    for path in filter(os.path.exists, [str(config.db), str(folder / "admin.token"), str(config.tls_key or ""), *secret]):
         mode = os.stat(path).st_mode & 0o777
         yield judged(not mode & 0o027, f"{path} has the mode {mode:o}", f"others can read it, chmod 600 {path}", "FAIL")
-    for path in filter(os.path.exists, [folder, *(f"{config.db}{end}" for end in ("", ".lock", *BESIDE))]):
+    for path in filter(os.path.exists, [str(folder), *(f"{config.db}{end}" for end in ("", ".lock", *BESIDE))]):
         if os.stat(path).st_mode & 0o022:
             yield "FAIL", f"{path} can be changed by others: chmod go-w {path}"
         if os.stat(path).st_uid != folder.stat().st_uid:
@@ -4546,7 +4498,6 @@ def look_at_tls(config: Config) -> Iterator[Finding]:
 
 
 def found(look: Callable[[Config], Iterator[Finding]], config: Config) -> Iterator[Finding]:
-    """What stops a look is a finding, too."""
     try:
         yield from look(config)
     except StartError as error:

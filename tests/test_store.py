@@ -434,7 +434,6 @@ QUERIES = {
     "delivery": [("x", "y")],
     "events": [(EventFilter(), 2990, 3100), (EventFilter(job_id=JOB), 0, 9000), (EventFilter("quiet"), 2990, 3100)],
     "expired": [(JOB, NOW)],
-    "hosts_of_secret": [("0" * 64,)],
     "job": [(JOB,)],
     "jobs": [
         *[(equal, None, None, 20) for equal in ({}, {"host": "web-01"}, {"app": "web"}, {"repo": "O/N"}, {"status": "success"})],
