@@ -290,10 +290,7 @@ def test_one_without_the_other_is_no_start(make_controller, pairs, given):
 def test_a_deadline_holds_for_heads_and_bodies_that_trickle(secure, monkeypatch):
     monkeypatch.setattr(deploybot, "HEAD_DEADLINE", 0.4)
     monkeypatch.setattr(deploybot, "BODY_DEADLINE", 0.4)
-    for begin in (
-        b"GET /health HTTP/1.1\r\nX: ",
-        b"POST /v1/jobs HTTP/1.1\r\n" + HOST + BEARER + b"Content-Length: 900\r\n\r\n",
-    ):
+    for begin in (b"GET /health HTTP/1.1\r\nX: ", b"POST /v1/jobs HTTP/1.1\r\n" + HOST + BEARER + b"Content-Length: 900\r\n\r\n"):
         with tls(secure, begin) as wire:
             wire.settimeout(0.02)
             said = b""
@@ -336,9 +333,7 @@ def test_pipelined_requests_within_one_record_are_all_answered(secure):
 
 def test_nothing_behind_a_refused_request_is_executed(secure):
     made = post("/v1/jobs", {"repo": "o/n", "ref": "main", "host": "web-01"})
-    with tls(
-        secure, b"GET /health HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + made
-    ) as wire:
+    with tls(secure, b"GET /health HTTP/1.1\r\n" + HOST + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + made) as wire:
         assert read_until(wire, b"}\n").startswith(b"HTTP/1.1 400 ")
         assert wire.recv(100) == b""
     wait_for(lambda: secure.daemon.server.connections() == 0)
@@ -386,8 +381,10 @@ def test_at_the_limit_the_oldest_unfinished_one_goes_and_who_is_parked_stays(sec
     waiting = parked(secure, agent)
     stream = tls(secure, b"GET /v1/logs/stream HTTP/1.1\r\n" + HOST + BEARER + b"\r\n")
     read_until(stream, b"retry: ")
-    crowd = [plain(secure), plain(secure, HELLO), tls(secure, b"GET /he"), *(plain(secure) for _ in range(3))]
-    wait_for(lambda: len(secure.daemon.server.waiting) == 6)
+    crowd = []
+    for begin in (plain, plain, lambda c: plain(c, HELLO), lambda c: tls(c, b"GET /he"), plain, plain):
+        crowd.append(begin(secure))
+        wait_for(lambda: len(secure.daemon.server.waiting) == len(crowd))
     for _ in range(3):
         with tls(secure, GET) as good:
             assert b" 200 OK" in read_until(good, b"}\n")
