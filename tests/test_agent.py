@@ -2216,9 +2216,10 @@ def authority(tmp_path_factory):
         subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
 
     new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
-    openssl("req", "-x509", *new_key, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=A private CA")
+    usage = ("-addext", "keyUsage=critical,keyCertSign")  # from Python 3.13 on a CA has to say what RFC 5280 asks of it
+    openssl("req", "-x509", *new_key, *usage, "-keyout", "ca.key", "-out", "ca.pem", "-days", "2", "-subj", "/CN=A private CA")
     openssl("req", *new_key, "-keyout", "key.pem", "-out", "request", "-subj", "/CN=localhost")
-    (folder / "names").write_text("subjectAltName=DNS:localhost\n")
+    (folder / "names").write_text("subjectAltName=DNS:localhost\nauthorityKeyIdentifier=keyid\n")
     signed = ("-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-days", "1", "-extfile", "names")
     openssl("x509", "-req", "-in", "request", *signed, "-out", "cert.pem")
     return folder
