@@ -11,7 +11,7 @@ Commit, then     Whatever memory learns or a reader is told is an effect of a tr
 announce         the order of commit. If the COMMIT fails, none of them happens.
 Threads          main: signals, sweep once a second. accept: one. A connection: one each; parked heartbeats and streams sleep on a
                  Condition. There is no writer thread: of the threads that want to write, one commits for all that wait.
-Lock order       Store._writer -> (Jobs._lock | JobQueue._lock | EventHub._cond | Metrics._lock), and of those never two at once.
+Lock order       Store._writer, then one of the others (each guards one structure and is held for a look or an assignment), never two.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def nearest(word: str, words: Iterable[str]) -> str:
     choices = list(words)
     if len(choices) > 100:  # difflib is slow, and who has so many mistypes the end more often than the start
         choices = [choice for choice in choices if choice[:2] == word[:2]][:1000]
-    found = choices if len(choices) == 1 and choices[0].startswith(word) else difflib.get_close_matches(word, choices, 1)
-    return f"; did you mean {found[0]}?" if found else ""
+    one = choices if len(choices) == 1 and choices[0].startswith(word) else difflib.get_close_matches(word, choices, 1)
+    return f"; did you mean {one[0]}?" if one else ""
 
 
 # == Config ============================================================================================================
@@ -403,11 +403,8 @@ Reason = enum.StrEnum(
 # What a route asks for (ANY: whoever has a token), and the last four are roles that a principal has.
 Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
 ROLES = (Scope.ADMIN, Scope.OPERATOR, Scope.VIEWER, Scope.AGENT)
-# What each role may call, beside what is public.
-GRANTS = {
-    **{Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPERATOR}},
-    **{Scope.AGENT: {Scope.AGENT}, Scope.ADMIN: set(ROLES)},
-}
+# What each role may call, beside what is public; an admin may call all.
+GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPERATOR}, Scope.AGENT: {Scope.AGENT}}
 
 LEVELS = ("debug", "info", "warning", "error")
 ENDED_WORDS = ("success", "failed", "cancelled")
@@ -563,13 +560,12 @@ class Fields:
 
     def texts(self, name: str, check: Callable[[str], str | None], required: bool = False, fold: bool = False) -> Any:
         """A list of at least one; repeated entries are dropped."""
-        values = self.take(name, list, "a list with at least one entry: [first, second]", required)
-        if values == []:
-            self.wrong(name, "must be a list with at least one entry: [first, second]")
-        if values and not all(isinstance(value, str) for value in values):
-            self.wrong(name, "must be a list of strings; quote what YAML takes for something else")
-            return None
-        return values and tuple(dict.fromkeys(self._checked(name, value, check, fold) for value in values))
+        words = "a list with at least one string: [first, second]"
+        values = self.take(name, list, words, required)
+        if values is None or (values and all(isinstance(value, str) for value in values)):
+            return values and tuple(dict.fromkeys(self._checked(name, value, check, fold) for value in values))
+        self.wrong(name, f"must be {words}")
+        return None
 
     def read(self, name: str, parse: Callable[[Any], T]) -> T | None:
         """What `parse` makes of it; ValueError is an error of the field."""
@@ -701,9 +697,7 @@ class Job(NamedTuple):
 @dataclasses.dataclass(slots=True)
 class Agent:
     """A registered agent: a row of `agents`, in the order of its columns, and below what is in memory alone.
-
-    `last_heartbeat` is written every FLUSH_INTERVAL.
-    """
+    `last_heartbeat` is written every FLUSH_INTERVAL."""
 
     id: str
     hostname: str
@@ -866,7 +860,8 @@ class Principal(NamedTuple):
     address: str = ""
 
     def may(self, scope: Scope) -> bool:
-        return scope in (Scope.PUBLIC, Scope.ANY) or scope in GRANTS.get(self.scope, ())
+        open_to_all = scope in (Scope.PUBLIC, Scope.ANY)
+        return open_to_all or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -945,9 +940,7 @@ class Clock:
 
 class TimeOrderedIds:
     """UUIDs of version 7 (RFC 9562, method 1: 12 bits count within a millisecond), each greater than the one before.
-
-    Called by the thread that holds Store._writer alone, so the order of ids is the order of commit.
-    """
+    Called by the thread that holds Store._writer alone, so the order of ids is the order of commit."""
 
     def __init__(self, clock: Clock, last: str | None):
         self._clock = clock
@@ -1504,9 +1497,9 @@ class Tx(Queries):
         self.add("events", *event.row())
         return event
 
-    def saw_agents(self, seen: Iterable[tuple[str, str]]) -> None:
-        """(last contact, agent id) of each."""
-        self._db.executemany("UPDATE agents SET last_heartbeat = ? WHERE id = ?", seen)
+    def each(self, table: str, column: str, key: str, values: Iterable[tuple[str, str]]) -> None:
+        """Writes a column in many rows: (value, key)."""
+        self._db.executemany(f"UPDATE {table} SET {column} = ? WHERE {key} = ?", values)
 
     def begin_epoch(self, epoch: str) -> None:
         """Of a copy: its positions count anew, no job gets another attempt, no agent has a session."""
@@ -1518,9 +1511,6 @@ class Tx(Queries):
     def audited(self, at: str, by: Principal, action: str, target: str, detail: str = "") -> None:
         """Who did it, and from where: in the transaction that does it."""
         self.add("audit", None, at, by.name, by.address, action, target, detail)
-
-    def used_tokens(self, at: str, digests: Iterable[str]) -> None:
-        self._db.executemany("UPDATE tokens SET last_used_at = ? WHERE sha256 = ?", [(at, digest) for digest in digests])
 
     def remove_events(self, job_id: str, limit: int) -> int:
         """The oldest of a job, up to `limit`; how many."""
@@ -1621,9 +1611,7 @@ def sync(path: pathlib.Path) -> None:
 
 def copy_database(source: pathlib.Path, target: pathlib.Path) -> tuple[int, int, int]:
     """A snapshot as a file of its own (0600), there whole or not at all. Only reads the source, whose daemon may run.
-
-    It says that it is a copy: a daemon that serves it one day begins a new epoch (Jobs.recover).
-    """
+    It says that it is a copy: a daemon that serves it one day begins a new epoch (Jobs.recover)."""
     partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
     if target.resolve() in [pathlib.Path(f"{source.resolve()}{end}") for end in ("", ".lock", *BESIDE)]:
         raise StartError(f"{target} is the database itself: choose another FILE")
@@ -1654,10 +1642,8 @@ def give_to_owner(path: pathlib.Path) -> None:
 
 def restore_database(source: pathlib.Path, path: pathlib.Path, kept: pathlib.Path) -> tuple[int, int, int]:
     """Puts a copy of `source` in the place of a database that no daemon serves; what was there is kept.
-
     It may be killed anywhere: while PATH.restoring is there no daemon starts, the old files have their new names before they lose
-    the old ones, and to restore once more ends the work.
-    """
+    the old ones, and to restore once more ends the work."""
     ready = pathlib.Path(f"{path}.restoring")
     with database_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1742,9 +1728,7 @@ class Store:
 
     def write(self, do: Callable[[Tx], T]) -> T:
         """Runs do(tx) in a transaction that others may share; returns its value once it is durable and its effects have happened.
-
-        What `do` raises undoes its own changes alone and is raised here. Raises Unavailable where SQLite cannot write now.
-        """
+        What `do` raises undoes its own changes alone and is raised here. Raises Unavailable where SQLite cannot write now."""
         work = Work(do)
         self._waiting.append(work)
         with self._writer:
@@ -1886,9 +1870,7 @@ class JobQueue:
 
     def take(self, host: str, busy: frozenset[str] | None, ticket: int, deadline: float) -> tuple[str, str] | None:
         """The oldest (job id, app) whose app is not busy; None at the deadline (monotonic), after a wake() or at the end.
-
-        `busy` None: wants no job, waits for a wake() alone.
-        """
+        `busy` None: wants no job, waits for a wake() alone."""
         with self._lock:
             lane = self._lane(host)
             while True:
@@ -2256,16 +2238,13 @@ class Auth:
                 self._tokens[digest] = self._tokens[digest]._replace(last_used_at=at)
 
         def do(tx: Tx) -> None:
-            tx.used_tokens(at, used)
+            tx.each("tokens", "last_used_at", "sha256", [(at, digest) for digest in used])
             tx.after(remember)
             for token in over:
                 self._delete(tx, token)
 
         if used or over:
             self._store.write(do)
-
-
-PROXIED = ("forwarded", "via", "x-real-ip")  # with X-Forwarded-*: what proxies add
 
 
 def is_loopback(address: str) -> bool:
@@ -2286,7 +2265,7 @@ def is_from_here(peer: str, headers: Mapping[str, str]) -> bool:
     return (
         is_loopback(peer)
         and is_loopback(host)
-        and not any(name in PROXIED or name.startswith("x-forwarded-") for name in headers)
+        and not any(name in ("forwarded", "via", "x-real-ip") or name.startswith("x-forwarded-") for name in headers)
         and headers.get("origin", f"http://{host}") == f"http://{host}"
         and headers.get("sec-fetch-site", "none") in ("none", "same-origin")
     )
@@ -2439,14 +2418,6 @@ class Lease:
 Connected = Callable[[], bool]  # whether the client is still there
 
 
-class Order(NamedTuple):
-    """The answer to a heartbeat."""
-
-    job: Job | None
-    cancel: list[str]
-    interval: int
-
-
 NO_JOB = Job._make([None] * len(Job._fields))
 
 
@@ -2479,7 +2450,7 @@ class Jobs:
         # read without a lock, by single look-ups and list().
         self._agents: dict[str, Agent] = {}  # by id
         self._by_host: dict[str, Agent] = {}
-        self._hosts_by_secret: dict[str, str] = {}  # SHA-256 of a secret to its host
+        self.hosts_by_secret: dict[str, str] = {}  # SHA-256 of a secret to its host
         self._leases: dict[str, dict[str, Lease]] = {}  # host to job id to lease
         self._lock = threading.Lock()  # guards Lease.answered: of two heartbeats one gets the job again
         self._flushed = clock.monotonic()
@@ -2522,9 +2493,7 @@ class Jobs:
 
     def register(self, asked: Registration, principal: Principal, secret: str | None = None) -> Agent:
         """A new session for that host; its id stays. Raises Conflict where another secret is bound to the host.
-
-        `secret`: one that the controller made for it, where the agent makes none.
-        """
+        `secret`: one that the controller made for it, where the agent makes none."""
         if principal.host is not None:
             principal.speaks_for(asked.hostname)
 
@@ -2564,28 +2533,27 @@ class Jobs:
         log.info("agent of %s registered", agent.hostname)
         return agent
 
-    def heartbeat(self, agent_id: str, beat: Heartbeat, principal: Principal, connected: Callable[[], bool]) -> Order:
-        """Renews the leases of the agent and hands out at most one job; parks for `beat.wait` seconds.
-
+    def heartbeat(
+        self, agent_id: str, beat: Heartbeat, principal: Principal, connected: Connected
+    ) -> tuple[Job | None, list[str], int]:
+        """(a job or None, ids of jobs to stop, seconds to the next call); renews the agent's leases, parks for `beat.wait` seconds.
         `connected` says whether the client is still there; a call whose client has gone claims nothing.
-        Raises NotFound (register again) and Conflict (a newer session has this host).
-        """
+        Raises NotFound (register again) and Conflict (a newer session has this host)."""
         arrived = next(self._ticks)
         # To park for longer than contact may be missing would make a healthy agent look lost.
         deadline = time.monotonic() + min(beat.wait, self.config.agent_timeout / 2, self.config.lost_after / 2)
         principal.speaks_for(self._agent(agent_id).hostname)
         agent = self._current(agent_id, beat)
-        agent.online = beat.status == "online"
-        self._touch(agent)
+        agent.online, agent.contact = beat.status == "online", self.clock.monotonic()
+        self._seen.add(agent.id)
         if beat.running is not None:
             self._settle(agent, beat)
         job, again = None, agent.online
         while again:
             job, again = self._look(agent, beat, arrived, deadline, connected)
-        self._touch(agent)
-        agent.told = self._stops(agent, beat)
+        agent.told, agent.contact = self._stops(agent, beat), self.clock.monotonic()
         interval = 0 if beat.wait and agent.online else POLL_INTERVAL
-        return Order(job, sorted({job_id for job_id, _ in agent.told}), interval)
+        return job, sorted({job_id for job_id, _ in agent.told}), interval
 
     def _look(self, agent: Agent, beat: Heartbeat, arrived: int, deadline: float, connected: Connected) -> tuple[Job | None, bool]:
         """One look at what there is for the agent, parked until there may be something: (a job or None, whether to look again)."""
@@ -2612,10 +2580,6 @@ class Jobs:
         if agent is None:
             raise NotFound(f"no agent {agent_id[:100]}: register again")
         return agent
-
-    def _touch(self, agent: Agent) -> None:
-        agent.contact = self.clock.monotonic()
-        self._seen.add(agent.id)
 
     def _current(self, agent_id: str, beat: Heartbeat) -> Agent:
         """The agent as registered last; raises NotFound, and Conflict where this call speaks for an older session."""
@@ -2718,9 +2682,7 @@ class Jobs:
 
     def append_logs(self, job_id: str, upload: LogUpload, principal: Principal) -> tuple[int, bool]:
         """Stores what is new of the upload; (next offset, whether the job is to be cancelled).
-
-        Raises Conflict for an attempt that is not running any more, and for a gap, with `next_offset`.
-        """
+        Raises Conflict for an attempt that is not running any more, and for a gap, with `next_offset`."""
 
         now = self.clock.stamp()
 
@@ -2878,9 +2840,7 @@ class Jobs:
 
     def push(self, push: Push, delivery: str, signature: str, signers: frozenset[str], address: str) -> tuple[list[str], str]:
         """Jobs for a signed push, stored in one transaction with its delivery: (ids, message). The same delivery answers the same.
-
-        `signers`: the secrets that the body was signed with; an app with a secret of its own takes no other.
-        """
+        `signers`: the secrets that the body was signed with; an app with a secret of its own takes no other."""
         default = secrets_in(self.config.webhook_secret)
         trusting = [app for app in self.apps.of_repo(push.repo) if signers.intersection(app.webhook_secrets or default)]
         apps = [app for app in trusting if push.commit and push.wanted_by(app)]
@@ -3075,11 +3035,9 @@ class Jobs:
         ):
             more = tx.remove_oldest(table, column, oldest, RETENTION_EVENTS) == RETENTION_EVENTS or more
         tx.give_back(RETENTION_EVENTS)
-        tx.after(self._remember_removal, walked, int(tx.meta("removed_through")))
+        tx.after(setattr, self, "_retained", walked)
+        tx.after(setattr, self, "removed_through", int(tx.meta("removed_through")))
         return more
-
-    def _remember_removal(self, walked: str, removed_through: int) -> None:
-        self._retained, self.removed_through = walked, removed_through
 
     def flush_contacts(self) -> None:
         self._flushed = self.clock.monotonic()
@@ -3088,7 +3046,9 @@ class Jobs:
         for agent in agents:
             agent.last_heartbeat = self._last_seen(agent)
         if agents:
-            self.store.write(lambda tx: tx.saw_agents([(agent.last_heartbeat, agent.id) for agent in agents]))
+            self.store.write(
+                lambda tx: tx.each("agents", "last_heartbeat", "id", [(agent.last_heartbeat, agent.id) for agent in agents])
+            )
 
     def _close(self, lease: Lease, status: Status, reason: Reason, error: str | None = None, may_retry: bool = False) -> None:
         """Ends that attempt from here, if it still runs; `may_retry`: the job waits for another if its `retries` say so."""
@@ -3163,9 +3123,7 @@ class Jobs:
 
     def follow(self, wanted: EventFilter, position: int, pulse: float) -> Iterator[tuple[int, list[Event]]]:
         """(position reached, wanted events up to there), for ever; no events after `pulse` seconds of silence.
-
-        Reads the hub, and the database where it is behind the hub. Ends when the controller stops.
-        """
+        Reads the hub, and the database where it is behind the hub. Ends when the controller stops."""
         told = time.monotonic()
         while True:
             events = self.hub.since(position, max(0.0, told + pulse - time.monotonic()))
@@ -3220,18 +3178,15 @@ class Jobs:
             agent.contact, agent.told, agent.online = old.contact, old.told, old.online and agent.session != ""
         self._agents[agent.id] = self._by_host[agent.hostname] = agent
         if old and old.token_sha256:
-            self._hosts_by_secret.pop(old.token_sha256, None)
+            self.hosts_by_secret.pop(old.token_sha256, None)
         if agent.token_sha256:
-            self._hosts_by_secret[agent.token_sha256] = agent.hostname
+            self.hosts_by_secret[agent.token_sha256] = agent.hostname
 
     def _forget(self, hostname: str) -> None:
         agent = self._by_host.pop(hostname)
         self._agents.pop(agent.id, None)
-        self._hosts_by_secret.pop(agent.token_sha256 or "", None)
+        self.hosts_by_secret.pop(agent.token_sha256 or "", None)
         self.queue.wake(hostname)
-
-    def host_of_secret(self, digest: str) -> str | None:
-        return self._hosts_by_secret.get(digest)
 
     def _lease(self, job: Job, answered: int | None = None) -> None:
         now = self.clock.monotonic()
@@ -3843,7 +3798,7 @@ class Controller:
         with database_errors(config.db):
             self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
             self.jobs.recover()
-        self.auth = Auth(tokens, config.open, self.jobs.host_of_secret, store, clock)
+        self.auth = Auth(tokens, config.open, self.jobs.hosts_by_secret.get, store, clock)
         self.connections: Callable[[], int] = lambda: 0
 
 
@@ -3867,10 +3822,9 @@ def register_agent(api: Controller, request: Request) -> Answer:
 
 def heartbeat(api: Controller, request: Request) -> Answer:
     beat = Heartbeat.parse(request.json())
-    order = api.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
-    job = order.job.for_agent() if order.job else None
-    body = {"acknowledged": True, "job": job, "cancel": order.cancel, "interval": order.interval}
-    return answer(200, body, functools.partial(api.jobs.delivered, order.job) if order.job else None)
+    job, stops, interval = api.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
+    body = {"acknowledged": True, "job": job.for_agent() if job else None, "cancel": stops, "interval": interval}
+    return answer(200, body, functools.partial(api.jobs.delivered, job) if job else None)
 
 
 def create_job(api: Controller, request: Request) -> Answer:
@@ -3946,13 +3900,9 @@ def report_result(api: Controller, request: Request) -> Answer:
     return {"job": job.public()}
 
 
-def host_named(request: Request) -> str:
-    return request.params[0].lower()
-
-
 def on_host(action: str, **columns: Any) -> Callable[[Controller, Request], Answer]:
     """A route that changes these columns of the host's agent."""
-    return lambda api, request: {"host": api.jobs.change_host(host_named(request), request.principal, action, **columns)}
+    return lambda api, request: {"host": api.jobs.change_host(request.params[0].lower(), request.principal, action, **columns)}
 
 
 def create_token(api: Controller, request: Request) -> Answer:
@@ -4105,16 +4055,15 @@ def github_webhook(api: Controller, request: Request) -> Answer:
 
 
 def health(api: Controller, request: Request) -> Answer:
+    status, database = 200, "ok"
     try:
         with api.store.read() as db:
             db.meta("epoch")
-        database = "ok"
     except Unavailable as error:
-        database = str(error)
-    status = "ok" if database == "ok" else "error"
+        status, database = 503, str(error)
     uptime = round(api.clock.monotonic() - api.started, 3)
-    body = {"status": status, "version": VERSION, "uptime": uptime, "database": database}
-    return answer(200 if status == "ok" else 503, body)
+    shown = {"status": "ok" if status == 200 else "error", "version": VERSION, "uptime": uptime, "database": database}
+    return answer(status, shown)
 
 
 def metrics(api: Controller, request: Request) -> Answer:
@@ -4134,16 +4083,18 @@ def asset(name: str) -> str:
         raise NotFound(f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes") from None
 
 
+POLICY = (
+    "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
+
+
 def page(name: str) -> Callable[[Controller, Request], Answer]:
     """A page whose one script and one style carry a nonce; nothing else may run or load."""
 
     def show(api: Controller, request: Request) -> Answer:
         nonce = secrets.token_urlsafe(16)
-        policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
-            "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-        )
-        headers = (("Content-Security-Policy", policy), ("Referrer-Policy", "no-referrer"))
+        headers = (("Content-Security-Policy", POLICY.format(nonce)), ("Referrer-Policy", "no-referrer"))
         return Response(200, asset(name).replace("{{nonce}}", nonce).encode(), "text/html; charset=utf-8", headers)
 
     return show
@@ -4169,7 +4120,7 @@ ROUTES = [
     Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, on_host("host.drain", drained=1)),
     Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, on_host("host.resume", drained=0)),
     Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, on_host("host.reset", token_sha256=None, session="")),
-    Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, lambda api, r: api.jobs.remove_host(host_named(r), r.principal)),
+    Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, lambda api, r: api.jobs.remove_host(r.params[0].lower(), r.principal)),
     Route("GET", "/v1/apps", Scope.VIEWER, list_apps, for_app=True),
     Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
     Route("POST", "/v1/tokens", Scope.ADMIN, create_token),
