@@ -3537,7 +3537,7 @@ class Handler(socketserver.BaseRequestHandler):
             method, target, self._minor, headers = parse_head(head)
             self._unread = content_length(headers)
             self._expects = headers.get("expect", "").lower() == "100-continue"
-            if "expect" in headers and not self._expects:
+            if headers.get("expect") and not self._expects:
                 raise Refusal(417, "the only expectation known is 100-continue")
         except Refusal as error:
             refused = problem_of(error)

@@ -146,7 +146,7 @@ MISTAKES = [
     ("hosts: [web-01, web_02]", 4, "hosts: 'web_02' must be a host name"),
     ("hosts: web-01", 4, "hosts: must be a list"),
     ("hosts: []", 4, "hosts: must be a list with at least one"),
-    ("hosts: [1]", 4, "hosts: must be a list of strings; quote"),
+    ("hosts: [1]", 4, "hosts: must be a list with at least one string"),
     ("clone_url: https://me:hunter2@github.com/o/n.git", 5, "clone_url: "),
     ("clone_url: --upload-pack=x", 5, "clone_url: "),
     ("deploy_on_push: 'yes'", 6, "deploy_on_push: must be true or false"),
