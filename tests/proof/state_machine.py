@@ -47,7 +47,7 @@ SHORT, FULL = (220, 45), (8000, 100)  # examples, steps of each at most
 
 ADMIN, ENROLMENT = "dbt_admin", "dbt_enrol"
 SECRET = "a webhook secret"
-AGENT_TIMEOUT, LOST_AFTER, PENDING_EXPIRY, GRACE, LONG_SWEEP = 60, 600, 86400, 60, 5
+AGENT_TIMEOUT, LOST_AFTER, PENDING_EXPIRY, GRACE = 60, 600, 86400, 60
 LOG_LIMIT = 100  # bytes: so small that examples reach it
 HOSTS = ("web-01", "web-02", "db-01")
 APPS = [
@@ -97,12 +97,16 @@ class Crash(BaseException):
     """The process has ended here: nothing above catches it."""
 
 
+AT_COMMIT = 0  # in place of the number of a statement: the first COMMIT, whichever statement that is
+
+
 class Faults:
     """Counts the statements of one call and breaks one of them."""
 
     def __init__(self, snapshot: Callable[[], None]):
         self._snapshot = snapshot
         self.kind, self.at, self.count, self.commits, self.fired = "", 0, 0, 0, False
+        self.unfenced = ""  # a statement that changes a job in whatever state it is
 
     def arm(self, fault: tuple[str, int] | None) -> None:
         self.kind, self.at = fault or ("", 0)
@@ -110,17 +114,18 @@ class Faults:
 
     def around(self, sql: str, execute: Callable[[], Any]) -> Any:
         """Before its statement the disk is full; after it the process has ended."""
-        if "UPDATE jobs" in sql:
-            holds(2, "WHERE id = ? AND status = ? AND attempt = ?" in sql, "a transition that is not fenced:", sql)
+        if "UPDATE jobs" in sql and "WHERE id = ? AND status = ? AND attempt = ?" not in sql:
+            self.unfenced = sql
         if sql == "ROLLBACK":
             return execute()
         self.count += 1
-        if self.kind == "full" and self.count == self.at:
+        is_it = sql == "COMMIT" if self.at == AT_COMMIT else self.count == self.at
+        if self.kind == "full" and is_it and not self.fired:
             self.fired = True
             raise sqlite3.OperationalError("database or disk is full")
         value = execute()
         self.commits += sql == "COMMIT"
-        if self.kind == "crash" and self.count == self.at:
+        if self.kind == "crash" and is_it and not self.fired:
             self.fired = True
             HAPPENED["crash after COMMIT" if self.commits else "crash before COMMIT"] += 1
             self._snapshot()
@@ -355,7 +360,9 @@ class Op(NamedTuple):
     claims_for: str = ""  # the host that a heartbeat may claim for
 
 
-FAULT = st.one_of(st.none(), st.none(), st.none(), st.none(), st.tuples(st.sampled_from(("crash", "full")), st.integers(1, 22)))
+# At any statement; the COMMIT and the first ones more often, as most calls have but a few.
+HIT = st.tuples(st.sampled_from(("crash", "full")), st.one_of(st.just(AT_COMMIT), st.integers(1, 4), st.integers(1, 22)))
+FAULT = st.one_of(st.none(), st.none(), st.none(), st.none(), HIT)
 ANY = st.integers(0, 23)  # chooses one of those that are there
 FATE = st.sampled_from(("arrives", "arrives", "arrives", "lost"))
 RESULTS = (
@@ -886,7 +893,7 @@ class Machine(RuleBasedStateMachine):
         def change(commits: int | None) -> None:
             away, self.swept = self.now - self.swept, self.now
             for job in self.jobs.values():
-                if away > LONG_SWEEP:  # the controller was stopped: nobody could reach it, so nobody is lost
+                if away > deploybot.LONG_SWEEP:  # the controller was stopped: nobody could reach it, so nobody is lost
                     job.since, job.deadline = self.now, job.deadline + away
             closings = overdue()
             expired = [j for j in self.jobs.values() if j.status == "pending" and j.queued < self.now - PENDING_EXPIRY]
@@ -930,13 +937,29 @@ class Machine(RuleBasedStateMachine):
     @rule(
         repo=st.sampled_from(("myorg/web", "myorg/api", "myorg/other")), which=ANY, retries=st.sampled_from((None, 0, 2)),
         fate=st.sampled_from(("arrives", "arrives", "arrives", "lost", "late")),
+        then=st.sampled_from(("", "", "it asks again", "it asks again", "cancelled", "silent")), fault=FAULT,
     )  # fmt: skip
-    def run_a_job(self, repo: str, which: int, retries: int | None, fate: str) -> None:
-        """What most days are made of: a job is asked for, and an agent that is well takes it (or what waits before it)."""
+    def run_a_job(self, repo: str, which: int, retries: int | None, fate: str, then: str, fault: Any) -> None:
+        """What most days are made of: a job is asked for, an agent that is well takes it (or what waits before it), and what comes then."""
         agent = self.pick(which, [agent for agent in self.agents if agent.id and not self.refusal(agent)])
-        if agent:
-            self.make(self.submit_op(repo, f"run-{next(self.numbers)}", agent.host, False, retries, None))
-            self.beat(agent, True, "online", fate, None)
+        if agent is None:
+            return
+        self.make(self.submit_op(repo, f"run-{next(self.numbers)}", agent.host, False, retries, None))
+        self.beat(agent, True, "online", fate, None)
+        if then == "silent":
+            self.clock.advance(LOST_AFTER + 1)
+            self.sweep(False, fault)
+        elif then:
+            for job in self.running_on(agent.host) if then == "cancelled" else ():
+                self.make(self.cancel_op(job))
+            self.beat(agent, True, "online", "arrives", fault)
+
+    @precondition(lambda self: self.jobs)
+    @rule(which=ANY, force=st.booleans(), fault=FAULT)
+    def submit_again(self, which: int, force: bool, fault: Any) -> None:
+        """The same as one that there is: it may be open, to be cancelled, or over."""
+        job = self.pick(which, self.jobs.values())
+        self.make(self.submit_op(job.repo, job.ref, job.host, force, None, None), fault)
 
     @precondition(lambda self: self.jobs)
     @rule(which=ANY, what=st.sampled_from(("cancel it", "cancel one that runs", "retry")), fault=FAULT)
@@ -1082,7 +1105,7 @@ class Machine(RuleBasedStateMachine):
         sweeps are left out here, as what they would have done this one does."""
         if not stopped:
             self.swept = self.subject.daemon._swept = self.now
-        HAPPENED["controller was stopped"] += self.now - self.swept > LONG_SWEEP and any(
+        HAPPENED["controller was stopped"] += self.now - self.swept > deploybot.LONG_SWEEP and any(
             job.status == "running" for job in self.jobs.values()
         )
         self.make(self.sweep_op(), fault)
@@ -1099,7 +1122,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         first=st.sampled_from(("submit", "cancel", "result", "logs", "heartbeat")), which=ANY,
         second=st.sampled_from(("submit", "cancel", "result", "logs", "heartbeat", "retry")), other=ANY,
-        fault=st.one_of(st.none(), st.none(), st.tuples(st.sampled_from(("crash", "full")), st.integers(1, 22))),
+        fault=st.one_of(st.none(), st.none(), HIT),
     )  # fmt: skip
     def together(self, first: str, which: int, second: str, other: int, fault: Any) -> None:
         """Two callers whose work one of them commits."""
@@ -1287,6 +1310,7 @@ def one(machine: Machine, seen: Seen) -> None:
 
 def two(machine: Machine, seen: Seen) -> None:
     """An ended job never changes again; transitions are those of the design."""
+    holds(2, not machine.subject.faults.unfenced, "not fenced:", machine.subject.faults.unfenced)
     for job_id, row in seen.whole.items():
         if job_id in machine.frozen:
             holds(2, row == machine.frozen[job_id], "an ended job has changed:", machine.frozen[job_id], row)
