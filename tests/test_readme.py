@@ -189,6 +189,19 @@ def test_the_lines_that_make_the_credentials_make_files_that_only_root_can_read(
     assert all(re.fullmatch(r"dbt_[\w-]{40,}", value) for value in values)
 
 
+def test_the_lines_about_tokens_do_what_they_say(make_controller):
+    controller = make_controller(open=False, token="dbt_admin")
+    controller.set_app(name="web-frontend", repo="myorg/web-frontend", hosts=["web-01.example.com"])
+    (script,) = [b for b in blocks(section("Who may call"), "sh") if "token create" in b]
+    environment = os.environ | {"DEPLOYBOT_URL": controller.url, "DEPLOYBOT_TOKEN": "dbt_admin"}
+    done = subprocess.run(["sh", "-euc", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"^dbt_\S+$", done.stdout, re.M)) == script.count("token create")
+    made = {token["name"]: token for token in controller.ok("GET", "/v1/tokens")["tokens"]}
+    assert "alice" in made and "ci-web" not in made
+    assert "web-03.example.com" in {token["host"] for token in made.values()}
+
+
 @pytest.mark.parametrize("name, language", [("nginx.conf", "nginx"), ("Caddyfile", "text")])
 def test_the_proxies_are_those_in_examples(name, language):
     assert (ROOT / "examples" / name).read_text() in blocks(section("Behind a proxy"), language)

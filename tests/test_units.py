@@ -163,17 +163,7 @@ class Service:
             'mount -t proc proc /mnt/proc && mount --rbind /dev /mnt/dev && shift && exec chroot /mnt sh -c "$@"'
         )
         inside = ['cd "$1" && shift && exec "$@"', "sh", str(self.folder / "cwd")]
-        command = [
-            "unshare",
-            "--mount",
-            "--propagation",
-            "private",
-            "sh",
-            "-c",
-            mounts,
-            "sh",
-            str(self.folder / "state"),
-        ]
+        command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", mounts, "sh", str(self.folder / "state")]
         return [*command, *inside] if os.geteuid() == 0 and mounts_allowed() else []
 
     def log(self):
@@ -341,9 +331,7 @@ def image(tmp_path):
         files = tmp_path / "files"
         for given, target in copies():
             for source in given:
-                into = (
-                    files / target.lstrip("/").removeprefix("./") if target.startswith("/") else files / "app" / target
-                )
+                into = files / target.lstrip("/").removeprefix("./") if target.startswith("/") else files / "app" / target
                 into = into / source if target.endswith("/") else into
                 into.parent.mkdir(parents=True, exist_ok=True)
                 (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, into)
@@ -401,9 +389,7 @@ def healthcheck(**environment):
     """The exit code of the image's HEALTHCHECK."""
     command = json.loads(instruction("HEALTHCHECK").partition("CMD ")[2])
     assert command[0] == "python"
-    done = subprocess.run(
-        [sys.executable, *command[1:]], env=environment, capture_output=True, text=True, timeout=10, check=False
-    )
+    done = subprocess.run([sys.executable, *command[1:]], env=environment, capture_output=True, text=True, timeout=10, check=False)
     return done.returncode
 
 
@@ -415,11 +401,7 @@ def test_the_image_works_with_a_read_only_root_and_as_its_user(image):
     assert "CapEff:\t0000000000000000\n" in status and "CapBnd:\t0000000000000000\n" in status
     assert "NoNewPrivs:\t1" in status
     root = Path(f"/proc/{controller.pid}/root")
-    writable = [
-        path
-        for path in ("app", "etc/deploybot", "data", "usr", "")
-        if not os.statvfs(root / path).f_flag & os.ST_RDONLY
-    ]
+    writable = [path for path in ("app", "etc/deploybot", "data", "usr", "") if not os.statvfs(root / path).f_flag & os.ST_RDONLY]
     assert "data" in writable and not {"app", "etc/deploybot", ""} & set(writable)
     assert healthcheck(DEPLOYBOT_PORT=str(controller.port)) == 0
     for path in ("/", "/docs", "/openapi.json", "/agent.py", "/ctl.py"):
