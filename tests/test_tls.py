@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pathlib
+import pty
 import re
 import signal
 import socket
@@ -278,6 +279,26 @@ def test_a_bad_pair_leaves_the_old_one_in_force_and_is_no_start(secure, pairs, c
     assert body[:40] not in caplog.text + str(failed.value) and "hunter22" not in caplog.text
 
 
+def test_an_encrypted_key_asks_nobody(pairs, tmp_path):
+    """A start by systemd has no terminal, and one by hand would wait for a phrase that the next start does not get."""
+    key = tmp_path / "key.pem"
+    openssl("ec", "-in", pairs[0].key, "-aes256", "-passout", "pass:hunter22", "-out", key)
+    ours, its = pty.openpty()
+    with open(ours, "rb", closefd=True):
+        command = ["setsid", "--ctty", "--wait", sys.executable, PROGRAM]
+        flags = ("--port", "0", "--tls-cert", pairs[0].cert, "--tls-key", key)
+        process = subprocess.Popen([*command, *flags], cwd=tmp_path, stdin=its, stdout=its, stderr=its)
+        try:
+            assert process.wait(20) == 1
+            os.close(its)
+            with contextlib.suppress(OSError):  # the end of a terminal
+                said = os.read(ours, 65536)
+            assert b"hunter22" not in said and b"phrase" not in said and b"--tls-key" in said
+        finally:
+            process.kill()
+            process.wait()
+
+
 @pytest.mark.parametrize("given", [("tls_cert",), ("tls_key",)])
 def test_one_without_the_other_is_no_start(make_controller, pairs, given):
     with pytest.raises(deploybot.StartError, match="tls-cert and --tls-key"):
@@ -399,6 +420,24 @@ def test_at_the_limit_the_oldest_unfinished_one_goes_and_who_is_parked_stays(sec
 def test_a_cookie_is_for_tls_alone(secure):
     status, headers, _ = secure.raw("POST", "/v1/session", {"token": "dbt_admin"})
     assert status == 200 and re.search(r"; Secure(;|$)", headers["Set-Cookie"])
+
+
+def test_what_is_being_answered_at_a_stop_is_answered_in_tls(secure, monkeypatch):
+    """The stop ends the reading side of a connection that another thread works for; what that one then writes is not in the clear."""
+    working, go_on = threading.Event(), threading.Event()
+
+    def slow(*_):
+        working.set()
+        assert go_on.wait(20)
+        return []
+
+    monkeypatch.setattr(secure.jobs, "hosts", slow)
+    with tls(secure, b"GET /v1/hosts HTTP/1.1\r\n" + HOST + BEARER + b"\r\n") as wire:
+        assert working.wait(20)
+        for connection in list(secure.daemon.server._connections):
+            deploybot.end_of(connection, socket.SHUT_RD)
+        go_on.set()
+        assert read_until(wire, b"}\n").startswith(b"HTTP/1.1 200 ")
 
 
 # -- a process ---------------------------------------------------------------------------------------------------------
