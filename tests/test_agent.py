@@ -24,7 +24,6 @@ from pathlib import Path
 import pytest
 
 import agent
-import deploybot
 
 ROOT = Path(__file__).resolve().parent.parent
 GRACE = 0.4  # between TERM and KILL, instead of 10 s
@@ -860,7 +859,7 @@ def test_failed_releases_push_out_no_good_one(host):
 def test_current_leads_somewhere_at_every_moment(host):
     host.deploy()
     folder = host.folder
-    releases = [folder.active(), folder.add("f" * 40)]
+    releases = [folder.active(), folder.add(folder.new_name("f" * 40))]
     missing, over = [], threading.Event()
 
     def watch():
@@ -1209,9 +1208,10 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give its r
 @pytest.fixture
 def public():
     """A folder that other users can enter; those of pytest are its own."""
-    folder = Path(tempfile.mkdtemp(prefix="deploybot-test-"))
+    folder, umask = Path(tempfile.mkdtemp(prefix="deploybot-test-")), os.umask(0o022)
     folder.chmod(0o755)
     yield folder
+    os.umask(umask)
     shutil.rmtree(folder)
 
 
@@ -1315,7 +1315,7 @@ def test_the_processes_of_another_user_are_ended_too(ruled, how):
         watcher.join()
     else:
         entry = ruled.journal.begin(data, agent.boot_id())
-        release = ruled.folder.add("a" * 40)
+        release = ruled.folder.add(ruled.folder.new_name("a" * 40))
         (release / "run").write_text(STAYING)
         agent.hand_over(release, ruled.machine.account)
         entry.note(release=release.name)
@@ -1536,7 +1536,7 @@ def test_after_a_crash_what_ran_is_ended_and_reported(host, stubborn, tmp_path):
     """The agent is gone, its script is not: the journal and the mark are all that is left."""
     data = host.job(deploy=["./stubborn.sh"])
     entry = host.journal.begin(data, agent.boot_id())
-    release = host.folder.add("a" * 40)
+    release = host.folder.add(host.folder.new_name("a" * 40))
     entry.note(release=release.name)
     (release / "stubborn.sh").write_text(STUBBORN)
     child = subprocess.Popen(
@@ -1558,7 +1558,7 @@ def test_a_crash_in_activate_goes_the_way_back(host):
     data = host.job(activate='echo "again $DEPLOY_COMMIT"')
     entry = host.journal.begin(data, agent.boot_id())
     folder = host.folder
-    release = folder.add("b" * 40)
+    release = folder.add(folder.new_name("b" * 40))
     entry.note(release=release.name, switched_from=old)
     folder.switch(release)
     result = host.go(entry, step="recover")
@@ -2013,16 +2013,21 @@ def test_a_gap_is_closed_from_the_spool(host, lone, scripted):
 
 
 def test_a_script_is_tracked_on_disk_before_it_starts(host, lone, monkeypatch, variables):
-    events, real = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("synced"), real(descriptor)))
-    start = agent.CHILDREN.start
+    events, fsync, start, jobs = [], os.fsync, agent.CHILDREN.start, str(host.machine.workdir / ".agent/jobs")
+
+    def sync(descriptor):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        if path.startswith(jobs):  # the threads of an earlier test may still have something to sync
+            events.append(path.removeprefix(jobs))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
     monkeypatch.setattr(agent.CHILDREN, "start", lambda *args: (events.append("started"), start(*args))[1])
-    variables["JOBS"] = str(host.machine.workdir / ".agent/jobs")
+    variables["JOBS"] = jobs
     one = lone()
-    del events[:]  # of the secret that it made
     one.take(host.job(deploy='grep -c "\\"state\\": \\"running\\".*\\"leader\\": .$$," "$JOBS/$DEPLOY_JOB_ID.1.json"; exit 3'))
-    assert events[:3] == ["synced", "synced", "started"]  # the file, its folder
     [run] = one.agent._holding()
+    assert events[:3] == [f"/{run.key.job_id}.1.json.new", "", "started"]  # the file, its folder
     assert [line for line in spooled(run) if not line.startswith("[")] == ["1"]
 
 
@@ -2312,7 +2317,6 @@ RUNNER = f"""
 import functools, sys
 sys.path.insert(0, {str(ROOT)!r})
 import agent
-import deploybot
 agent.Machine = functools.partial(agent.Machine, grace={GRACE})
 agent.BACKOFF_LIMIT = 0.5
 sys.exit(agent.main())
@@ -2631,7 +2635,7 @@ def test_slots_run_jobs_of_different_apps_at_once(site):
 def test_two_agents_of_one_host_never_run_an_app_at_once_whatever_their_folders(site):
     """The older one hangs in the middle of a script; the controller gives its job up, and the newer one gets the next."""
     site.variables |= {"LEDGER": str(site.tmp_path / "ledger"), "GO": str(site.tmp_path / "go")}
-    script = 'echo begun >>"$LEDGER"\n[ -e "$GO" ] || sleep 60\necho ended >>"$LEDGER"\n'
+    script = 'echo begun >>"$LEDGER"\n[ -e "$GO" ] || sleep 60 || exit\necho ended >>"$LEDGER"\n'
     script_app(site, {"run": f"#!/bin/sh\n{script}"})
     older = site.start(work="one")
     first = site.submit()
@@ -2807,11 +2811,11 @@ def test_a_script_goes_on_while_its_controller_is_restored_from_a_backup(site):
     jobs = {app: site.submit(app=app) for app in ("web", "api")}
     for app, job_id in jobs.items():
         until(lambda: f"begun {app}" in site.output(job_id))  # noqa: B023
-    assert deploybot.main(["backup", str(copy), "--db", str(database)]) == 0
+    subprocess.run([sys.executable, ROOT / "deploybot.py", "backup", copy, "--db", database], check=True)
     (site.tmp_path / "go.web").touch()
     assert site.ended(jobs["web"])["status"] == "success"
     site.controller.stop()
-    assert deploybot.main(["restore", str(copy), "--db", str(database)]) == 0
+    subprocess.run([sys.executable, ROOT / "deploybot.py", "restore", copy, "--db", database], check=True)
     site.controller.restart()
     (site.tmp_path / "go.api").touch()
     assert site.ended(jobs["api"])["status"] == "success" and site.output(jobs["api"]) == "begun apifinished api"
