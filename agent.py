@@ -1500,16 +1500,20 @@ class AppFolder:
         if self._account:
             hand_over(release, self._account)
 
-    def add(self, commit: str) -> Path:
+    def new_name(self, commit: str) -> str:
+        """Of a release that is not there yet. It is noted before add() makes it, so that whoever comes after a crash knows of it."""
         now = self._now()
         while True:
             moment = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
-            release = self._releases / f"{moment}Z-{commit[:12]}"
-            try:
-                release.mkdir()
-                return release
-            except FileExistsError:
-                now += 0.001
+            name = f"{moment}Z-{commit[:12]}"
+            if not (self._releases / name).exists():
+                return name
+            now += 0.001
+
+    def add(self, name: str) -> Path:
+        release = self._releases / name
+        release.mkdir()
+        return release
 
     def release(self, name: str | None) -> Path | None:
         """The release of that name, if it is still there."""
@@ -1655,8 +1659,9 @@ class Deployment:
         self._mirror.fetch()
         self._resolved = self._mirror.resolve(self._job.ref)
         self._on_commit(self._resolved.commit)
-        release = self._app.add(self._resolved.commit)
-        self._entry.note(release=release.name)
+        name = self._app.new_name(self._resolved.commit)
+        self._entry.note(release=name)
+        release = self._app.add(name)
         self._mirror.remember(release.name, self._resolved.commit)
         self._spool.say(f"commit {self._resolved.commit} into releases/{release.name}")
         return release

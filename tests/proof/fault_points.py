@@ -270,7 +270,7 @@ def claim_and_not_committed(stage: Stage) -> None:
 @point(quick=True)
 def claim_and_not_sent(stage: Stage) -> None:
     """The same session gets the same attempt, in the order of the queue, and no other agent gets it."""
-    c = stage.controller("after(program.Jobs, 'heartbeat', when=lambda order: order.job)")
+    c = stage.controller("after(program.Jobs, 'heartbeat', when=lambda order: order[0])")
     agent, job_id = stage.light(c), create(c)["job"]["id"]
     later = create(c, ref="later")["job"]["id"]
     no_answer(agent.beat)
@@ -299,7 +299,7 @@ def sent_and_not_noted(stage: Stage) -> None:
 @point()
 def claim_and_a_new_session(stage: Stage) -> None:
     """The answer got lost and the agent was restarted too: the attempt is gone, the next one comes where retries say so."""
-    c = stage.controller("after(program.Jobs, 'heartbeat', when=lambda order: order.job)")
+    c = stage.controller("after(program.Jobs, 'heartbeat', when=lambda order: order[0])")
     agent, first = stage.light(c), create(c, retries=1)["job"]["id"]
     no_answer(agent.beat)
     stage.again(c)
