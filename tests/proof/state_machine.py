@@ -474,9 +474,10 @@ class Machine(RuleBasedStateMachine):
         return [job for job in jobs if rows[job.id] != job.row()]
 
     def new_ids(self, count: int) -> list[str]:
+        """The oldest that the model does not know; of two calls in one commit each takes its own, and invariant 1 sees what is left."""
         found = [row[0] for row in self.subject.rows(ROW) if row[0] not in self.jobs]
-        holds(1, len(found) == count, "made", found, "where", count, "were to be made")
-        return found
+        holds(1, len(found) >= count, "made", found, "where", count, "were to be made")
+        return found[:count]
 
     def add(self, job_id: str, repo: str, ref: str, host: str, app: str, by: str, **more: Any) -> Job:
         retries, timeout = DEFAULTS[app]
