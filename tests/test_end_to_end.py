@@ -67,11 +67,7 @@ class Site:
     def start(self, program, *arguments, **more):
         with open(self.folder / f"log-{len(self.processes)}", "wb") as log:
             process = subprocess.Popen(
-                [sys.executable, ROOT / program, *arguments],
-                cwd=self.folder,
-                env={**self.env, **more},
-                stdout=log,
-                stderr=log,
+                [sys.executable, ROOT / program, *arguments], cwd=self.folder, env={**self.env, **more}, stdout=log, stderr=log
             )
         self.processes.append(process)
         return process
@@ -84,9 +80,7 @@ class Site:
         return True
 
     def git(self, *arguments):
-        done = subprocess.run(
-            ["git", *arguments], cwd=self.source, env=self.env, check=True, capture_output=True, text=True
-        )
+        done = subprocess.run(["git", *arguments], cwd=self.source, env=self.env, check=True, capture_output=True, text=True)
         return done.stdout.strip()
 
     def commit(self, **files):
@@ -117,8 +111,7 @@ class Site:
         """The jobs by host, once all have ended."""
         return wait_for(
             lambda: (
-                all((found := {host: self.api.job(one) for host, one in jobs.items()})[h]["completed_at"] for h in jobs)
-                and found
+                all((found := {host: self.api.job(one) for host, one in jobs.items()})[h]["completed_at"] for h in jobs) and found
             ),
             LIMIT,
         )
@@ -194,9 +187,7 @@ def test_a_push_deploys_on_both_hosts_and_a_bad_one_changes_nothing(site):
     for host in HOSTS:
         said = f"building web on {host} at {first} from main"
         wait_for(lambda: said in messages(seen, host), LIMIT)  # noqa: B023
-    assert all(
-        site.api.job(job)["status"] == "running" and site.api.job(job)["commit"] == first for job in jobs.values()
-    )
+    assert all(site.api.job(job)["status"] == "running" and site.api.job(job)["commit"] == first for job in jobs.values())
     following = subprocess.Popen(
         [sys.executable, ROOT / "ctl.py", "logs", "-f", "--job", jobs["web-01"][:30]],
         env={**site.env, "DEPLOYBOT_URL": site.api.url, "PYTHONUNBUFFERED": "1"},
@@ -217,9 +208,7 @@ def test_a_push_deploys_on_both_hosts_and_a_bad_one_changes_nothing(site):
     (site.gate / "hold").unlink()
     for host, job in site.ended(jobs).items():
         assert (job["status"], job["exit_code"], job["commit"], job["ref"]) == ("success", 0, first, first)
-        assert job["metadata"]["trigger"] == "github_webhook" and job["metadata"]["commit_message"].startswith(
-            "a change"
-        )
+        assert job["metadata"]["trigger"] == "github_webhook" and job["metadata"]["commit_message"].startswith("a change")
         assert site.page(host) == f"page of {first}\n"
         assert (site.folder / host / "web" / "current").is_symlink()
         wait_for(lambda: "built with ***" in messages(seen, host), LIMIT)  # noqa: B023
