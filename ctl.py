@@ -651,14 +651,7 @@ def show_jobs(screen, jobs):
     ids = short_ids(job["id"] for job in jobs)
     rows = []
     for job in jobs:
-        what = [
-            ids[job["id"]],
-            job["status"],
-            job["app"],
-            job["host"],
-            short_commit(job["ref"]),
-            short_commit(job["commit"]),
-        ]
+        what = [ids[job["id"]], job["status"], job["app"], job["host"], short_commit(job["ref"]), short_commit(job["commit"])]
         rows.append([*what, ago(job["created_at"]), took(job), beyond(job, "reason") or job["hold"]])
     headers = ["JOB", "STATUS", "APP", "HOST", "REF", "COMMIT", "CREATED", "TOOK", "REASON"]
     screen.table(headers, rows, shrink=("APP", "HOST", "REF"))
@@ -1230,14 +1223,7 @@ DEPLOY = (
     ("--host", {"required": True, "action": "append", "help": "again for each further host: a job each"}),
     ("--app", {"help": "default: the only app of that repository"}),
     ("--force", {"action": "store_true", "help": "a new job, also while the same is pending or running"}),
-    (
-        "--timeout",
-        {
-            "type": time_of(1, MAX_TIMEOUT),
-            "metavar": "TIME",
-            "help": "30s, 5m, 2h, 1d (default: the app's, or an hour)",
-        },
-    ),
+    ("--timeout", {"type": time_of(1, MAX_TIMEOUT), "metavar": "TIME", "help": "30s, 5m, 2h, 1d (default: the app's, or an hour)"}),
     ("--retries", {"type": whole(0), "metavar": "N", "help": "attempts after one that was lost (or the app's)"}),
     ("--metadata", {"type": pair, "action": "append", "metavar": "KEY=VALUE", "help": "kept with the job; repeatable"}),
 )
@@ -1252,10 +1238,7 @@ JOBS = (
     ("--limit", {"type": whole(1), "default": 20, "metavar": "N", "help": "the newest N (default 20)"}),
 )
 HOSTS = (
-    (
-        "action",
-        {"nargs": "?", "choices": HOST_ACTIONS, "help": "no new jobs; jobs again; forget its agent; only its secret"},
-    ),
+    ("action", {"nargs": "?", "choices": HOST_ACTIONS, "help": "no new jobs; jobs again; forget its agent; only its secret"}),
     ("name", {"nargs": "?", "metavar": "HOST"}),
 )
 TOKEN = (
@@ -1292,20 +1275,10 @@ VERBS = (
     Verb("health", health, (), "ask whether the controller is well", ""),
     Verb("whoami", whoami, (), "show who one is to the controller, and the role", ""),
     Verb(
-        "token create",
-        create_token,
-        TOKEN,
-        "make a token and print it: once",
-        "--role operator --app web --expires 90d --name ci",
+        "token create", create_token, TOKEN, "make a token and print it: once", "--role operator --app web --expires 90d --name ci"
     ),
     Verb("token list", list_tokens, (), "list the tokens that were made", ""),
-    Verb(
-        "token revoke",
-        revoke_token,
-        (("token", {"metavar": "NAME|ID"}),),
-        "end a token, and the sign-ins made with it",
-        "ci",
-    ),
+    Verb("token revoke", revoke_token, (("token", {"metavar": "NAME|ID"}),), "end a token, and the sign-ins made with it", "ci"),
     Verb("audit", audit, AUDIT, "list who did what, newest first", "--action token.create"),
 )
 GROUPS = {"token": "make, list and revoke tokens"}  # the first word of verbs that have two
@@ -1349,8 +1322,7 @@ def run(argv):
     options = make_parser().parse_args(argv)
     if options.verb is None:
         raise Failure(
-            WRONG_USE,
-            "name a verb: " + ", ".join(dict.fromkeys(verb.name.split()[0] for verb in VERBS)) + " (see ctl.py --help)",
+            WRONG_USE, "name a verb: " + ", ".join(dict.fromkeys(verb.name.split()[0] for verb in VERBS)) + " (see ctl.py --help)"
         )
     flag = getattr(options, "url", None)
     url = read_url(flag)

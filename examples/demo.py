@@ -259,17 +259,7 @@ def write_apps(demo):
 def start_controller(demo):
     port = free_port()
     demo.start(
-        [
-            "deploybot.py",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--db",
-            "data/deploybot.db",
-            "--apps",
-            "apps.yaml",
-        ],
+        ["deploybot.py", "--host", "127.0.0.1", "--port", str(port), "--db", "data/deploybot.db", "--apps", "apps.yaml"],
         DEPLOYBOT_TOKEN=demo.token,
         DEPLOYBOT_WEBHOOK_SECRET=demo.secret,
     )

@@ -125,9 +125,7 @@ def test_a_backup_while_it_runs_and_is_written_to(run, tmp_path):
             with connect(tmp_path / f"b{i}.db") as backup:
                 stored = {row[0] for row in backup.execute("SELECT id FROM jobs")}
             assert set(before) <= stored, "all that was acknowledged before it began"
-            assert re.search(
-                rf"b{i}\.db: \d+\.\d MiB, {len(stored)} jobs, 0 agents, schema {len(MIGRATIONS)}$", out.strip()
-            )
+            assert re.search(rf"b{i}\.db: \d+\.\d MiB, {len(stored)} jobs, 0 agents, schema {len(MIGRATIONS)}$", out.strip())
     finally:
         done.set()
         writer.join()
@@ -184,11 +182,7 @@ def test_a_backup_that_fails_leaves_what_was_there(verb, db, tmp_path, monkeypat
     real = getattr(deploybot, step)
     monkeypatch.setattr(deploybot, step, fail)
     code, out, errors = verb("backup", tmp_path / "b.db", "--db", db)
-    assert (code, out, errors) == (
-        1,
-        "",
-        [f"deploybot.py: database {db} to {tmp_path / 'b.db'}: database or disk is full"],
-    )
+    assert (code, out, errors) == (1, "", [f"deploybot.py: database {db} to {tmp_path / 'b.db'}: database or disk is full"])
     assert (tmp_path / "b.db").read_text() == "the one of yesterday" and calls
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b.db", "data"]
 
@@ -596,9 +590,7 @@ def test_a_restore_may_be_killed_at_any_step(db, tmp_path):
     fill(tmp_path / "b.db", 11)
     with connect(db) as writer:
         writer.executescript("UPDATE jobs SET ref = 'known'; PRAGMA wal_checkpoint(TRUNCATE)")
-        more = "INSERT INTO jobs SELECT id || ?, repo, ref || ?, " + ", ".join(
-            f'"{name}"' for name in deploybot.Job._fields[3:]
-        )
+        more = "INSERT INTO jobs SELECT id || ?, repo, ref || ?, " + ", ".join(f'"{name}"' for name in deploybot.Job._fields[3:])
         for i in range(4):
             writer.execute(more + " FROM jobs WHERE id = (SELECT min(id) FROM jobs)", (f"-{i}", f"-{i}"))
         writer.commit()
@@ -616,9 +608,7 @@ def test_a_restore_may_be_killed_at_any_step(db, tmp_path):
         shutil.copytree(db.parent, trial)
         outcomes.append(start_or_refuse(trial / "deploybot.db"))
         # The old one is whole under its own name or the one that it was given.
-        olds = [
-            path for path in db.parent.iterdir() if re.fullmatch(r"deploybot\.db(\.before-restore-.*Z)?", path.name)
-        ]
+        olds = [path for path in db.parent.iterdir() if re.fullmatch(r"deploybot\.db(\.before-restore-.*Z)?", path.name)]
         copies = tmp_path / "copies"
         shutil.rmtree(copies, ignore_errors=True)
         shutil.copytree(db.parent, copies)
@@ -689,9 +679,7 @@ class Doctor:
         """(exit code, {level: [lines]})."""
         code = deploybot.main(["doctor", *self.flags])
         said = self.capsys.readouterr()
-        assert "Traceback" not in said.err and not re.search("[0-9]{5}abcdef", said.out + said.err), (
-            "no secret is shown"
-        )
+        assert "Traceback" not in said.err and not re.search("[0-9]{5}abcdef", said.out + said.err), "no secret is shown"
         lines = [(line[:5].strip(), line[5:]) for line in said.out.splitlines()]
         assert {level for level, _ in lines} <= {"ok", "warn", "FAIL"}
         return code, {level: [text for name, text in lines if name == level] for level in ("ok", "warn", "FAIL")}
@@ -873,9 +861,7 @@ def test_doctor_reads_the_certificate(doctor, monkeypatch):
     doctor.complains("FAIL", "none.key", "No such file")
     doctor.flags = ["--tls-cert", "old.pem", "--tls-key", "old.key"]
     assert "old.pem is good for 39999 days" in doctor.says()[1]["ok"], "times after 2049 are written another way"
-    (doctor.folder / "chain.pem").write_text(
-        "".join((doctor.folder / f"{name}.pem").read_text() for name in ("a", "old"))
-    )
+    (doctor.folder / "chain.pem").write_text("".join((doctor.folder / f"{name}.pem").read_text() for name in ("a", "old")))
     doctor.flags = ["--tls-cert", "chain.pem", "--tls-key", "a.key"]
     assert "chain.pem is good for 29 days" in doctor.says()[1]["ok"], "its own is the first"
     os.chmod(doctor.folder / "a.key", 0o644)

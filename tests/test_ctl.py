@@ -240,11 +240,7 @@ def frame(number, kind, data):
 
 def log_frame(number, message=None):
     where = {"position": number, "job_id": JOB["id"], "host": "web-01", "app": "web", "attempt": 1, "offset": number}
-    return frame(
-        number,
-        "log",
-        {**where, "message": message or f"line {number}", "level": "info", "timestamp": JOB["created_at"]},
-    )
+    return frame(number, "log", {**where, "message": message or f"line {number}", "level": "info", "timestamp": JOB["created_at"]})
 
 
 END = frame(99, "end", {"job_id": JOB["id"], "status": "success"})
@@ -316,9 +312,7 @@ def test_deploy_json_is_one_document_with_what_was_asked(run, agent):
 
 
 def test_deploy_again_is_the_same_job_unless_forced(run, agent):
-    first, second, third = (
-        json.loads(run(*DEPLOY, "--json", *more).out)["results"][0] for more in ((), (), ("--force",))
-    )
+    first, second, third = (json.loads(run(*DEPLOY, "--json", *more).out)["results"][0] for more in ((), (), ("--force",)))
     assert second["job"]["id"] == first["job"]["id"] and second["created"] is False
     assert third["job"]["id"] != first["job"]["id"] and third["created"] is True
     assert "pending already" in run(*DEPLOY).err
@@ -376,11 +370,7 @@ def test_a_failed_deployment_ends_with_1_and_says_what_one_needs(run, agent):
     thread.join()
     assert result.code == ctl.FAILED
     assert "failed: myorg--web on web-01" in result.out
-    assert (
-        "reason: exit_code" in result.out
-        and "error: npm ci ended with 3" in result.out
-        and "exit code: 3" in result.out
-    )
+    assert "reason: exit_code" in result.out and "error: npm ci ended with 3" in result.out and "exit code: 3" in result.out
     command = re.search(r"log: ctl\.py (.*)", result.out)[1]
     assert run(*command.split()).out == "building\n"
 
@@ -450,10 +440,7 @@ def test_status_says_what_a_pending_job_waits_for(run, controller):
     assert waits_for(run, job) is None
     run("hosts", "drain", "web-01")
     assert waits_for(run, job) == "web-01 is drained (ctl.py hosts resume web-01)"
-    assert (
-        f"(ctl.py hosts resume web-01 --url {controller.url})\n"
-        in run("status", job["id"], "--url", controller.url).out
-    )
+    assert f"(ctl.py hosts resume web-01 --url {controller.url})\n" in run("status", job["id"], "--url", controller.url).out
     assert json.loads(run("status", job["id"], "--json").out).keys() == {"job"}
     run("hosts", "resume", "web-01")
     agent.take()
@@ -474,16 +461,7 @@ def test_a_host_that_is_offline_is_waited_for(monkeypatch):
 
 
 HOSTS = {
-    "hosts": [
-        {
-            "hostname": "web-01",
-            "agent_status": "unknown",
-            "last_seen": None,
-            "drained": False,
-            "running": 0,
-            "pending": 1,
-        }
-    ]
+    "hosts": [{"hostname": "web-01", "agent_status": "unknown", "last_seen": None, "drained": False, "running": 0, "pending": 1}]
 }
 PENDING = {**JOB, "status": "pending", "attempt": 0, "started_at": None, "completed_at": None}
 
@@ -594,9 +572,7 @@ def test_logs_of_a_job_come_page_by_page(run, controller, agent, monkeypatch):
     assert run("logs", "--job", job["id"], "--tail", "3").out.split() == ["3", "4", "5"]
     assert run("logs", "--job", job["id"], "--tail", "0").out == ""
     lines = json.loads(run("logs", "--job", job["id"], "--json").out)["lines"]
-    assert [(line["message"], line["offset"], line["host"]) for line in lines] == [
-        (str(n + 1), n, "web-01") for n in range(5)
-    ]
+    assert [(line["message"], line["offset"], line["host"]) for line in lines] == [(str(n + 1), n, "web-01") for n in range(5)]
 
 
 def test_logs_without_a_job_are_the_last_lines_of_the_newest_jobs(run, controller, agent):
@@ -650,10 +626,7 @@ def test_control_characters_are_stripped_unless_raw(run, controller, agent):
 
 
 def test_control_characters_of_every_other_answer_are_stripped(here, scripted, monkeypatch):
-    evil = {
-        name: "x\x1b[2J\r\ny" if isinstance(value, str) and not name.endswith("_at") else value
-        for name, value in JOB.items()
-    }
+    evil = {name: "x\x1b[2J\r\ny" if isinstance(value, str) and not name.endswith("_at") else value for name, value in JOB.items()}
     evil |= {"status": "failed\x1b[2J", "id": JOB["id"], "metadata": {"k\x1b[2J": "v\x07"}}
     host = {
         "hostname": "h\x1b[2J",
@@ -665,15 +638,7 @@ def test_control_characters_of_every_other_answer_are_stripped(here, scripted, m
         "drained": False,
     }
     app = {"name": "a\x07", "repo": "r\x1b", "hosts": [], "deploy_on_push": True, "branches": ["m\x9bain"]}
-    document = {
-        "job": evil,
-        "jobs": [evil],
-        "next": None,
-        "hosts": [host],
-        "apps": [app],
-        "message": "m\x1b[2J",
-        "created": True,
-    }
+    document = {"job": evil, "jobs": [evil], "next": None, "hosts": [host], "apps": [app], "message": "m\x1b[2J", "created": True}
     document |= {"status": "ok\x07", "version": "1\x07", "database": "ok\x07", "uptime": 1, "warning": "w\x1b[2J"}
     server = scripted(as_json(200, document))
     monkeypatch.setenv("DEPLOYBOT_URL", server.url)
@@ -713,9 +678,7 @@ def test_hosts_and_what_is_done_to_them(run, controller, agent):
     assert json.loads(run("hosts", "resume", "web-01", "--json").out)["host"]["drained"] is False
     assert json.loads(run("hosts", "remove", "web-01", "--json").out) == {"hostname": "web-01", "removed": True}
     assert run("hosts", "remove", "web-01").code == ctl.REFUSED
-    assert {host["hostname"]: host["agent_id"] for host in json.loads(run("hosts", "--json").out)["hosts"]}[
-        "web-01"
-    ] is None
+    assert {host["hostname"]: host["agent_id"] for host in json.loads(run("hosts", "--json").out)["hosts"]}["web-01"] is None
 
 
 def test_a_host_with_a_running_job_is_not_removed(run, controller, agent):
@@ -796,22 +759,13 @@ def test_apps_as_a_table_with_a_row_a_host(here, scripted):
     ran = {"hostname": "web-01", "commit": "c0ffee" + "0" * 34, "job_id": JOB["id"], "deployed_at": JOB["completed_at"]}
     never = {"hostname": "web-02", "commit": None, "job_id": None, "deployed_at": None}
     apps = [
-        {
-            "name": "web",
-            "repo": "myorg/web",
-            "hosts": [ran, never],
-            "deploy_on_push": True,
-            "branches": ["main", "release/*"],
-        },
+        {"name": "web", "repo": "myorg/web", "hosts": [ran, never], "deploy_on_push": True, "branches": ["main", "release/*"]},
         {"name": "api", "repo": "myorg/api", "hosts": [], "deploy_on_push": False, "branches": None},
     ]
     server = scripted(as_json(200, {"apps": apps}))
     rows = [re.split(r"  +", row) for row in here("apps", "--url", server.url).out.splitlines()]
     assert rows[0] == ["APP", "REPO", "HOST", "COMMIT", "DEPLOYED", "JOB", "ON PUSH"]
-    assert rows[1][:4] == ["web", "myorg/web", "web-01", "c0ffee00"] and rows[1][5:] == [
-        "0199c2f0-1111",
-        "main, release/*",
-    ]
+    assert rows[1][:4] == ["web", "myorg/web", "web-01", "c0ffee00"] and rows[1][5:] == ["0199c2f0-1111", "main, release/*"]
     assert rows[2][1:] == ["web-02", "-", "-", "-"]
     assert rows[3] == ["api", "myorg/api", "-", "-", "-", "-", "-"]
 
@@ -824,9 +778,7 @@ def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, con
     assert json.loads(run("reload", "--json").out)["apps"] == 1
     assert [one["name"] for one in json.loads(run("apps", "--json").out)["apps"]] == ["web"]
     assert re.search(r"^web +myorg/web +web-01 +- .* default branch$", run("apps").out, re.MULTILINE)
-    controller.apps_file.write_text(
-        '{"apps": [\n {"name": "web", "repo": "no repo", "hosts": ["web-01"],\n "no": 1}\n]}'
-    )
+    controller.apps_file.write_text('{"apps": [\n {"name": "web", "repo": "no repo", "hosts": ["web-01"],\n "no": 1}\n]}')
     result = run("reload")
     assert (result.code, result.out) == (ctl.REFUSED, "")
     first, *mistakes = result.err.splitlines()
@@ -836,9 +788,7 @@ def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, con
 
 
 def test_a_mistake_of_the_mapping_is_a_line_without_controls(here, scripted):
-    wrong = problem(
-        422, "no", errors=[{"field": "line 3", "message": "a\x1b[2J\nb"}, {"field": "line 9", "message": "c"}]
-    )
+    wrong = problem(422, "no", errors=[{"field": "line 3", "message": "a\x1b[2J\nb"}, {"field": "line 9", "message": "c"}])
     assert here("reload", "--url", scripted(wrong).url).err.splitlines()[1:] == ["line 3: a b", "line 9: c"]
 
 
@@ -911,17 +861,13 @@ def free_port():
         return probe.getsockname()[1]
 
 
-@pytest.mark.parametrize(
-    "argv", [["jobs"], ["status", "01"], [*DEPLOY], ["logs", "-f"], ["health"], ["hosts", "drain", "h"]]
-)
+@pytest.mark.parametrize("argv", [["jobs"], ["status", "01"], [*DEPLOY], ["logs", "-f"], ["health"], ["hosts", "drain", "h"]])
 def test_a_controller_that_is_not_there_is_3_and_named(here, argv, monkeypatch):
     url = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("DEPLOYBOT_URL", url)
     result = here(*argv)
     assert (result.code, result.out) == (ctl.NOT_REACHED, "")
-    assert (
-        url in result.err and "refused" in result.err and "DEPLOYBOT_URL" in result.err and result.err.count("\n") == 1
-    )
+    assert url in result.err and "refused" in result.err and "DEPLOYBOT_URL" in result.err and result.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -1083,9 +1029,7 @@ def test_the_url_flag_wins_and_stands_in_the_commands_shown(here, scripted, monk
 @pytest.fixture
 def closed(make_controller, monkeypatch):
     """A controller that wants tokens; ctl has the admin's."""
-    controller = make_controller(
-        "closed", open=False, token="dbt_admin", agent_token="dbt_agents", read_token="dbt_read"
-    )
+    controller = make_controller("closed", open=False, token="dbt_admin", agent_token="dbt_agents", read_token="dbt_read")
     monkeypatch.setenv("DEPLOYBOT_URL", controller.url)
     monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_admin")
     return controller
@@ -1115,9 +1059,7 @@ def test_token_create_json_is_the_answer(here, closed):
     answer = json.loads(result.out)
     assert answer["token"]["host"] == "web-01" and answer["secret"].startswith("dbt_")
     assert answer["token"]["expires_at"] is None and answer["token"]["name"].startswith("agent-")
-    assert (
-        "agent for host web-01 alone, ends never" in result.err and "DEPLOYBOT_AGENT_TOKEN of the agent" in result.err
-    )
+    assert "agent for host web-01 alone, ends never" in result.err and "DEPLOYBOT_AGENT_TOKEN of the agent" in result.err
 
 
 def test_what_was_left_out_is_not_sent(here, scripted):
@@ -1144,12 +1086,7 @@ def test_a_token_of_an_app_may_deploy_that_app_alone(here, closed, as_token):
 
 def test_a_403_names_the_role_that_is_needed(here, closed, as_token):
     as_token("dbt_read")
-    for argv, role in (
-        (DEPLOY, "operator"),
-        (("reload",), "admin"),
-        (("token", "list"), "admin"),
-        (("audit",), "admin"),
-    ):
+    for argv, role in ((DEPLOY, "operator"), (("reload",), "admin"), (("token", "list"), "admin"), (("audit",), "admin")):
         result = here(*argv)
         assert result.code == ctl.REFUSED and result.err.count("\n") == 1
         assert f"needs a token of the role {role}; this one has viewer: `ctl.py whoami`" in result.err
@@ -1231,9 +1168,7 @@ def test_no_verb_takes_a_token(here):
 
 def test_whoami_of_each(here, closed, as_token, monkeypatch):
     shown = here("whoami").out
-    assert re.search(
-        r"^name +admin\nrole +admin\nends +never\ntoken +DEPLOYBOT_TOKEN\nurl +http://127", shown, re.MULTILINE
-    )
+    assert re.search(r"^name +admin\nrole +admin\nends +never\ntoken +DEPLOYBOT_TOKEN\nurl +http://127", shown, re.MULTILINE)
     as_token("dbt_read")
     assert json.loads(here("whoami", "--json").out) == {
         "name": "reader",
@@ -1260,9 +1195,7 @@ def test_whoami_in_open_mode(run):
 
 def test_a_host_is_reset_and_may_enrol_anew(here, closed):
     def register(**more):
-        return closed.call(
-            "POST", "/v1/agents/register", {"hostname": "web-01", **more}, {"Authorization": "Bearer dbt_agents"}
-        )
+        return closed.call("POST", "/v1/agents/register", {"hostname": "web-01", **more}, {"Authorization": "Bearer dbt_agents"})
 
     assert register(token_sha256="a" * 64)[0] == 200
     status, refused = register(token_sha256="b" * 64)
@@ -1307,16 +1240,8 @@ def test_control_characters_of_tokens_and_audit_are_stripped(here, scripted):
     token = {**TOKEN, **dict.fromkeys(("name", "role", "app", "created_by"), evil)}
     entry = {"id": 1, "at": JOB["created_at"], **dict.fromkeys(("who", "address", "action", "target", "detail"), evil)}
     document = {"tokens": [token], "audit": [entry], "next": None, "token": token, "secret": "dbt_x" + evil}
-    server = scripted(
-        as_json(200, {**document, "name": evil, "role": evil, "app": evil, "host": evil, "expires_at": None})
-    )
-    for argv in (
-        ["token", "list"],
-        ["audit"],
-        ["whoami"],
-        ["token", "create", "--role", "viewer"],
-        ["token", "revoke", evil],
-    ):
+    server = scripted(as_json(200, {**document, "name": evil, "role": evil, "app": evil, "host": evil, "expires_at": None}))
+    for argv in (["token", "list"], ["audit"], ["whoami"], ["token", "create", "--role", "viewer"], ["token", "revoke", evil]):
         result = here(*argv, "--url", server.url)
         assert result.code == 0, result
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", result.out + result.err), argv
@@ -1345,17 +1270,7 @@ def certificates(tmp_path_factory):
         pytest.skip("openssl is not there to make certificates")
     folder = tmp_path_factory.mktemp("certificates")
     for name in ("ca", "other"):
-        make = (
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-subj",
-            f"/CN={name}",
-        )
+        make = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}")
         openssl(folder, *make, "-days", "2", "-keyout", f"{name}.key", "-out", f"{name}.pem")
     for name, address, days in (
         ("good", "IP:127.0.0.1", "2"),
@@ -1412,9 +1327,7 @@ def test_http_to_a_port_that_wants_https_says_so(here, behind_tls):
         ("over", "ca.pem", "renew the controller's certificate, or set the clock"),
     ],
 )
-def test_a_certificate_that_is_refused_says_what_to_do(
-    here, behind_tls, certificates, monkeypatch, certificate, ca, words
-):
+def test_a_certificate_that_is_refused_says_what_to_do(here, behind_tls, certificates, monkeypatch, certificate, ca, words):
     behind_tls(certificate)
     if ca:
         monkeypatch.setenv("SSL_CERT_FILE", str(certificates / ca))
@@ -1517,9 +1430,7 @@ class Relay:
                     return
 
 
-@pytest.mark.parametrize(
-    ("argv", "code"), [(("logs", "-f"), ctl.REFUSED), (("logs", "-f", "--host", "web-01"), ctl.REFUSED)]
-)
+@pytest.mark.parametrize(("argv", "code"), [(("logs", "-f"), ctl.REFUSED), (("logs", "-f", "--host", "web-01"), ctl.REFUSED)])
 def test_a_stream_that_may_not_start_yet_starts_when_it_may(here, scripted, pauses, argv, code):
     later = problem(429, "too many tokens from your address were not valid")
     busy = (429, {"Retry-After": "17"}, later[2])
@@ -1528,9 +1439,7 @@ def test_a_stream_that_may_not_start_yet_starts_when_it_may(here, scripted, paus
     assert result.code == code and "line 1" in result.out
     assert [pause for pause in pauses if pause > 1] == [17, 17, 4]
     first, *rest = result.err.splitlines()
-    assert (
-        first == f"not now, trying again in 17 s: {server.url} (429 too many tokens from your address were not valid)"
-    )
+    assert first == f"not now, trying again in 17 s: {server.url} (429 too many tokens from your address were not valid)"
     assert [line.split()[0] for line in rest] == ["connected", "connection", "ctl.py:"]
 
 
@@ -1653,17 +1562,7 @@ def test_events_are_the_same_wherever_the_bytes_are_cut(end):
 
 @pytest.mark.parametrize(
     ("length", "words"),
-    [
-        (-5, "0s"),
-        (0.4, "0s"),
-        (59, "59s"),
-        (60, "1m"),
-        (125, "2m5s"),
-        (3600, "1h"),
-        (3605, "1h"),
-        (90061, "1d1h"),
-        (864000, "10d"),
-    ],
+    [(-5, "0s"), (0.4, "0s"), (59, "59s"), (60, "1m"), (125, "2m5s"), (3600, "1h"), (3605, "1h"), (90061, "1d1h"), (864000, "10d")],
 )
 def test_span(length, words):
     assert ctl.span(length) == words
@@ -1685,8 +1584,7 @@ def test_short_ids_are_as_long_as_it_takes():
 
 
 @pytest.mark.parametrize(
-    ("most", "wanted"),
-    [(100, [10, 20, 5]), (30, [10, 11, 5]), (26, [8, 9, 5]), (21, [6, 6, 5]), (20, [6, 6]), (10, [6])],
+    ("most", "wanted"), [(100, [10, 20, 5]), (30, [10, 11, 5]), (26, [8, 9, 5]), (21, [6, 6, 5]), (20, [6, 6]), (10, [6])]
 )
 def test_tables_shrink_then_lose_their_last_columns(most, wanted):
     assert ctl.fit([10, 20, 5], [True, True, False], most) == wanted
@@ -1706,9 +1604,7 @@ def on_terminal(url, *argv, columns=100, **environment):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     environment = {**os.environ, "DEPLOYBOT_URL": url, **environment}
-    process = subprocess.Popen(
-        [sys.executable, str(CTL), *argv], stdin=slave, stdout=slave, stderr=slave, env=environment
-    )
+    process = subprocess.Popen([sys.executable, str(CTL), *argv], stdin=slave, stdout=slave, stderr=slave, env=environment)
     os.close(slave)
     text = b""
     while True:
@@ -1746,11 +1642,7 @@ def test_tables_fit_the_terminal(run, controller, columns):
 
 def test_it_starts_as_a_script_as_a_module_and_from_anywhere(start, tmp_path):
     shutil.copy(CTL, tmp_path / "elsewhere.py")
-    for command, cwd in (
-        ((str(CTL),), tmp_path),
-        (("-m", "ctl"), CTL.parent),
-        ((str(tmp_path / "elsewhere.py"),), "/"),
-    ):
+    for command, cwd in (((str(CTL),), tmp_path), (("-m", "ctl"), CTL.parent), ((str(tmp_path / "elsewhere.py"),), "/")):
         out, err = start("--version", command=command, cwd=cwd).communicate(timeout=LIMIT_S)
         assert (out, err) == (f"ctl.py {ctl.VERSION}\n", "")
 

@@ -18,10 +18,7 @@ def plays(tmp_path_factory):
     """Side by side: most of the time they wait for a process to start."""
     folder = tmp_path_factory.mktemp("faults")
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        yield {
-            name: pool.submit(fault_points.POINTS[name], fault_points.Stage(folder / name))
-            for name in fault_points.QUICK
-        }
+        yield {name: pool.submit(fault_points.POINTS[name], fault_points.Stage(folder / name)) for name in fault_points.QUICK}
     fault_points.end_processes(folder)
 
 

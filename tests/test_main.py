@@ -377,9 +377,7 @@ def test_a_start_that_cannot_be_is_one_line(run, tmp_path):
         errors = [line for line in lines if " WARNING " not in line]  # that a database is made
         assert (code, out, len(errors)) == (1, "", 1), lines
         assert errors[0].startswith("deploybot.py: ") and said in errors[0]
-    code, _, errors = deploybot_py(
-        tmp_path, *flags[:2], "--port", "0", "--db", tmp_path / "n.db", "--apps", bad, open=True
-    )
+    code, _, errors = deploybot_py(tmp_path, *flags[:2], "--port", "0", "--db", tmp_path / "n.db", "--apps", bad, open=True)
     assert code == 1 and all(f"{bad}:2: " in line for line in errors) and len(errors) == 3
     assert c.ok("GET", "/health")["status"] == "ok", "the first one goes on"
 
@@ -435,13 +433,7 @@ def test_no_log_line_and_no_answer_shows_a_secret(run, tmp_path):
     register = {"hostname": "web-01", "token_sha256": deploybot.sha256(own)}
     answers = [c.call("POST", "/v1/agents/register", register, agent_token)]
     agent = answers[0][1]
-    for headers in (
-        admin,
-        agent_token,
-        {"Authorization": "Bearer guess-hidden"},
-        {"Authorization": "guess-hidden"},
-        {},
-    ):
+    for headers in (admin, agent_token, {"Authorization": "Bearer guess-hidden"}, {"Authorization": "guess-hidden"}, {}):
         answers += [
             c.call(method, path, body, headers)
             for method, path, body in (
@@ -452,9 +444,7 @@ def test_no_log_line_and_no_answer_shows_a_secret(run, tmp_path):
             )
         ]  # fmt: skip
     shown = json.dumps(answers)
-    beat = c.call(
-        "POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online"}, {"Authorization": f"Bearer {own}"}
-    )
+    beat = c.call("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online"}, {"Authorization": f"Bearer {own}"})
     assert "spec-hidden" in json.dumps(beat), "its agent alone gets the commands"
     c.apps_file.write_text(json.dumps({"apps": [{**spec, "clone_url": "https://me:url-hidden@example.com/x.git"}]}))
     shown += json.dumps(c.call("POST", "/v1/reload", None, admin))

@@ -51,9 +51,7 @@ class Systemd:
 
 @pytest.fixture(params=["path", "abstract"])
 def systemd(request, tmp_path, monkeypatch):
-    address = (
-        str(tmp_path / "notify") if request.param == "path" else f"@deploybot-test-{os.getpid()}-{time.monotonic_ns()}"
-    )
+    address = str(tmp_path / "notify") if request.param == "path" else f"@deploybot-test-{os.getpid()}-{time.monotonic_ns()}"
     for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NOTIFY_SOCKET", address)
@@ -231,9 +229,7 @@ def test_each_secret_may_be_a_credential(credentials):
 
 def test_a_variable_and_a_file_stand_before_a_credential(credentials, tmp_path):
     env = credentials(deploybot_token="credential", deploybot_read_token="credential", file="from-the-file")
-    config = Config.load(
-        {}, {**env, "DEPLOYBOT_TOKEN": "variable", "DEPLOYBOT_READ_TOKEN_FILE": str(tmp_path / "file")}
-    )
+    config = Config.load({}, {**env, "DEPLOYBOT_TOKEN": "variable", "DEPLOYBOT_READ_TOKEN_FILE": str(tmp_path / "file")})
     assert (config.token, config.read_token, config.agent_token) == ("variable", "from-the-file", None)
 
 
@@ -259,9 +255,7 @@ def test_no_credential_reaches_the_settings_that_are_none(credentials):
 
 
 def test_the_process_takes_them(run, credentials, monkeypatch):
-    monkeypatch.setenv(
-        "CREDENTIALS_DIRECTORY", credentials(deploybot_token="dbt_from_systemd")["CREDENTIALS_DIRECTORY"]
-    )
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", credentials(deploybot_token="dbt_from_systemd")["CREDENTIALS_DIRECTORY"])
     assert "DEPLOYBOT_TOKEN" not in environment()
     c = run(open=False)
     assert c.call("GET", "/v1/jobs")[0] == 401

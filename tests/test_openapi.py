@@ -66,9 +66,7 @@ def check_type(kinds, value, where):
 def check_properties(properties, value, where):
     if not isinstance(value, dict):
         return []
-    return [
-        p for key in properties.keys() & value.keys() for p in problems(properties[key], value[key], f"{where}.{key}")
-    ]
+    return [p for key in properties.keys() & value.keys() for p in problems(properties[key], value[key], f"{where}.{key}")]
 
 
 def check_required(names, value, where):
@@ -76,11 +74,7 @@ def check_required(names, value, where):
 
 
 def check_items(schema, value, where):
-    return (
-        [p for n, item in enumerate(value) for p in problems(schema, item, f"{where}[{n}]")]
-        if isinstance(value, list)
-        else []
-    )
+    return [p for n, item in enumerate(value) for p in problems(schema, item, f"{where}[{n}]")] if isinstance(value, list) else []
 
 
 def check_one_of(choices, value, where):
@@ -89,9 +83,7 @@ def check_one_of(choices, value, where):
 
 
 def check_any_of(choices, value, where):
-    return (
-        [] if any(not problems(choice, value, where) for choice in choices) else [f"{where}: {value!r} fits no choice"]
-    )
+    return [] if any(not problems(choice, value, where) for choice in choices) else [f"{where}: {value!r} fits no choice"]
 
 
 def bound(holds, measure, kind, words):
@@ -133,9 +125,7 @@ KEYWORDS = {
     ),
     "const": lambda one, value, where: [] if same(value, one) else [f"{where}: {value!r} is not {one!r}"],
     "pattern": lambda pattern, value, where: (
-        []
-        if not isinstance(value, str) or re.search(pattern, value)
-        else [f"{where}: {value!r} does not match {pattern}"]
+        [] if not isinstance(value, str) or re.search(pattern, value) else [f"{where}: {value!r} does not match {pattern}"]
     ),
     "minimum": bound(at_least, itself, "number", "is under"),
     "maximum": bound(at_most, itself, "number", "is over"),
@@ -289,9 +279,7 @@ def test_every_field_is_described():
             assert words, f"{where}: {name}"
 
 
-@pytest.mark.parametrize(
-    ("where", "schema", "value"), [pytest.param(*example, id=example[0]) for example in all_examples()]
-)
+@pytest.mark.parametrize(("where", "schema", "value"), [pytest.param(*example, id=example[0]) for example in all_examples()])
 def test_example_is_valid(where, schema, value):
     assert problems(closed(schema), value, where) == []
 
@@ -313,17 +301,15 @@ def test_every_call_is_whole():
             assert tuple(re.findall(r"`(\w+)`", said)) == MAY[op["x-role"]], where
             assert op.get("x-app", False) == ("of one app" in said), where
         schemes = [*op["security"]]
-        assert schemes == ([] if not schemes else [{"bearer": []}] + [{"cookie": []}] * (op["x-role"] != "agent")), (
-            where
-        )
+        assert schemes == ([] if not schemes else [{"bearer": []}] + [{"cookie": []}] * (op["x-role"] != "agent")), where
         named = {p["name"] for p in map(resolve, op.get("parameters", [])) if p["in"] == "path"}
         assert named == set(re.findall(r"{(\w+)}", path)), where
         for status, response in op["responses"].items():
             for kind, entry in resolve(response).get("content", {}).items():
                 assert "schema" in entry, f"{where} {status}"
-                assert (
-                    entry.get("examples") or kind.startswith(("text/html", "text/x-python")) or path == "/openapi.json"
-                ), f"{where} {status} {kind}"
+                assert entry.get("examples") or kind.startswith(("text/html", "text/x-python")) or path == "/openapi.json", (
+                    f"{where} {status} {kind}"
+                )
 
 
 def test_the_same_calls_as_routes():
@@ -458,24 +444,17 @@ def operation(method, path):
 
 
 def register(api, hostname):
-    return api.ask(
-        "POST", "/v1/agents/register", {"hostname": hostname, "capabilities": {"agent": "0.1.0"}}, status=200
-    )
+    return api.ask("POST", "/v1/agents/register", {"hostname": hostname, "capabilities": {"agent": "0.1.0"}}, status=200)
 
 
 def beat(api, agent, **more):
     return api.ask(
-        "POST",
-        f"/v1/agents/{agent['id']}/heartbeat",
-        {"status": "online", "session": agent["session"], **more},
-        status=200,
+        "POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online", "session": agent["session"], **more}, status=200
     )
 
 
 def create(api, hostname, **more):
-    return api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": hostname, **more}, status=201)[
-        "job"
-    ]
+    return api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": hostname, **more}, status=201)["job"]
 
 
 def running(api, hostname):
@@ -496,9 +475,7 @@ def finish(api, job, **more):
 
 def upload(api, job, offset, *messages, status=200, **more):
     lines = [{"message": message} for message in messages]
-    return api.ask(
-        "POST", f"/v1/jobs/{job['id']}/logs", {"attempt": 1, "offset": offset, "lines": lines, **more}, status=status
-    )
+    return api.ask("POST", f"/v1/jobs/{job['id']}/logs", {"attempt": 1, "offset": offset, "lines": lines, **more}, status=status)
 
 
 def push(api, event="push", *, body=None, secret=SECRET, kind="application/json", status=200):
@@ -524,17 +501,15 @@ def push(api, event="push", *, body=None, secret=SECRET, kind="application/json"
 
 def test_jobs_answer_as_documented(api):
     job = create(api, "web-01")
-    assert not api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": "web-01"}, status=201)[
-        "created"
-    ]
+    assert not api.ask("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": "web-01"}, status=201)["created"]
     api.ask("POST", "/v1/jobs", {"repo": "no", "ref": "-x", "host": "a b", "wrong": 1, "retries": -1}, status=422)
     create(api, "web-02", app="other", metadata={"ticket": "OPS-118"}, timeout=900, retries=1, force=True)
     api.ask("GET", f"/v1/jobs/{job['id']}", status=200)
     page = api.ask("GET", "/v1/jobs?limit=1", status=200)
     assert page["next"] and api.ask("GET", f"/v1/jobs?limit=1&before={page['next']}", status=200)["next"] is None
-    assert api.ask(
-        "GET", f"/v1/jobs?status=pending&host=web-01&app=myorg--app&repo=MyOrg/App&id={job['id'][:20]}", status=200
-    )["jobs"] == [job]
+    assert api.ask("GET", f"/v1/jobs?status=pending&host=web-01&app=myorg--app&repo=MyOrg/App&id={job['id'][:20]}", status=200)[
+        "jobs"
+    ] == [job]
     for wrong in ("status=done", "limit=0", "limit=1001", "limit=x", "before=x", "id=xyz"):
         api.ask("GET", f"/v1/jobs?{wrong}", status=422)
     api.ask("POST", f"/v1/jobs/{job['id']}/retry", status=409)
@@ -563,15 +538,10 @@ def test_agent_calls_answer_as_documented(api):
     upload(api, job, 3, "late", status=409)
     api.ask("POST", f"/v1/jobs/{job['id']}/cancel", status=409)
     assert len(api.ask("GET", f"/v1/jobs/{job['id']}/logs?after=0&limit=2", status=200)["lines"]) == 2
-    assert (
-        api.ask("GET", f"/v1/jobs/{job['id']}/logs", headers={"Accept": "text/plain"}, status=200)
-        == "one\ntwo\nthree\n"
-    )
+    assert api.ask("GET", f"/v1/jobs/{job['id']}/logs", headers={"Accept": "text/plain"}, status=200) == "one\ntwo\nthree\n"
     api.ask("GET", f"/v1/jobs/{job['id']}/logs?limit=0", status=422)
     register(api, "web-01")
-    api.ask(
-        "POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online", "session": agent["session"]}, status=409
-    )
+    api.ask("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "online", "session": agent["session"]}, status=409)
     api.ask("POST", f"/v1/agents/{agent['id']}/heartbeat", {"status": "away", "wait": 26}, status=422)
     api.ask("POST", "/v1/agents/register", {"hostname": "a b", "slots": 65}, status=422)
 
@@ -590,9 +560,7 @@ def test_an_enrolment_answers_as_documented(api):
     api.tokens["web-01"] = agent["token"]
     api.ask("POST", beating, {"status": "online"}, role="web-01", status=200)
     assert "token" not in api.ask("POST", "/v1/agents/register", ask, role="web-01", status=200)
-    assert (
-        "ctl.py hosts reset web-01" in api.ask("POST", "/v1/agents/register", ask, role="agent", status=409)["detail"]
-    )
+    assert "ctl.py hosts reset web-01" in api.ask("POST", "/v1/agents/register", ask, role="agent", status=409)["detail"]
     api.tokens["web-02"] = make_token(api, role="agent", host="web-02")
     for path, body in ((beating, {"status": "online"}), ("/v1/agents/register", ask)):
         api.ask("POST", path, body, role="web-02", status=403)
@@ -603,9 +571,7 @@ def test_an_enrolment_answers_as_documented(api):
 
 
 def test_tokens_answer_as_documented(api):
-    made = api.ask(
-        "POST", "/v1/tokens", {"role": "operator", "app": "web-frontend", "name": "ci", "expires_in": 60}, status=201
-    )
+    made = api.ask("POST", "/v1/tokens", {"role": "operator", "app": "web-frontend", "name": "ci", "expires_in": 60}, status=201)
     make_token(api, role="agent", host="web-01.example.com")
     make_token(api, 409, role="viewer", name="ci")
     make_token(api, 409, role="viewer", name="admin")
@@ -692,9 +658,7 @@ def test_too_many_failed_sign_ins_answer_as_documented(api):
         if "429" in op["responses"]:
             headers = {"Authorization": "Bearer dbt_wrong"}
             api.ask(method, filled(path), {"token": "dbt_wrong"}, headers=headers, status=429)
-    assert (
-        0 < api.ask("GET", "/v1/jobs", headers={"Authorization": "Bearer dbt_wrong"}, status=429)["retry_after"] <= 60
-    )
+    assert 0 < api.ask("GET", "/v1/jobs", headers={"Authorization": "Bearer dbt_wrong"}, status=429)["retry_after"] <= 60
     api.ask("GET", "/v1/jobs", status=200)
 
 
@@ -780,11 +744,7 @@ def test_the_stream_answers_as_documented(api):
     finish(api, job)
     path = f"/v1/logs/stream?job_id={job['id']}"
     blocks = [block.split("\n") for block in api.ask("GET", path, status=200).split("\n\n")]
-    events = [
-        dict(line.split(": ", 1) for line in block)
-        for block in blocks
-        if any(line.startswith("event") for line in block)
-    ]
+    events = [dict(line.split(": ", 1) for line in block) for block in blocks if any(line.startswith("event") for line in block)]
     known = operation("GET", "/v1/logs/stream")["x-events"]
     for event in events:
         assert problems(closed(known[event["event"]]["schema"]), json.loads(event["data"]), event["event"]) == []
@@ -804,9 +764,7 @@ CALLS = [pytest.param(method, path, op, id=op["operationId"]) for method, path, 
 
 
 def calls_with(status):
-    return [
-        param for param in CALLS if status in param.values[2]["responses"] and param.values[2]["x-role"] != "public"
-    ]
+    return [param for param in CALLS if status in param.values[2]["responses"] and param.values[2]["x-role"] != "public"]
 
 
 @pytest.mark.parametrize(("method", "path", "op"), calls_with("401"))
@@ -824,16 +782,12 @@ def test_a_role_that_may_not(api, method, path, op):
 @pytest.mark.parametrize(("method", "path", "op"), [param for param in CALLS if "{" in param.values[1]])
 def test_an_id_that_is_not_there(api, method, path, op):
     body = (
-        next(iter(op["requestBody"]["content"]["application/json"]["examples"].values()))["value"]
-        if "requestBody" in op
-        else None
+        next(iter(op["requestBody"]["content"]["application/json"]["examples"].values()))["value"] if "requestBody" in op else None
     )
     api.ask(method, filled(path), body, status=404)
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "op"), [param for param in calls_with("400") if "requestBody" in param.values[2]]
-)
+@pytest.mark.parametrize(("method", "path", "op"), [param for param in calls_with("400") if "requestBody" in param.values[2]])
 def test_a_body_that_cannot_be_parsed(api, method, path, op):
     for body in (b"", b"{", b'{"a": 1, "a": 2}', b'{"a": NaN}', b"\xff", b"[" * 5000):
         api.ask(method, filled(path), body, status=400)
@@ -856,9 +810,7 @@ def test_a_request_that_is_not_http(api, method, path, op):
 
 @pytest.mark.parametrize("path", [*DOCUMENT["paths"]])
 def test_another_method_is_405(api, path):
-    status, headers, body = api.controller.raw(
-        "PATCH", filled(path), headers={"Authorization": f"Bearer {api.tokens['admin']}"}
-    )
+    status, headers, body = api.controller.raw("PATCH", filled(path), headers={"Authorization": f"Bearer {api.tokens['admin']}"})
     assert status == 405
     assert set(DOCUMENT["paths"][path]) == {method.strip().lower() for method in headers["Allow"].split(",")} - {"head"}
     assert problems(closed({"$ref": "#/components/schemas/Problem"}), json.loads(body)) == []

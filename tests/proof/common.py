@@ -46,10 +46,7 @@ DEPLOYBOT, AGENT, CTL = ROOT / "deploybot.py", ROOT / "agent.py", ROOT / "ctl.py
 
 TOKEN, AGENT_TOKEN, READ_TOKEN = "dbt_proof_admin", "dbt_proof_agents", "dbt_proof_reader"
 START_LIMIT = 60.0  # seconds: a loaded machine is slow to start Python
-SHORT_LIMIT, FULL_LIMIT = (
-    300,
-    4 * 3600,
-)  # seconds after which a proof that hangs is ended, with a traceback of each thread
+SHORT_LIMIT, FULL_LIMIT = (300, 4 * 3600)  # seconds after which a proof that hangs is ended, with a traceback of each thread
 LOST = (OSError, http.client.HTTPException)  # what a call raises whose answer did not come
 
 
@@ -91,9 +88,7 @@ class Process:
 
     def launch(self) -> None:
         with open(self.log, "ab") as log:
-            self.popen = subprocess.Popen(
-                self.argv, cwd=self.cwd, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.popen = subprocess.Popen(self.argv, cwd=self.cwd, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         Process.started.add(self)
 
     @property
@@ -149,10 +144,7 @@ class Process:
 def environment(**settings: Any) -> dict[str, str]:
     """Ours without any DEPLOYBOT_*, and DEPLOYBOT_X for each x that is not None."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("DEPLOYBOT_")}
-    return {
-        **plain,
-        **{"DEPLOYBOT_" + name.upper(): str(value) for name, value in settings.items() if value is not None},
-    }
+    return {**plain, **{"DEPLOYBOT_" + name.upper(): str(value) for name, value in settings.items() if value is not None}}
 
 
 class Controller(Process):
@@ -175,15 +167,7 @@ class Controller(Process):
 
     def begin(self) -> int:
         """Starts it without waiting until it listens; the length of its log before."""
-        self.argv = [
-            sys.executable,
-            str(self.program),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            *map(str, self.flags),
-        ]
+        self.argv = [sys.executable, str(self.program), "--host", "127.0.0.1", "--port", str(self.port), *map(str, self.flags)]
         self.env = environment(**self.settings)
         before = self.log.stat().st_size if self.log.exists() else 0
         self.launch()
@@ -337,13 +321,7 @@ class LightAgent:
     def beat(self, running: Iterable[tuple[str, int]] = (), wait: int = 0, **more: Any) -> tuple[int, Any]:
         """`running`: (job id, attempt) of all that it holds."""
         held = [{"job_id": job_id, "attempt": attempt} for job_id, attempt in running]
-        body = {
-            "status": "online",
-            "session": self.session,
-            "running": held,
-            **({"wait": wait} if wait else {}),
-            **more,
-        }
+        body = {"status": "online", "session": self.session, "running": held, **({"wait": wait} if wait else {}), **more}
         return self.client.call("POST", f"/v1/agents/{self.id}/heartbeat", body)
 
     def logs(self, job: dict[str, Any], offset: int, messages: Iterable[str]) -> tuple[int, Any]:
@@ -378,10 +356,7 @@ class Proof:
     def figure(self, name: str, value: Any) -> None:
         """A line of the table at the end."""
         self.figures.append(
-            (
-                name,
-                f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value),
-            )
+            (name, f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value))
         )
 
     def say(self, *words: Any) -> None:

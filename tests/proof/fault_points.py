@@ -137,9 +137,7 @@ def answered(call: tuple[int, Any], expected: int = 200) -> Any:
 
 
 def create(controller: Controller, host: str = "web-01", **more: Any) -> dict[str, Any]:
-    return answered(
-        controller.call("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": host, **more}), 201
-    )
+    return answered(controller.call("POST", "/v1/jobs", {"repo": "myorg/app", "ref": "main", "host": host, **more}), 201)
 
 
 def job_of(controller: Controller, job_id: str) -> dict[str, Any]:
@@ -238,9 +236,7 @@ def push_and_not_answered(stage: Stage) -> None:
     no_answer(lambda: push(c))
     stage.again(c)
     made = {job["id"] for job in all_jobs(c)}
-    check(
-        len(made) == 2 and set(answered(push(c))["jobs_created"]) == made and len(all_jobs(c)) == 2, made, all_jobs(c)
-    )
+    check(len(made) == 2 and set(answered(push(c))["jobs_created"]) == made and len(all_jobs(c)) == 2, made, all_jobs(c))
 
 
 def push(controller: Controller) -> tuple[int, Any]:
@@ -474,9 +470,7 @@ def copy_before_a_migration(stage: Stage) -> None:
 def every_statement_of_every_migration(stage: Stage) -> None:
     for number, count in enumerate(migrations()):
         for statement in range(count + 1):
-            killed_migration(
-                Stage(stage.folder / f"{number}-{statement}"), number, dying_step(number, statement), (number,)
-            )
+            killed_migration(Stage(stage.folder / f"{number}-{statement}"), number, dying_step(number, statement), (number,))
 
 
 class Store:
@@ -484,9 +478,7 @@ class Store:
 
     def __init__(self, stage: Stage, jobs: int = 20):
         self.stage = stage
-        self.controller = Controller(
-            stage.folder / "controller", apps={"apps": APPS}, program=stage.whole("deploybot")
-        ).start()
+        self.controller = Controller(stage.folder / "controller", apps={"apps": APPS}, program=stage.whole("deploybot")).start()
         self.jobs = self.add(jobs)
 
     def add(self, count: int) -> set[str]:
@@ -497,9 +489,7 @@ class Store:
     def verb(self, *arguments: Any, patch: str = "") -> subprocess.CompletedProcess[str]:
         program = self.stage.wrapper("deploybot", patch)
         argv = [sys.executable, program, *arguments, "--db", self.controller.db]
-        return subprocess.run(
-            list(map(str, argv)), env=environment(), capture_output=True, text=True, timeout=120, check=False
-        )
+        return subprocess.run(list(map(str, argv)), env=environment(), capture_output=True, text=True, timeout=120, check=False)
 
 
 def ids_in(path: pathlib.Path) -> set[str]:
@@ -681,17 +671,13 @@ class Host:
             "name": "app", "repo": "myorg/app", "clone_url": f"file://{self.repository.folder}", "hosts": ["web-01"],
             "build": ["./script.sh", "build", str(self.ledger)], "activate": ["./script.sh", "activate", str(self.ledger)],
         }  # fmt: skip
-        self.controller = Controller(
-            stage.folder / "controller", apps={"apps": [app]}, program=stage.whole("deploybot")
-        ).start()
+        self.controller = Controller(stage.folder / "controller", apps={"apps": [app]}, program=stage.whole("deploybot")).start()
         if new:
             self.start()
 
     def start(self, patch: str = "") -> Agent:
         program = self.stage.wrapper("agent", patch)
-        self.agent = Agent(
-            self.stage.folder / "hosts", "web-01", self.controller.port, self.repository.env, program=program
-        )
+        self.agent = Agent(self.stage.folder / "hosts", "web-01", self.controller.port, self.repository.env, program=program)
         self.agent.launch()
         return self.agent
 
@@ -717,9 +703,7 @@ class Host:
         self.start()
         return job_id
 
-    def ends_with(
-        self, job: dict[str, Any], current: str, did: list[tuple[str, str]], more: bool = False, **columns: Any
-    ) -> None:
+    def ends_with(self, job: dict[str, Any], current: str, did: list[tuple[str, str]], more: bool = False, **columns: Any) -> None:
         """What must be true at the end; with `more` the host takes another job as if nothing had been."""
         check({name: job[name] for name in columns} == columns, "the job:", job)
         check(self.did(job["id"]) == did, "its scripts:", self.did(job["id"]), "expected:", did)
@@ -837,9 +821,7 @@ def noted_and_not_reported(stage: Stage) -> None:
     """The result is on disk: it goes up, and nothing runs again."""
     host = Host(stage)
     job = host.ended(host.killed_at("after(program.Entry, 'end')"))
-    host.ends_with(
-        job, "next", [("build", "next"), ("activate", "next")], status="success", attempt=1, commit=host.commits["next"]
-    )
+    host.ends_with(job, "next", [("build", "next"), ("activate", "next")], status="success", attempt=1, commit=host.commits["next"])
 
 
 @point()

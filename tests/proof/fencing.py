@@ -98,9 +98,9 @@ class Scene:
         return agent
 
     def create(self, host: str, ref: str = "plain", **more: Any) -> str:
-        return self.client.ok(
-            "POST", "/v1/jobs", {"repo": "myorg/app", "ref": ref, "host": host, "force": True, **more}
-        )["job"]["id"]
+        return self.client.ok("POST", "/v1/jobs", {"repo": "myorg/app", "ref": ref, "host": host, "force": True, **more})["job"][
+            "id"
+        ]
 
     def job(self, job_id: str) -> dict[str, Any]:
         return self.client.ok("GET", f"/v1/jobs/{job_id}")["job"]
@@ -156,9 +156,7 @@ class Scene:
         job_id = self.create(agent.host)
         self.open_gate(job_id)
         job = self.ended(job_id)
-        check(
-            job["status"] == "success", "the next job of", agent.host, job["status"], job["error"], agent.said()[-1500:]
-        )
+        check(job["status"] == "success", "the next job of", agent.host, job["status"], job["error"], agent.said()[-1500:])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,10 +303,7 @@ def older_session(scene: Scene) -> None:
     status, answer = newer.beat([])
     check(status == 200 and (answer["job"] or {}).get("id") == waiting, "the newer one got", status, answer)
     check(scene.job(held)["reason"] == "agent_crashed", scene.job(held))
-    for status, answer in (
-        older.logs({"id": held, "attempt": 1}, 0, ["late"]),
-        older.result({"id": held, "attempt": 1}),
-    ):
+    for status, answer in (older.logs({"id": held, "attempt": 1}, 0, ["late"]), older.result({"id": held, "attempt": 1})):
         check(status == 409 and "next_offset" not in answer, "the older session's job answered", status, answer)
     status, answer = newer.result({"id": waiting, "attempt": 1})
     check(status == 200, status, answer)
@@ -398,11 +393,7 @@ def reset_words(scene: Scene) -> None:
     wait_for(
         lambda: (
             "online"
-            in [
-                host["agent_status"]
-                for host in scene.client.ok("GET", "/v1/hosts")["hosts"]
-                if host["hostname"] == "reset-02"
-            ]
+            in [host["agent_status"] for host in scene.client.ok("GET", "/v1/hosts")["hosts"] if host["hostname"] == "reset-02"]
         )
     )
     scene.client.ok("POST", "/v1/hosts/reset-02/reset")
@@ -443,9 +434,7 @@ def prove(proof: Proof) -> None:
 
     shared = Scene(proof, "shared")
     with concurrent.futures.ThreadPoolExecutor(3) as pool:  # most of the time they wait
-        plays = [
-            pool.submit(play, scene, Scene(proof, scene.__name__) if scene in ALONE else shared) for scene in scenes
-        ]
+        plays = [pool.submit(play, scene, Scene(proof, scene.__name__) if scene in ALONE else shared) for scene in scenes]
         failures = [future.exception() for future in plays]
     for failure in filter(None, failures):
         raise failure

@@ -165,11 +165,7 @@ class Maker:
             if route.pattern in self.samples.bodies
             else chance.choice((b"", b"", b"", b"{}", b"x" * 70_000))
         )
-        lines = [
-            b"%b %b HTTP/1.%d" % (method.encode(), path, chance.random() < 0.95),
-            b"Host: 127.0.0.1",
-            *self.token(route),
-        ]
+        lines = [b"%b %b HTTP/1.%d" % (method.encode(), path, chance.random() < 0.95), b"Host: 127.0.0.1", *self.token(route)]
         if route.pattern == "/v1/webhooks/github":
             lines += [
                 b"X-GitHub-Event: push",
@@ -177,13 +173,10 @@ class Maker:
                 b"X-Hub-Signature-256: " + self.signature(body),
             ]
         if route.pattern == "/v1/logs/stream" and chance.random() < 0.5:
-            lines.append(
-                f"Last-Event-ID: {self.samples.epoch}-{chance.choice((0, 1, 5, -1, 10**9, 10**18, 10**30))}".encode()
-            )
+            lines.append(f"Last-Event-ID: {self.samples.epoch}-{chance.choice((0, 1, 5, -1, 10**9, 10**18, 10**30))}".encode())
         if body or method != "GET":
             lines.append(
-                b"Content-Length: %d"
-                % (len(body) if chance.random() < 0.9 else chance.choice((0, 1, len(body) + 7, 10**6, 10**8)))
+                b"Content-Length: %d" % (len(body) if chance.random() < 0.9 else chance.choice((0, 1, len(body) + 7, 10**6, 10**8)))
             )
         for _ in range(chance.choice((0, 0, 0, 0, 1, 2))):
             lines.insert(chance.randrange(1, len(lines) + 1), chance.choice(NASTY_HEADERS))
@@ -196,9 +189,7 @@ class Maker:
         if kind < 0.3:
             return [
                 b"Authorization: Bearer "
-                + self.chance.choice(
-                    (READ_TOKEN.encode(), AGENT_TOKEN.encode(), self.samples.agent.get("token", "").encode())
-                )
+                + self.chance.choice((READ_TOKEN.encode(), AGENT_TOKEN.encode(), self.samples.agent.get("token", "").encode()))
             ]
         if kind < 0.35:
             return [
@@ -398,9 +389,7 @@ def settled(controller: common.Controller, before: dict[str, int]) -> dict[str, 
 
 def prove(proof: Proof) -> None:
     os.environ["MALLOC_ARENA_MAX"] = "2"  # as the unit and the image set it: else each thread's heap keeps its pieces
-    apps = {
-        "apps": [{"name": "app", "repo": "myorg/app", "hosts": ["web-01"], "deploy_on_push": True, "branches": ["*"]}]
-    }
+    apps = {"apps": [{"name": "app", "repo": "myorg/app", "hosts": ["web-01"], "deploy_on_push": True, "branches": ["*"]}]}
     controller = proof.controller("--agent-timeout", "1h", "--lost-after", "2h", apps=apps, webhook_secret=SECRET)
     total = FULL if proof.full else SHORT
     first = usage(controller)
@@ -409,9 +398,7 @@ def prove(proof: Proof) -> None:
     sender = Sender(controller.port)
 
     def work(number: int) -> None:
-        chance = random.Random(
-            f"{proof.seed}-{number}"
-        )  # each request by itself: what the threads do in between does not matter
+        chance = random.Random(f"{proof.seed}-{number}")  # each request by itself: what the threads do in between does not matter
         sender.send(number, Maker(samples, chance).connection(), chance)
 
     def many(numbers: range) -> None:
@@ -432,11 +419,7 @@ def prove(proof: Proof) -> None:
     proof.figure("descriptors before, after", f"{before['fds']}, {after['fds']}")
     check(not sender.wrong, f"{len(sender.wrong)} wrong:", "\n".join(sender.wrong[:5]))
     said = controller.said()
-    check(
-        "Traceback" not in said and " ERROR " not in said,
-        "the log says:",
-        said[max(0, said.find("ERROR") - 300) :][:3000],
-    )
+    check("Traceback" not in said and " ERROR " not in said, "the log says:", said[max(0, said.find("ERROR") - 300) :][:3000])
     check(after["rss"] - before["rss"] < GROWTH, "memory grew by", after["rss"] - before["rss"])
     for status in ("200", "201", "400", "401", "403", "404", "405", "409", "413", "417", "422", "431"):
         check(sender.statuses[status], "no request was answered with", status, "- the damage is not wide enough")

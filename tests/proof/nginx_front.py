@@ -102,9 +102,7 @@ def call(port: int, method: str, path: str, body=None, token: str | None = TOKEN
     with contextlib.closing(connection):
         sent = {"Content-Type": "application/json", **({"Authorization": f"Bearer {token}"} if token else {})}
         data = body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
-        connection.request(
-            method, path, data, {**sent, **{name.replace("_", "-"): value for name, value in headers.items()}}
-        )
+        connection.request(method, path, data, {**sent, **{name.replace("_", "-"): value for name, value in headers.items()}})
         answer = connection.getresponse()
         said = answer.read()
         return answer.status, answer.headers, json.loads(said) if said[:1] == b"{" else said
@@ -184,10 +182,7 @@ def long_poll(front: int) -> float:
 def stream(proof: Proof, front: int) -> None:
     """Each event arrives when it happens, not when a buffer is full."""
     with socket.create_connection(("127.0.0.1", front), 30) as wire:
-        wire.sendall(
-            b"GET /v1/logs/stream?tail=0 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n\r\n"
-            % TOKEN.encode()
-        )
+        wire.sendall(b"GET /v1/logs/stream?tail=0 HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n\r\n" % TOKEN.encode())
         said = b""
         while b"retry: " not in said:
             said += wire.recv(65536)
@@ -206,9 +201,7 @@ def stream(proof: Proof, front: int) -> None:
 def quiet_stream(front: int) -> None:
     """A stream on which nothing happens for longer than nginx waits for an answer: its comments keep it."""
     with socket.create_connection(("127.0.0.1", front), 80) as wire:
-        wire.sendall(
-            b"GET /v1/logs/stream?host=nobody HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % TOKEN.encode()
-        )
+        wire.sendall(b"GET /v1/logs/stream?host=nobody HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n\r\n" % TOKEN.encode())
         until, said = time.monotonic() + 70, b""
         while time.monotonic() < until:
             chunk = wire.recv(65536)
@@ -219,11 +212,7 @@ def quiet_stream(front: int) -> None:
 
 def agent_cycle(proof: Proof, front: int, folder: pathlib.Path) -> None:
     """agent.py itself, which knows nginx's address alone, deploys a push."""
-    plain = {
-        name: value
-        for name, value in environment(agent_token=common.AGENT_TOKEN).items()
-        if not name.startswith("GIT_")
-    }
+    plain = {name: value for name, value in environment(agent_token=common.AGENT_TOKEN).items() if not name.startswith("GIT_")}
     agent = Process(
         [sys.executable, common.AGENT, "--url", f"http://127.0.0.1:{front}", "--hostname", "web-01", "--workdir", folder / "work", "--git-protocols", "file"],
         folder / "agent.log", plain, folder,
@@ -294,10 +283,7 @@ def smuggling(proof: Proof, front: int, nginx: Nginx, controller: common.Control
         answers += len(statuses)
         check(not {b"500", b"502", b"503", b"504"} & set(statuses), f"{name}: nginx answers {statuses}")
         status, _, said = call(front, "GET", f"/v1/jobs?host=behind-{number}")
-        check(
-            status == 200 and len(said["jobs"]) <= 1,
-            f"{name}: another answer than the one to our question: {status} {said}",
-        )
+        check(status == 200 and len(said["jobs"]) <= 1, f"{name}: another answer than the one to our question: {status} {said}")
         for job in ok(front, "GET", "/v1/jobs?host=refused-01&status=pending")["jobs"]:
             check(name.startswith(GOOD_FOR_NGINX), f"{name}: was executed")
             ok(front, "POST", f"/v1/jobs/{job['id']}/cancel")
@@ -312,9 +298,7 @@ def addresses(proof: Proof, front: int, controller: common.Controller) -> None:
     """The audit has the caller's address; who says another one is not believed, in front of nginx or past it."""
 
     def audited(ref: str, port: int, source: str, **headers: str) -> str:
-        job = ok(port, "POST", "/v1/jobs", {"repo": "o/n", "ref": ref, "host": "audited"}, TOKEN, source, **headers)[
-            "job"
-        ]["id"]
+        job = ok(port, "POST", "/v1/jobs", {"repo": "o/n", "ref": ref, "host": "audited"}, TOKEN, source, **headers)["job"]["id"]
         rows = ok(controller.port, "GET", "/v1/audit?action=job.create")["audit"]
         return next(row["address"] for row in rows if row["target"] == job)
 
@@ -335,24 +319,14 @@ def addresses(proof: Proof, front: int, controller: common.Controller) -> None:
     check(call(front, "GET", "/v1/jobs", None, "dbt_wrong", CALLER)[0] == 401, "another caller pays for it")
     check(call(front, "GET", "/v1/jobs", None, TOKEN, OTHER)[0] == 200, "a valid token is locked out")
     status, headers, _ = call(front, "POST", "/v1/session", {"token": TOKEN}, None, X_Forwarded_Proto="https")
-    check(
-        status == 200 and "Secure" not in headers["Set-Cookie"],
-        "nginx says http, the caller says https:",
-        headers["Set-Cookie"],
-    )
+    check(status == 200 and "Secure" not in headers["Set-Cookie"], "nginx says http, the caller says https:", headers["Set-Cookie"])
 
 
 def origins(front: int) -> None:
     """Host comes through with its port, so that a page of ours may write and another's may not."""
     host = f"deploy.example.com:{front}"
-    for origin, expected in (
-        (f"http://{host}", 201),
-        ("http://deploy.example.com", 403),
-        ("https://evil.example", 403),
-    ):
-        status = call(
-            front, "POST", "/v1/jobs", {"repo": "o/n", "ref": "page", "host": "pages"}, Host=host, Origin=origin
-        )[0]
+    for origin, expected in ((f"http://{host}", 201), ("http://deploy.example.com", 403), ("https://evil.example", 403)):
+        status = call(front, "POST", "/v1/jobs", {"repo": "o/n", "ref": "page", "host": "pages"}, Host=host, Origin=origin)[0]
         check(status == expected, "a write of", origin, "is answered with", status)
 
 
@@ -361,16 +335,8 @@ def open_mode(proof: Proof) -> None:
     for name, flags in (("open", ("--open",)), ("open-trusted", ("--open", "--trusted-proxy", "127.0.0.1"))):
         controller = proof.controller(*flags, name=name)
         nginx = Nginx(proof.folder / f"nginx-{name}", controller.port).start()
-        check(
-            call(controller.port, "GET", "/v1/jobs", None, None, "127.0.0.1")[0] == 200,
-            "open mode asks for a token here",
-        )
-        for headers in (
-            {},
-            {"Host": "localhost"},
-            {"Host": "127.0.0.1"},
-            {"Host": "localhost", "X_Forwarded_For": "127.0.0.1"},
-        ):
+        check(call(controller.port, "GET", "/v1/jobs", None, None, "127.0.0.1")[0] == 200, "open mode asks for a token here")
+        for headers in ({}, {"Host": "localhost"}, {"Host": "127.0.0.1"}, {"Host": "localhost", "X_Forwarded_For": "127.0.0.1"}):
             for method, path in (("GET", "/v1/jobs"), ("POST", "/v1/reload"), ("GET", "/v1/logs/stream")):
                 status = call(nginx.port, method, path, None, None, "127.0.0.1", **headers)[0]
                 check(status == 401, f"--open behind nginx: {method} {path} {headers} is answered with {status}")

@@ -52,9 +52,7 @@ def connect(port: int, tls: ssl.SSLContext | None, timeout: float = 30.0) -> htt
 class Slow:
     """A slow connection: `begin` is sent at once, then a byte of `drip` a tick, for ever."""
 
-    def __init__(
-        self, name: str, share: int, begin: bytes = b"", drip: bytes = b"", hello: bool = True, reads: bool = True
-    ):
+    def __init__(self, name: str, share: int, begin: bytes = b"", drip: bytes = b"", hello: bool = True, reads: bool = True):
         self.name, self.share, self.begin, self.drip = name, share, begin, drip
         self.hello = hello  # makes the handshake, where there is TLS
         self.reads = reads  # takes its answers, so that it learns of its end
@@ -160,9 +158,7 @@ class Good:
         self.asked: dict[str, float] = {}  # ref to when it was asked for
         self.stopped = threading.Event()
         setup = connect(port, tls)
-        self.agents = [
-            self.call(setup, "POST", "/v1/agents/register", {"hostname": f"parked-{i}"})["id"] for i in range(AGENTS)
-        ]
+        self.agents = [self.call(setup, "POST", "/v1/agents/register", {"hostname": f"parked-{i}"})["id"] for i in range(AGENTS)]
         setup.close()
         works = [(self.ask, i) for i in range(WORKERS)] + [(self.park, i) for i in range(AGENTS)]
         self.threads = [threading.Thread(target=self.guard, args=work, daemon=True) for work in works]
@@ -221,21 +217,14 @@ class Good:
         connection = connect(self.port, self.tls)
         lines = [{"message": "x" * 1000}] * 20
         while not self.stopped.is_set():
-            order = self.call(
-                connection, "POST", f"/v1/agents/{self.agents[number]}/heartbeat", {"status": "online", "wait": 2}
-            )
+            order = self.call(connection, "POST", f"/v1/agents/{self.agents[number]}/heartbeat", {"status": "online", "wait": 2})
             job = order["job"]
             if job:
                 self.handed.append(time.monotonic() - self.asked[job["ref"]])
                 self.call(
-                    connection,
-                    "POST",
-                    f"/v1/jobs/{job['id']}/logs",
-                    {"attempt": job["attempt"], "offset": 0, "lines": lines},
+                    connection, "POST", f"/v1/jobs/{job['id']}/logs", {"attempt": job["attempt"], "offset": 0, "lines": lines}
                 )
-                self.call(
-                    connection, "POST", f"/v1/jobs/{job['id']}/result", {"attempt": job["attempt"], "status": "success"}
-                )
+                self.call(connection, "POST", f"/v1/jobs/{job['id']}/result", {"attempt": job["attempt"], "status": "success"})
         connection.close()
 
 
@@ -293,8 +282,7 @@ def crowd(proof: Proof, name: str, controller: common.Controller, tls: ssl.SSLCo
     proof.figure(f"{name}: slow connections, at once and in all", f"{slow.largest:,}, {sum(slow.begun.values()):,}")
     proof.figure(f"{name}: good requests", served)
     proof.figure(
-        f"{name}: p50, p99, slowest, ms",
-        ", ".join(f"{1000 * percentile(good.times, share):.1f}" for share in (0.5, 0.99, 1)),
+        f"{name}: p50, p99, slowest, ms", ", ".join(f"{1000 * percentile(good.times, share):.1f}" for share in (0.5, 0.99, 1))
     )
     proof.figure(f"{name}: p99 without slow ones, ms", f"{1000 * alone:.1f}")
     proof.figure(
@@ -375,9 +363,7 @@ def limit(proof: Proof, name: str, begin: bytes) -> None:
     agents = [client.ok("POST", "/v1/agents/register", {"hostname": f"parked-{i}"})["id"] for i in range(AGENTS)]
     beat = {"status": "online", "wait": 25}
     parked = [wire(controller.port, post(f"/v1/agents/{agent}/heartbeat", beat)) for agent in agents]
-    streams = [
-        wire(controller.port, b"GET /v1/logs/stream HTTP/1.1\r\n" + HOST + BEARER + b"\r\n") for _ in range(AGENTS)
-    ]
+    streams = [wire(controller.port, b"GET /v1/logs/stream HTTP/1.1\r\n" + HOST + BEARER + b"\r\n") for _ in range(AGENTS)]
     for stream in streams:
         check(stream.recv(12) == b"HTTP/1.1 200", "no stream")
     # none of them is unfinished any more
