@@ -69,6 +69,13 @@ def test_none_is_forged_or_raw_in_the_log(attacked):
     assert hostile.check_log(plain) == hostile.check_log(as_json, as_json=True) > len(attacked.shown)
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_whatever_is_logged_stays_on_its_line(as_json):
+    """The controller logs next to nothing that others wrote; what it would log is held here."""
+    made = [logging.LogRecord("deploybot", logging.WARNING, "", 0, "sent %s.", (string.text,), None) for string in PLAIN]
+    assert hostile.check_log("".join(deploybot.LogFormat(as_json).format(record) + "\n" for record in made), as_json) == len(PLAIN)
+
+
 def test_every_event_of_the_stream_is_framed(attacked):
     assert attacked.api.check_stream(attacked.before) > len(attacked.api.sent)
 

@@ -938,7 +938,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         repo=st.sampled_from(("myorg/web", "myorg/api", "myorg/other")), which=ANY, retries=st.sampled_from((None, 0, 2)),
         fate=st.sampled_from(("arrives", "arrives", "arrives", "lost", "late")),
-        then=st.sampled_from(("", "", "it asks again", "it asks again", "cancelled", "silent")), fault=FAULT,
+        then=st.sampled_from(("", "", "it asks again", "it asks again", "cancelled", "silent", "controller stopped")), fault=FAULT,
     )  # fmt: skip
     def run_a_job(self, repo: str, which: int, retries: int | None, fate: str, then: str, fault: Any) -> None:
         """What most days are made of: a job is asked for, an agent that is well takes it (or what waits before it), and what comes then."""
@@ -947,9 +947,9 @@ class Machine(RuleBasedStateMachine):
             return
         self.make(self.submit_op(repo, f"run-{next(self.numbers)}", agent.host, False, retries, None))
         self.beat(agent, True, "online", fate, None)
-        if then == "silent":
+        if then in ("silent", "controller stopped"):
             self.clock.advance(LOST_AFTER + 1)
-            self.sweep(False, fault)
+            self.sweep(then != "silent", fault)
         elif then:
             for job in self.running_on(agent.host) if then == "cancelled" else ():
                 self.make(self.cancel_op(job))
@@ -1368,8 +1368,8 @@ def six(machine: Machine, seen: Seen) -> None:
     under_way = {(answer.body["job"]["id"], answer.body["job"]["attempt"]) for _, answer in machine.late if answer.body.get("job")}
     for job in machine.jobs.values():
         if job.status == "running" and job.key not in held | under_way:
-            lease = machine.subject.daemon.jobs._leases[job.host][job.id]
-            holds(6, job.answered and lease.answered is not None, "nobody has it, and nobody will get it:", job)
+            lease = machine.subject.daemon.jobs._leases.get(job.host, {}).get(job.id)
+            holds(6, lease and job.answered and lease.answered is not None, "nobody has it, and nobody will get it:", job)
 
 
 def seven(machine: Machine, seen: Seen) -> None:
