@@ -132,7 +132,10 @@ def test_a_third_success_lets_the_first_go(c, clock):
 
 
 def test_to_the_millisecond(c, clock):
-    job = deploy(c, "failed")
+    """Of its end; it was made a day before."""
+    job = c.create()
+    clock.advance(DAY)
+    c.end(c.beat(c.agents["web-01"])["job"], "failed")
     clock.advance(90 * DAY)
     c.daemon.sweep()
     assert ids(c) == [job["id"]]
@@ -244,15 +247,18 @@ def after_each_write(c, look):
         c.daemon.store.write = write
 
 
-def test_it_goes_in_slices_that_keep_nobody_waiting(history, clock, small):
-    """Also the events of one job."""
+@pytest.mark.parametrize(("jobs", "events"), [(3, 1000), (50, 7)])
+def test_it_goes_in_slices_that_keep_nobody_waiting(history, clock, monkeypatch, jobs, events):
+    """Of so many jobs, and of so many events, also of one job."""
+    monkeypatch.setattr(deploybot, "RETENTION_JOBS", jobs)
+    monkeypatch.setattr(deploybot, "RETENTION_EVENTS", events)
     deploy(history, "failed", lines=20)
     clock.advance(91 * DAY)
-    left = [count(history, "events")]
-    with after_each_write(history, lambda: left.append(count(history, "events"))):
+    left = [(count(history, "jobs"), count(history, "events"))]
+    with after_each_write(history, lambda: left.append((count(history, "jobs"), count(history, "events")))):
         history.daemon.sweep()
-    taken = [before - after for before, after in itertools.pairwise(left)]
-    assert max(taken) <= 7 and len(left) > (left[0] - left[-1]) / 7
+    for before, after in itertools.pairwise(left):
+        assert before[0] - after[0] <= jobs and before[1] - after[1] <= events
     kept_whole(history, history.stay)
 
 
