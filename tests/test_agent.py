@@ -2023,7 +2023,9 @@ def test_a_script_is_tracked_on_disk_before_it_starts(host, lone, monkeypatch, v
     monkeypatch.setattr(agent.CHILDREN, "start", lambda *args: (events.append("started"), start(*args))[1])
     variables["JOBS"] = jobs
     one = lone()
-    one.take(host.job(deploy='grep -c "\\"state\\": \\"running\\".*\\"leader\\": .$$," "$JOBS/$DEPLOY_JOB_ID.1.json"; exit 3'))
+    file = '"$JOBS/$DEPLOY_JOB_ID.1.json"'
+    noted = f'until grep -q "leader.: .$$," {file}; do sleep 0.02; done'  # a moment later, for whoever comes after a crash
+    one.take(host.job(deploy=f'grep -c "state.: .running" {file}; {noted}; exit 3'))
     [run] = one.agent._holding()
     assert events[:3] == [f"/{run.key.job_id}.1.json.new", "", "started"]  # the file, its folder
     assert [line for line in spooled(run) if not line.startswith("[")] == ["1"]
