@@ -1537,6 +1537,7 @@ class Tx(Queries):
 
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database, and takes for a part of whatever stands there
+CHECKED_AT_START = 256 * MIB  # bytes of a database: reading them takes a second; a larger one is for `doctor`
 RESTORE = "restore a backup: deploybot.py restore FILE"
 
 
@@ -1592,13 +1593,18 @@ def schema_of(db: sqlite3.Connection, path: pathlib.Path) -> int:
     return version
 
 
+def require_whole(db: sqlite3.Connection, path: pathlib.Path) -> None:
+    """Reads every page. Raises StartError."""
+    found = db.execute("PRAGMA integrity_check(1)").fetchone()[0].splitlines()[-1]
+    if found != "ok":
+        raise StartError(f"database {path}: damaged: {found}; {RESTORE}")
+
+
 def examine(path: pathlib.Path) -> tuple[int, int, int]:
     """(schema, jobs, agents) of a database, whose daemon may run. Reads all of it; raises StartError where it is not whole."""
     with database_errors(path), contextlib.closing(connect(path, "ro")) as db:
         schema = schema_of(db, path)
-        found = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-        if found != "ok":
-            raise StartError(f"database {path}: damaged: {found}; {RESTORE}")
+        require_whole(db, path)
         return schema, *Queries(db).one("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)")
 
 
@@ -1702,6 +1708,8 @@ class Store:
 
     def _prepare(self) -> None:
         version = schema_of(self._db, self.path)
+        if self.path.stat().st_size <= CHECKED_AT_START:
+            require_whole(self._db, self.path)
         if version == 0:
             log.warning("%s is not there: a new database is made", self.path)
             self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -3798,7 +3806,7 @@ class Controller:
         with database_errors(config.db):
             self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
             self.jobs.recover()
-        self.auth = Auth(tokens, config.open, self.jobs.hosts_by_secret.get, store, clock)
+            self.auth = Auth(tokens, config.open, self.jobs.hosts_by_secret.get, store, clock)
         self.connections: Callable[[], int] = lambda: 0
 
 
@@ -4202,6 +4210,11 @@ def apps_of(path: pathlib.Path) -> tuple[App, ...]:
         raise StartError(*(f"{path}:{line}: {message}" for line, message in error.problems)) from None
 
 
+def one_line(text: str) -> str:
+    """Without what would begin another line, or mean something to a terminal."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
 class Daemon(Controller):
     """The controller as a process: serves, sweeps, stops."""
 
@@ -4439,7 +4452,7 @@ def look_at_tls(config: Config) -> Iterator[Finding]:
     if tls_of(config) is None or config.tls_cert is None:
         yield "ok", "no --tls-cert: plain HTTP, for this machine or behind a proxy that has TLS"
         return
-    pem = re.search("-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", config.tls_cert.read_text(), re.DOTALL)
+    pem = re.search(f"{ssl.PEM_HEADER}.+?{ssl.PEM_FOOTER}", config.tls_cert.read_text(), re.DOTALL)
     der = ssl.PEM_cert_to_DER_cert(pem[0] if pem else "")
     end = re.search(rb"Z(?:\x17\r|\x18\x0f)(\d+)Z", der)  # the second of two times, without its century up to 2049 (RFC 5280)
     last = datetime.datetime.strptime(f"20{end[1].decode() if end else ''}"[-14:] + "+0000", "%Y%m%d%H%M%S%z")
@@ -4462,7 +4475,7 @@ def doctor(arguments: list[str]) -> int:
     config, _ = parse("doctor", "Check the database, the settings and the machine, and say what to do.", arguments)
     looks = (look_at_database, look_at_files, look_at_settings, look_at_tls)
     findings = [finding for look in looks for finding in found(look, config)]
-    print(*(f"{level:<5}{text}" for level, text in findings), sep="\n")
+    print(*(f"{level:<5}{one_line(text)}" for level, text in findings), sep="\n")
     return int(any(level == "FAIL" for level, _ in findings))
 
 
@@ -4489,7 +4502,7 @@ def main(arguments: list[str]) -> int:
         return verb(rest)
     except StartError as error:
         for line in error.problems:
-            print(f"deploybot.py: {line}", file=sys.stderr)
+            print(f"deploybot.py: {one_line(line)}", file=sys.stderr)
         return 1
 
 
