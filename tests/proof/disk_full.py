@@ -138,6 +138,11 @@ class Load:
         check(self.agent.register()[0] == 200, "no agent")
         self.running = self.claim(self.create())
 
+    def connect_anew(self) -> None:
+        """After a restart: what was kept open is over."""
+        for client in (self.client, self.agent.client):
+            client.close()
+
     def create(self) -> str:
         job = self.client.ok("POST", "/v1/jobs", self.asked())["job"]
         self.created.append(job["id"])
@@ -323,7 +328,7 @@ def kill_on_full_disk(proof: Proof, place: Any, controller: Controller, load: Lo
         controller.kill()
         place.empty(controller)
     controller.start()
-    load.client, load.agent.client.port = controller.client(), controller.port
+    load.connect_anew()
     load.verify()
 
 
@@ -362,7 +367,7 @@ def read_only(proof: Proof) -> None:
         can("e2fsck", "-y", disk.image)
         check(disk.mount(), "mount")
         controller.start()
-        load.client, load.agent.client.port = controller.client(), controller.port
+        load.connect_anew()
         load.verify()
         check(load.write() < 300, "no write after the repair")
         controller.stop()
