@@ -177,11 +177,11 @@ class Unavailable(DeployBotError):
 
 
 class StartError(DeployBotError):
-    """The controller cannot start. `problems`: all of them, a line each."""
+    """The controller cannot start. `problems`: all of them, a line each, whatever stands in it."""
 
     def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
-        self.problems = problems
+        self.problems = tuple("".join(char if char.isprintable() else " " for char in problem) for problem in problems)
+        super().__init__("\n".join(self.problems))
 
 
 class AppsError(DeployBotError):
@@ -1535,6 +1535,7 @@ class Tx(Queries):
             self._do("PRAGMA incremental_vacuum(1)").fetchall()
 
 
+SQLITE = sqlite3.sqlite_version
 DAMAGE = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
 BESIDE = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a database, and takes for a part of whatever stands there
 CHECKED_AT_START = 256 * MIB  # bytes of a database: reading them takes a second; a larger one is for `doctor`
@@ -1573,39 +1574,26 @@ def connect(path: pathlib.Path, mode: str = "rwc") -> sqlite3.Connection:
     return sqlite3.connect(uri, timeout=10.0, isolation_level=None, check_same_thread=False, cached_statements=256, uri=True)
 
 
-def sqlite_in_words() -> str:
-    """Its version, and what to mind with it. Raises StartError where it is too old."""
+def schema_of(db: sqlite3.Connection, path: pathlib.Path, whole: bool) -> int:
+    """0 of an empty database. Raises StartError for one that is not ours or made by a newer DeployBot; `whole`: reads all of it."""
     if sqlite3.sqlite_version_info < (3, 37):  # STRICT tables; RETURNING came with 3.35, VACUUM INTO with 3.27
-        raise StartError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed")
-    unsound = sqlite3.sqlite_version_info < (3, 51, 3)  # two connections that write the WAL back at once may spoil it
-    return f"SQLite {sqlite3.sqlite_version}" + (", let no other program write to the database" if unsound else "")
-
-
-def schema_of(db: sqlite3.Connection, path: pathlib.Path) -> int:
-    """0 of an empty database. Raises StartError for one that is not ours, or made by a newer DeployBot."""
-    sqlite_in_words()
+        raise StartError(f"SQLite {SQLITE} is too old: 3.37 is needed")
     version, newest = db.execute("PRAGMA user_version").fetchone()[0], len(MIGRATIONS)
     tables = {name for (name,) in db.execute("SELECT name FROM sqlite_master")}
     if version < 0 or not ({"meta", "jobs"} <= tables if version else not tables):
         raise StartError(f"database {path}: not one of DeployBot's, or damaged: choose another --db, or {RESTORE}")
     if version > newest:
         raise StartError(f"database {path}: made by a newer DeployBot (schema {version}, this one knows {newest})")
+    if whole and (found := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
+        raise StartError(f"database {path}: damaged: {found}; {RESTORE}")
     return version
 
 
-def require_whole(db: sqlite3.Connection, path: pathlib.Path) -> None:
-    """Reads every page. Raises StartError."""
-    found = db.execute("PRAGMA integrity_check(1)").fetchone()[0].splitlines()[-1]
-    if found != "ok":
-        raise StartError(f"database {path}: damaged: {found}; {RESTORE}")
-
-
 def examine(path: pathlib.Path) -> tuple[int, int, int]:
-    """(schema, jobs, agents) of a database, whose daemon may run. Reads all of it; raises StartError where it is not whole."""
+    """(schema, jobs, agents) of a database, whose daemon may run. Raises StartError where it is not whole."""
     with database_errors(path), contextlib.closing(connect(path, "ro")) as db:
-        schema = schema_of(db, path)
-        require_whole(db, path)
-        return schema, *Queries(db).one("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)")
+        counts = "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)"
+        return schema_of(db, path, True), *Queries(db).one(counts)
 
 
 def sync(path: pathlib.Path) -> None:
@@ -1624,7 +1612,7 @@ def copy_database(source: pathlib.Path, target: pathlib.Path) -> tuple[int, int,
     with database_errors(f"{source} to {target}"):
         try:
             with contextlib.closing(connect(source, "ro")) as db:
-                schema_of(db, source)
+                schema_of(db, source, False)
                 os.close(os.open(partial, os.O_CREAT | os.O_EXCL, 0o600))
                 db.execute("VACUUM INTO ?", (str(partial.absolute()),))
             with contextlib.closing(connect(partial)) as db:
@@ -1658,11 +1646,11 @@ def restore_database(source: pathlib.Path, path: pathlib.Path, kept: pathlib.Pat
             examine(source)
             facts = copy_database(source, ready)
             give_to_owner(ready)
-            for end in (*BESIDE, ""):
+            for end in ("", *BESIDE):
                 with contextlib.suppress(FileNotFoundError):
                     os.link(f"{path}{end}", f"{kept}{end}")
-            for end in BESIDE:
-                pathlib.Path(f"{path}{end}").unlink(missing_ok=True)
+                    if end:
+                        os.unlink(f"{path}{end}")
             sync(path.parent)
             os.replace(ready, path)
             sync(path.parent)
@@ -1707,9 +1695,7 @@ class Store:
         self._writer = threading.Lock()
 
     def _prepare(self) -> None:
-        version = schema_of(self._db, self.path)
-        if self.path.stat().st_size <= CHECKED_AT_START:
-            require_whole(self._db, self.path)
+        version = schema_of(self._db, self.path, self.path.stat().st_size <= CHECKED_AT_START)
         if version == 0:
             log.warning("%s is not there: a new database is made", self.path)
             self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
@@ -4210,11 +4196,6 @@ def apps_of(path: pathlib.Path) -> tuple[App, ...]:
         raise StartError(*(f"{path}:{line}: {message}" for line, message in error.problems)) from None
 
 
-def one_line(text: str) -> str:
-    """Without what would begin another line, or mean something to a terminal."""
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
 class Daemon(Controller):
     """The controller as a process: serves, sweeps, stops."""
 
@@ -4385,8 +4366,10 @@ def restore(arguments: list[str]) -> int:
     kept = config.db.with_name(f"{config.db.name}.before-restore-{Clock().stamp().replace(':', '')}")
     facts = restore_database(file, config.db, kept)
     print(told(config.db, *facts) + (f"\nwhat was there before is kept as {kept}" if kept.exists() else ""))
-    print("Now start the controller: jobs that waited are cancelled, agents register anew, those that still run go on.")
-    print("Tokens and secrets of hosts are as they were then: see ctl.py token list, ctl.py hosts.")
+    print(
+        "Now start the controller: jobs that waited are cancelled, agents register anew, those that still run go on.\n"
+        "Tokens and secrets of hosts are as they were then: see ctl.py token list, ctl.py hosts."
+    )
     return 0
 
 
@@ -4398,7 +4381,7 @@ def judged(good: bool, what: str, cure: str, level: str = "warn") -> Finding:
 
 
 def look_at_database(config: Config) -> Iterator[Finding]:
-    yield "ok", f"DeployBot {VERSION}, Python {sys.version.split()[0]}, {sqlite_in_words()}"
+    yield "ok", f"DeployBot {VERSION}, Python {sys.version.split()[0]}, SQLite {SQLITE}: let no other program write to its database"
     folder = next(path for path in config.db.absolute().parents if path.exists())
     disk, size = os.statvfs(folder), config.db.stat().st_size if config.db.exists() else 0
     free, wanted = disk.f_bavail * disk.f_frsize // MIB, size // MIB + 256
@@ -4475,7 +4458,7 @@ def doctor(arguments: list[str]) -> int:
     config, _ = parse("doctor", "Check the database, the settings and the machine, and say what to do.", arguments)
     looks = (look_at_database, look_at_files, look_at_settings, look_at_tls)
     findings = [finding for look in looks for finding in found(look, config)]
-    print(*(f"{level:<5}{one_line(text)}" for level, text in findings), sep="\n")
+    print(*(f"{level:<5}{text}" for level, text in findings), sep="\n")
     return int(any(level == "FAIL" for level, _ in findings))
 
 
@@ -4502,7 +4485,7 @@ def main(arguments: list[str]) -> int:
         return verb(rest)
     except StartError as error:
         for line in error.problems:
-            print(f"deploybot.py: {one_line(line)}", file=sys.stderr)
+            print(f"deploybot.py: {line}", file=sys.stderr)
         return 1
 
 
