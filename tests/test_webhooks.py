@@ -412,6 +412,20 @@ def test_an_app_takes_what_is_signed_with_its_own_secret_alone(guarded):
     assert signed(guarded, SECRET, X_GitHub_Delivery="d-3")[1] == ["web-01", "web-02"] and len(jobs(guarded)) == 3
 
 
+def test_the_secret_of_the_controller_is_not_that_of_such_an_app(guarded):
+    assert signed(guarded, SECRET)[1] == ["web-01", "web-02"]
+    assert {job["app"] for job in jobs(guarded)} == {"web"}
+
+
+def test_a_redelivery_that_is_signed_anew_is_known_by_its_id(guarded):
+    """As GitHub does after the secret was changed."""
+    _, made, _ = signed(guarded, "own secret", X_GitHub_Delivery="d-1")
+    guarded.end(guarded.beat(guarded.register("own-01"))["job"])
+    guard(guarded, OWN, own="new secret")
+    assert signed(guarded, "new secret", X_GitHub_Delivery="d-1")[1] == made == ["own-01"]
+    assert len(jobs(guarded)) == 1
+
+
 def test_the_secret_of_another_app_makes_nothing(guarded):
     """Who may sign pushes of one repository cannot forge another's."""
     status, made, message = signed(guarded, "other secret")
@@ -509,7 +523,8 @@ LATE = (0, "ignored: a newer push to main was taken before")
 
 def test_an_older_push_that_comes_late_replaces_nothing(hooked):
     assert pushed(hooked, B, A, 200)[0] == 2
-    assert pushed(hooked, A, ZERO, 199) == LATE
+    assert pushed(hooked, A, ZERO, 150) == LATE
+    assert pushed(hooked, C, ZERO, 199) == LATE, "what came late is not the newest"
     assert {job["ref"] for job in jobs(hooked)} == {B}
     assert pushed(hooked, C, B, 201)[0] == 2
 
