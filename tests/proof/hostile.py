@@ -198,6 +198,7 @@ class Api:
             check(status in (201, 400, 422), name, repr(text[:200]), status, answer)
             same = text.lower() if name == "host" else text
             check(status != 201 or answer["job"][name] == same, name, repr(text[:200]), "became", answer)
+            check(status != 201 or (text.isprintable() and text[0] not in "-/."), name, repr(text[:200]), "was taken")
 
     def as_names(self, text: str) -> None:
         ask = self.may(200, 201)
@@ -473,6 +474,11 @@ class Repository:
         )
 
 
+def short_name(branch: str) -> str:
+    """What a branch is asked for by; one that is called as a full ref is, by its own full ref."""
+    return f"refs/heads/{branch}" if agent.FULL_REF.fullmatch(branch) else branch
+
+
 class Site:
     """A controller and an agent of HOST as processes, and the repository."""
 
@@ -533,7 +539,7 @@ class Site:
             chosen = self.proof.chance.sample(chosen, min(SAMPLE, len(chosen)))
         for number, string in enumerate(chosen):
             ways = (
-                lambda s=string, n=number: self.deploy(n, s.text, f"heads {s.number}", s.text),
+                lambda s=string, n=number: self.deploy(n, short_name(s.text), f"heads {s.number}", s.text),
                 lambda s=string, n=number: self.deploy(n, f"refs/heads/{s.text}", f"heads {s.number}", s.text),
                 lambda s=string, n=number: self.deploy(n, f"refs/tags/{s.text}", f"tags {s.number}", ""),
                 lambda s=string: self.push(s),
