@@ -26,18 +26,7 @@ HOSTS = tuple(f"web-{number:02}" for number in range(1, 7))
 PEOPLE = 3
 BACKLOG = 120  # waiting jobs at which people pause, so that the queue is long and yet drains
 ENDED = ("success", "failed", "cancelled")
-SAME = (
-    "status",
-    "reason",
-    "attempt",
-    "exit_code",
-    "error",
-    "commit",
-    "created_at",
-    "started_at",
-    "completed_at",
-    "retry_of",
-)
+SAME = ("status", "reason", "attempt", "exit_code", "error", "commit", "created_at", "started_at", "completed_at", "retry_of")
 
 
 def shown(job: dict[str, Any]) -> tuple[Any, ...]:
@@ -99,9 +88,7 @@ class Ledger:
             self.facts.waiting.discard(job["id"])
             check(key not in self.facts.started, "given out twice:", key)
             check(job["id"] not in self.facts.ended, "given out after its end:", key)
-            check(
-                job["attempt"] == 1 or any((job["id"], n) in self.facts.started for n in range(1, job["attempt"])), key
-            )
+            check(job["attempt"] == 1 or any((job["id"], n) in self.facts.started for n in range(1, job["attempt"])), key)
             self.facts.started[key] = host
             if job["attempt"] == 1:
                 check(not order or order[-1] < job["id"], host, "got", job["id"], "after the younger", order[-1:])
@@ -293,13 +280,7 @@ class Stored:
         for event in self.events:
             if event["kind"] == "log":
                 log = logs.setdefault((event["job_id"], event["attempt"]), [])
-                check(
-                    event["offset"] == len(log),
-                    "a gap or a repeat in the log of",
-                    event["job_id"],
-                    event["offset"],
-                    len(log),
-                )
+                check(event["offset"] == len(log), "a gap or a repeat in the log of", event["job_id"], event["offset"], len(log))
                 log += [line[0] for line in json.loads(event["data"])]
                 check(len(log) == event["offset"] + event["lines"], "lines of an event", tuple(event)[:6])
         return logs
@@ -323,9 +304,7 @@ def verify(facts: Facts, stored: Stored) -> None:
         check(stored.jobs[job_id]["cancel_requested_at"], "an acknowledged cancel is not there:", job_id)
     for (job_id, attempt), host in facts.started.items():
         job = stored.jobs.get(job_id)
-        check(
-            job and job["attempt"] >= attempt and job["host"] == host, "given out, and not stored so:", job_id, attempt
-        )
+        check(job and job["attempt"] >= attempt and job["host"] == host, "given out, and not stored so:", job_id, attempt)
     verify_logs(facts.lines, stored.logs())
     verify_running(stored)
     before = 0
@@ -343,18 +322,9 @@ def verify(facts: Facts, stored: Stored) -> None:
 def verify_logs(acknowledged: dict[tuple[str, int], int], logs: dict[tuple[str, int], list[str]]) -> None:
     """Each line once and in order; what was acknowledged is there."""
     for key, messages in logs.items():
-        check(
-            messages == [f"{key[0]}.{key[1]}.{number}" for number in range(len(messages))], "the log of", key, messages
-        )
+        check(messages == [f"{key[0]}.{key[1]}.{number}" for number in range(len(messages))], "the log of", key, messages)
     for key, count in acknowledged.items():
-        check(
-            len(logs.get(key, ())) >= count,
-            count,
-            "lines of",
-            key,
-            "were acknowledged, stored are",
-            len(logs.get(key, ())),
-        )
+        check(len(logs.get(key, ())) >= count, count, "lines of", key, "were acknowledged, stored are", len(logs.get(key, ())))
 
 
 def verify_running(stored: Stored) -> None:
@@ -417,9 +387,7 @@ def prove(proof: Proof) -> None:
 
     def drained() -> bool:
         load.watch()
-        return not any(
-            client.ok("GET", f"/v1/jobs?limit=1&status={status}")["jobs"] for status in ("pending", "running")
-        )
+        return not any(client.ok("GET", f"/v1/jobs?limit=1&status={status}")["jobs"] for status in ("pending", "running"))
 
     wait_for(drained, 120, "the end of all jobs")
     load.end()
