@@ -1062,6 +1062,8 @@ class Located(dict[str, Any]):
 
 def parse_json(text: str) -> Any:
     """Its objects know their lines. Raises AppsError, and ValueError for what is no JSON."""
+    if depth(text) > MAX_DEPTH:  # the scanner, in C, would go past the end of a small stack
+        raise RecursionError
     json.loads(text, parse_int=small_integer)
     ends = [match.start() for match in re.finditer("\n", text)]
     spans, starts = [], []  # of objects, in the order in which they end: that of the calls of an object_pairs_hook
