@@ -96,6 +96,7 @@ MAX_SESSIONS = 100  # browsers that are signed in with one token: the oldest goe
 LONG_SWEEP = 3.0  # seconds between two sweeps after which it was the controller that was away, not its agents
 SESSION_LIFETIME = 7 * 86400  # seconds that a browser stays signed in
 DELIVERY_DAYS = 30  # days that a delivery is remembered: GitHub redelivers for three
+FOR_EVER = 1_000_000  # days
 RETENTION_PAUSE = 3600.0  # seconds between two walks over the old jobs
 RETENTION_BUDGET = 0.1  # seconds of one sweep that go into removing
 RETENTION_JOBS = 50  # jobs that one transaction of retention looks at
@@ -3000,7 +3001,7 @@ class Jobs:
         self._expire()
         if now - self._flushed >= FLUSH_INTERVAL:
             self.flush_contacts()
-        if self.config.retention_days and now >= self._retention_due:
+        if now >= self._retention_due:
             self._retain()
 
     def _retain(self) -> None:
@@ -3013,7 +3014,7 @@ class Jobs:
 
     def _remove_some(self, tx: Tx) -> bool:
         """One slice: ended jobs and their events, oldest first. Whether there may be more to remove."""
-        age = self.config.retention_days * 86400
+        age = (self.config.retention_days or FOR_EVER) * 86400  # deliveries go all the same
         before = self.clock.stamp(ago=age)
         jobs = tx.old_jobs(self._retained, TimeOrderedIds.layout(self.clock.ms(ago=age)), RETENTION_JOBS)
         left, walked = RETENTION_EVENTS, self._retained
