@@ -2,8 +2,8 @@
 
 Real controller, real agents, a real repository. Between agents and controller stands a proxy of this file that drops answers
 after the request got through, cuts them, cuts requests and delays. The deployed scripts append to a ledger: job, attempt, what
-they did. At the end database, ledger, logs and what `current` leads to must tell one story. Short: 6 agents, up to 120 jobs; full: 20
-agents, 10,000 jobs. The seed fixes who is killed and what is dropped, not the moments: two runs of one seed are alike, not equal.
+they did. At the end database, ledger, logs and what `current` leads to must tell one story. Short: 6 agents, up to 120 jobs; full:
+20 agents, 10,000 jobs. The seed fixes who is killed and what is dropped, not the moments: two runs of one seed are alike, not equal.
 """
 
 from __future__ import annotations

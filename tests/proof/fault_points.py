@@ -2,7 +2,8 @@
 
 The programs have no hooks. A wrapper imports one as a module, puts a function that kills its own process in the place of one of
 its functions, and runs its main. After the kill the real program starts in the same folder, and must keep what shared/design.md
-section 4 promises. Short: most points once; full: all, with each statement of each migration, many moments of a backup, each step of a restore.
+section 4 promises. Short: most points once; full: all, with each statement of each migration, many
+moments of a backup, each step of a restore.
 """
 
 from __future__ import annotations
@@ -619,7 +620,7 @@ if [ "$1" = build ]; then case $DEPLOY_REF in slow) sleep 60;; esac; fi
 
 
 class Template:
-    """A repository with a good, a next, a bad and a slow branch, and a host on which `good` runs: made once, copied for each scene."""
+    """A repository with four branches, and a host on which `good` runs: made once, copied for each scene."""
 
     lock = threading.Lock()
     folder: pathlib.Path | None = None

@@ -1,7 +1,7 @@
 """Agents that come back too late: what they say is refused, what they run is ended, and what they might take goes to another.
 
 Real controller (with a short --lost-after), real agents, real scripts; a few of the parts speak the protocol themselves, where
-the words of an answer matter. Short: about a dozen scenes; full: also scripts that ignore TERM, frozen scripts, and a controller that is
+the words of an answer matter. Short: ten scenes; full: also scripts that ignore TERM, frozen scripts, and a controller that is
 frozen for longer than an agent waits for an answer.
 """
 
