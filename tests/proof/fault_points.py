@@ -252,7 +252,7 @@ def push(controller: Controller) -> tuple[int, Any]:
 # The controller: a job on its way to the agent and back
 
 
-@point()
+@point(long=True)
 def claim_and_not_committed(stage: Stage) -> None:
     """The job waits as before, and its first attempt is the first."""
     c = stage.controller("after(program.Jobs, '_claim')")
@@ -784,7 +784,7 @@ def processes_of(job_id: str) -> list[int]:
     return living(job_id)
 
 
-@point()
+@point(long=True)
 def within_the_switch(stage: Stage) -> None:
     """`current` leads to the old release, and its activate runs again: nobody knows how far it was."""
     host = Host(stage)
@@ -825,7 +825,7 @@ def noted_and_not_reported(stage: Stage) -> None:
     host.ends_with(job, "next", [("build", "next"), ("activate", "next")], status="success", attempt=1, commit=host.commits["next"])
 
 
-@point()
+@point(long=True)
 def reported_and_not_noted(stage: Stage) -> None:
     """The controller has it already; the same again is taken as the same."""
     host = Host(stage)
