@@ -332,6 +332,7 @@ TOKEN_HINT = "`ctl.py token list` shows those there are"  # 404 and 409 under /v
 NO_TLS = "WRONG_VERSION_NUMBER"  # OpenSSL's word for an answer that is no TLS record, such as one of plain HTTP
 NOT_VALID_NOW = (9, 10)  # OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID, _CERT_HAS_EXPIRED
 OTHER_NAME = (62, 64)  # X509_V_ERR_HOSTNAME_MISMATCH, _IP_ADDRESS_MISMATCH
+UNKNOWN_CA = (2, 18, 19, 20, 21)  # its certificate, or that of its CA, is self-signed or nowhere to be found
 
 
 def reason_of(error):
@@ -349,6 +350,8 @@ def certificate_hint(code):
         return "renew the controller's certificate, or set the clock of this machine"
     if code in OTHER_NAME:
         return "use a name that the certificate has in --url or DEPLOYBOT_URL"
+    if code not in UNKNOWN_CA:
+        return "make the controller's certificate anew"
     path = os.environ.get("SSL_CERT_FILE")
     if path and not os.access(path, os.R_OK):
         return f"SSL_CERT_FILE cannot be read: {clean(path)}"

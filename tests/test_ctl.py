@@ -1271,13 +1271,14 @@ def certificates(tmp_path_factory):
     folder = tmp_path_factory.mktemp("certificates")
     for name in ("ca", "other"):
         make = ("req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", f"/CN={name}")
-        openssl(folder, *make, "-days", "2", "-keyout", f"{name}.key", "-out", f"{name}.pem")
+        usage = ("-addext", "keyUsage=critical,keyCertSign")  # Python 3.13 asks for this, and for the key's identifier below
+        openssl(folder, *make, *usage, "-days", "2", "-keyout", f"{name}.key", "-out", f"{name}.pem")
     for name, address, days in (
         ("good", "IP:127.0.0.1", "2"),
         ("elsewhere", "DNS:web.example.com", "2"),
         ("over", "IP:127.0.0.1", "-1"),
     ):
-        (folder / "san").write_text(f"subjectAltName={address}")
+        (folder / "san").write_text(f"subjectAltName={address}\nauthorityKeyIdentifier=keyid\n")
         new = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-subj", "/CN=controller")
         openssl(folder, *new, "-keyout", f"{name}.key", "-out", "csr")
         sign = ("x509", "-req", "-in", "csr", "-CA", "ca.pem", "-CAkey", "ca.key", "-CAcreateserial", "-extfile", "san")
@@ -1307,6 +1308,11 @@ def test_a_private_ca_is_named_in_ssl_cert_file(here, behind_tls, certificates, 
     assert here("cancel", job["id"]).code == 0
     assert here("logs", "-f", "--job", job["id"]).code == ctl.FAILED, "the stream too"
     assert "https" in here("health").out and controller.port
+
+
+def test_a_certificate_that_is_wrong_in_itself_is_to_be_made_anew():
+    """Such as one without a key identifier, which Python 3.13 refuses (X509_V_ERR_MISSING_AUTHORITY_KEY_IDENTIFIER)."""
+    assert ctl.certificate_hint(92) == "make the controller's certificate anew"
 
 
 def test_http_to_a_port_that_wants_https_says_so(here, behind_tls):
