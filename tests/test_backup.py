@@ -360,6 +360,13 @@ def test_a_start_reads_all_of_a_database_unless_it_is_large(tmp_path, monkeypatc
     Store(path).close()
 
 
+def test_to_restore_what_lacks_a_row_in_an_index_is_refused(verb, db, tmp_path):
+    """A copy of it would be whole: nobody would learn that FILE is not what was written."""
+    spoilt_index(tmp_path / "b.db")
+    code, _, errors = verb("restore", tmp_path / "b.db", "--db", db)
+    assert code == 1 and "jobs_host" in errors[0] and jobs_of(db) == 3
+
+
 def test_what_is_not_there_is_neither_backed_up_nor_restored(verb, db, tmp_path):
     code, _, errors = verb("backup", tmp_path / "b.db", "--db", tmp_path / "none.db")
     assert code == 1 and "none.db" in errors[0] and not (tmp_path / "none.db").exists()
@@ -621,7 +628,7 @@ def killed_at(step, verb, file, path):
         def dying(function):
             return lambda *arguments, **more: function(*arguments, **more) if next(left) > 1 else os._exit(KILLED)
 
-        for module, names in ((os, ("link", "replace", "chown", "fsync", "open")), (pathlib.Path, ("unlink",))):
+        for module, names in ((os, ("link", "unlink", "replace", "chown", "fsync", "open")), (pathlib.Path, ("unlink",))):
             for name in names:
                 setattr(module, name, dying(getattr(module, name)))
         os._exit(deploybot.main([verb, str(file), "--db", str(path)]))
@@ -642,7 +649,8 @@ def test_a_restore_may_be_killed_at_any_step(db, tmp_path):
             writer.execute(more + " FROM jobs WHERE id = (SELECT min(id) FROM jobs)", (f"-{i}", f"-{i}"))
         writer.commit()
         shutil.copytree(db.parent, tmp_path / "whole")  # as after a kill: with a WAL
-    assert jobs_of(tmp_path / "whole" / "deploybot.db") == 7
+    shutil.copytree(tmp_path / "whole", tmp_path / "looked at")  # whoever looks writes the WAL back
+    assert jobs_of(tmp_path / "looked at" / "deploybot.db") == 7 and (tmp_path / "whole" / "deploybot.db-wal").stat().st_size
     step, outcomes = 0, []
     while True:
         step += 1
