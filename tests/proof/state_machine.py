@@ -938,7 +938,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         repo=st.sampled_from(("myorg/web", "myorg/api", "myorg/other")), which=ANY, retries=st.sampled_from((None, 0, 2)),
         fate=st.sampled_from(("arrives", "arrives", "arrives", "lost", "late")),
-        then=st.sampled_from(("", "", "it asks again", "it asks again", "cancelled", "silent", "controller stopped")), fault=FAULT,
+        then=st.sampled_from(("", "", "it asks again", "it asks again", "cancelled", "silent", "controller stopped", "disk fails")), fault=FAULT,
     )  # fmt: skip
     def run_a_job(self, repo: str, which: int, retries: int | None, fate: str, then: str, fault: Any) -> None:
         """What most days are made of: a job is asked for, an agent that is well takes it (or what waits before it), and what comes then."""
@@ -946,7 +946,9 @@ class Machine(RuleBasedStateMachine):
         if agent is None:
             return
         self.make(self.submit_op(repo, f"run-{next(self.numbers)}", agent.host, False, retries, None))
-        self.beat(agent, True, "online", fate, None)
+        self.beat(agent, True, "online", "lost" if then == "disk fails" else fate, None)
+        if then == "disk fails":  # at the first statement of the call that would bring it again
+            fault = ("full", 1)
         if then in ("silent", "controller stopped"):
             self.clock.advance(LOST_AFTER + 1)
             self.sweep(then != "silent", fault)
