@@ -2152,8 +2152,9 @@ class Agent:
         self._trouble = text
 
     def _is_newer(self, refusal: Refused) -> bool:
-        """Everything else that is refused is put right by a new registration."""
-        if self._identity is not None and refusal.status == 409:
+        """Everything else that is refused is put right by a new registration, or by a person. Where that is refused, as the host is
+        bound to another secret now, and was not before: it was reset for another agent."""
+        if refusal.status == 409 and (self._identity is not None or self._forgotten):
             log.error("another agent registered as %s after this one: %s", self._config.hostname, refusal)
             return True
         said = self._advice(refusal) if self._identity is None else None
