@@ -528,8 +528,8 @@ BAD_REF = re.compile(r"^[-/.]|[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{|//|/\.|\.lock(/|
 # No option, no blank, nothing that could leave a folder.
 JOB_FIELDS = {
     "app": re.compile(r"[a-z0-9][a-z0-9._-]{0,199}"),
-    "repo": re.compile(r"[A-Za-z0-9._-]{1,100}/[A-Za-z0-9._-]{1,100}"),
-    "host": re.compile(r"[A-Za-z0-9.-]{1,253}"),
+    "repo": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?!\.{1,2}\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,99}"),
+    "host": re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?"),
 }
 
 

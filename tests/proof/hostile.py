@@ -649,8 +649,7 @@ def check_agent_fields(strings: Iterable[Hostile]) -> int:
                 continue
             value = getattr(job, name)
             check(value == text and "\0" not in value, name, repr(text), "became", repr(value))
-            if name in ("app", "ref"):  # a folder, and what git is asked for; host and repo are but variables of a script
-                check(not value.startswith(("-", "/", ".")) and ".." not in value.split("/"), name, repr(text), "was taken")
+            check(not value.startswith(("-", "/", ".")) and ".." not in value.split("/"), name, repr(text), "was taken")
             check(name == "ref" or re.fullmatch(r"[A-Za-z0-9._/-]+", value), name, repr(text), "was taken")
         with contextlib.suppress(agent.StepFailed):
             url = agent.parse_job({**good, "spec": {**good["spec"], "clone_url": text}}).clone_url
