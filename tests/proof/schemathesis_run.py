@@ -88,7 +88,7 @@ PASSES = (
     Pass("agent of a host", {"role": "agent", "host": HOSTS[0]}),
     Pass("operator of an app", {"role": "operator", "app": APP}),
 )
-FULL_EXAMPLES = 400
+FULL_EXAMPLES = 200
 
 
 # ---------------------------------------------------------------------------------------------------------------------
