@@ -596,8 +596,10 @@ def test_the_deadline_of_a_head_begins_anew_with_each_request(wire, monkeypatch)
 def test_a_body_that_trickles_has_a_deadline(controller, wire, monkeypatch):
     monkeypatch.setattr(deploybot, "BODY_DEADLINE", 0.5)
     wire.send(b"POST /v1/jobs HTTP/1.1\r\n" + HOST + b"Content-Length: 2000\r\n\r\n")
+    started = time.monotonic()
     trickle(wire, b" " * 2000, 15)
     assert wire.answer()[0] == 408
+    assert time.monotonic() - started < 5, "its own bytes put no deadline off"
     assert wire.rest() == b"" and jobs(controller) == []
 
 

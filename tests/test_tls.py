@@ -161,13 +161,13 @@ def test_the_log_names_an_address_of_https(secure, caplog):
 
 
 def test_who_says_nothing_keeps_nobody_waiting(secure):
-    wires = [plain(secure, HELLO if i % 2 else b"") for i in range(30)]
-    started = time.monotonic()
-    for _ in range(5):
-        assert secure.call("GET", "/health", timeout=5)[0] == 200
-    assert time.monotonic() - started < 3
-    for wire in wires:
-        wire.close()
+    with contextlib.ExitStack() as wires:  # which end also when it fails: else the stop would wait for them
+        for i in range(30):
+            wires.enter_context(plain(secure, HELLO if i % 2 else b""))
+        started = time.monotonic()
+        for _ in range(5):
+            assert secure.call("GET", "/health", timeout=5)[0] == 200
+        assert time.monotonic() - started < 3
     wait_for(lambda: secure.daemon.server.connections() == 0)
 
 
