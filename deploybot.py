@@ -2144,7 +2144,6 @@ class Auth:
 
     def create(self, asked: TokenRequest, by: Principal) -> tuple[Token, str]:
         """The new token, and its secret, which is told this once. Raises Conflict for a name in use."""
-
         secret = new_secret()
 
         def do(tx: Tx) -> Token:
