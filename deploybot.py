@@ -101,10 +101,12 @@ RETENTION_PAUSE = 3600.0  # seconds between two walks over the old jobs
 RETENTION_BUDGET = 0.1  # seconds of one sweep that go into removing
 RETENTION_JOBS = 50  # jobs that one transaction of retention looks at
 RETENTION_EVENTS = 1000  # events that it removes: nobody waits for long behind it
+MAX_UNCOUNTED = 1000  # counts that wait to be added up
 HUB_EVENTS = 1024  # recent events kept in memory; a reader that is behind them reads the database
 HUB_BYTES = 8 * MIB
 READ_BYTES = 128 * KIB  # of events that one step of a reader takes: what a slow one holds
 PAGE_BYTES = 1 * MIB  # of events in one page of a log
+RECENT = 4096  # jobs, and ends of their logs, that are known without asking SQLite: some 3 KiB each
 READERS = 4  # reading connections: more would only wait for the same two cores
 MIGRATION_LIMIT = 3600  # seconds that systemd is asked to wait for a migration and its backup
 SHORT_SECRET = 20  # characters: shorter ones can be guessed
@@ -427,8 +429,8 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)
 BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.lock(?:/|$)|^@$")
 
 
-# Also matches a string that does not end: else the search would begin again at each of its quotes.
-JSON_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
+ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -461,19 +463,22 @@ def finite(text: str) -> float:
 DECODER = json.JSONDecoder(object_pairs_hook=without_repeats, parse_int=small_integer, parse_float=finite, parse_constant=finite)
 
 
-def depth(text: str) -> int:
-    """Levels of nesting, at most; exact only where there are enough brackets for it to matter."""
-    if text.count("[") + text.count("{") <= MAX_DEPTH:
-        return 0
-    brackets = re.findall(r"[\[\]{}]", JSON_STRING.sub("", text))
-    return max(itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
+def is_too_deep(body: bytes) -> bool:
+    """More than MAX_DEPTH levels of nesting; what is no JSON may be called so, too."""
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return False
+    outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]  # of strings
+    brackets = b"".join(outside).translate(ONE_KIND, NO_BRACKET)
+    for _ in range(MAX_DEPTH):  # each round takes the innermost level away
+        brackets = brackets.replace(b"[]", b"")
+    return brackets != b""
 
 
 def load_json(body: bytes) -> Any:
     """RFC 8259, and what RFC 7493 asks for: no repeated keys, no lone surrogates. Raises Malformed."""
     try:
         text = body.decode("utf-8")
-        if depth(text) > MAX_DEPTH:
+        if is_too_deep(body):
             raise ValueError(f"more than {MAX_DEPTH} levels")
         value = DECODER.decode(text)
         if "\\u" in text:
@@ -488,6 +493,7 @@ def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]
 
 
 is_commit = matches(COMMIT, "40 or 64 hex digits in lower case")
+is_id = matches(ID, "a job's id")
 is_repo = matches(REPO, "owner/name")
 is_host = matches(HOST, "a host name as in RFC 1123")
 is_app = matches(APP, "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
@@ -514,25 +520,36 @@ def unix_time(stamp: str) -> float:
     return datetime.datetime.fromisoformat(stamp).timestamp()
 
 
-def is_stamp(text: str) -> str | None:
+@functools.lru_cache(maxsize=4096)  # lines of one moment come together
+def stored_time(text: str) -> str:
+    """A time of RFC 3339 as it is stored, in UTC and milliseconds. Raises ValueError."""
     with contextlib.suppress(ValueError, OverflowError):  # no such day, or a year that UTC pushes out of 1 to 9999
-        if STAMP.fullmatch(text) and rfc3339(unix_time(text)):
-            return None
-    return "must be a time as in RFC 3339"
+        if STAMP.fullmatch(text):
+            stamp = rfc3339(unix_time(text))
+            return text if OUR_STAMP.fullmatch(text) else stamp
+    raise ValueError("must be a time as in RFC 3339")
+
+
+def is_stamp(text: str) -> str | None:
+    try:
+        stored_time(text)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 class Fields:
     """Reads the fields of an untrusted dict one by one, gathers every error, and raises them together in done()."""
 
-    def __init__(self, data: Any, known: Iterable[str] | None = None, prefix: str = "", quotes: bool = False):
+    def __init__(self, data: Any, known: Set[str] | None = None, prefix: str = "", quotes: bool = False):
         self.errors: list[tuple[str, str]] = []
         self.prefix, self.quotes = prefix, quotes  # quotes: an error brings the value along
         if not isinstance(data, dict):
             raise ValidationError([(prefix.rstrip(".") or "body", "must be an object")])
         self.data = data
-        if known is not None:
-            for name in sorted(data.keys() - set(known))[:MAX_ERRORS]:
-                self.wrong(name[:100], "is not known" + nearest(name[:100], known))
+        if known is not None and not data.keys() <= known:
+            for name in sorted(data.keys() - known)[:MAX_ERRORS]:
+                self.wrong(name[:100], "is not known" + nearest(name[:100], sorted(known)))
 
     def wrong(self, name: str, message: str) -> None:
         self.errors.append((self.prefix + name, message))
@@ -595,8 +612,8 @@ class Fields:
             self.wrong(name, f"must be at most {limit} bytes of JSON")
         return value
 
-    def items(self, name: str, limit: int, read: Callable[[Fields], T], required: bool = False) -> list[T] | None:
-        """A list of objects, each read by `read`."""
+    def items(self, name: str, limit: int, read: Callable[[Any], T], required: bool = False) -> list[T] | None:
+        """A list of objects, each read by `read`, which raises ValidationError."""
         values = self.take(name, list, "a list", required)
         if values is None:
             return None
@@ -606,10 +623,10 @@ class Fields:
         found = []
         for index, value in enumerate(values):
             try:
-                fields = Fields(value, prefix=f"{self.prefix}{name}[{index}].")
-                found.append(fields.done(read(fields)))
+                found.append(read(value))
             except ValidationError as error:
-                self.errors.extend(error.errors)
+                for inner, message in error.errors:
+                    self.wrong(f"{name}[{index}]" + (f".{inner}" if isinstance(value, dict) else ""), message)
             if len(self.errors) >= MAX_ERRORS:
                 break
         return found
@@ -628,12 +645,14 @@ def field(how: Callable[..., Any], *rest: Any, default: Any = None, then: Any = 
         found = how(f, name, *rest, **more)
         return default if found is None else then(found) if then else found
 
-    return dataclasses.field(default=default, metadata={"read": read})
+    values: dict[str, Any] = {"default_factory": dict} if how is Fields.mapping else {"default": default}
+    return dataclasses.field(**values, metadata={"read": read, "required": more.get("required", False)})
 
 
 @functools.cache
-def readers(model: Any) -> list[tuple[str, Callable[[Fields, str], Any]]]:
-    return [(one.name, one.metadata["read"]) for one in dataclasses.fields(model) if "read" in one.metadata]
+def readers(model: Any) -> dict[str, tuple[Callable[[Fields, str], Any], bool]]:
+    """By the name of the field: what reads it, and whether it has to be there."""
+    return {one.name: (one.metadata["read"], one.metadata["required"]) for one in dataclasses.fields(model) if one.metadata}
 
 
 class Model:
@@ -643,12 +662,13 @@ class Model:
 
     @classmethod
     def read(cls: type[T], f: Fields) -> T:
-        return cls(**{name: read(f, name) for name, read in readers(cls)})  # type: ignore[arg-type]
+        there = f.data
+        return cls(**{name: read(f, name) for name, (read, required) in readers(cls).items() if required or name in there})
 
     @classmethod
     def parse(cls, data: Any) -> Self:
         """Raises ValidationError with all that is wrong."""
-        f = Fields(data, [name for name, _ in readers(cls)] if cls.strict else None)  # type: ignore[arg-type]
+        f = Fields(data, readers(cls).keys() if cls.strict else None)  # type: ignore[arg-type]
         return f.done(cls.read(f))
 
 
@@ -685,9 +705,8 @@ class Job(NamedTuple):
     queued_at: str  # since when it is pending, which expiry counts from; nobody gets it
 
     def public(self) -> dict[str, Any]:
-        """What every reader may see."""
-        shown = self._asdict()
-        del shown["spec"], shown["session"], shown["queued_at"]
+        """What every reader may see: all but the last three."""
+        shown = dict(zip(self._fields[:-3], self, strict=False))
         shown["metadata"] = json.loads(self.metadata)
         return shown
 
@@ -740,9 +759,10 @@ class Registration(Model):
     token_sha256: str | None = field(Fields.text, matches(SHA256, "64 hex digits in lower case"))
 
 
-def held_job(f: Fields) -> tuple[str, int]:
+def held_job(value: Any) -> tuple[str, int]:
     """(job id, attempt) of what an agent holds."""
-    return f.text("job_id", matches(ID, "a job's id"), required=True), f.integer("attempt", 1, 1 << 31, required=True)
+    f = Fields(value)
+    return f.done((f.text("job_id", is_id, required=True), f.integer("attempt", 1, 1 << 31, required=True)))
 
 
 @dataclasses.dataclass(slots=True)
@@ -763,12 +783,18 @@ def fit_line(message: str) -> str:
     return message
 
 
-def log_line(f: Fields) -> list[str | None]:
-    message = f.take("message", str, "a string", True)
-    stamp = f.text("timestamp", is_stamp)
-    if stamp and not f.errors and not OUR_STAMP.fullmatch(stamp):
-        stamp = rfc3339(unix_time(stamp))
-    return [fit_line(message or ""), f.choice("level", LEVELS) or "info", stamp]
+def log_line(value: Any) -> list[str | None]:
+    """[message, level, time or None]. An upload has up to MAX_LINES of them, so Fields is asked only what is wrong with one."""
+    if type(value) is dict:
+        message, level, stamp = value.get("message"), value.get("level"), value.get("timestamp")
+        level = "info" if level is None else level
+        if type(message) is str and level in LEVELS and (stamp is None or (type(stamp) is str and not is_stamp(stamp))):
+            return [fit_line(message), level, stamp and stored_time(stamp)]
+    f = Fields(value)
+    f.take("message", str, "a string", True)
+    f.choice("level", LEVELS)
+    f.text("timestamp", is_stamp)
+    raise ValidationError(f.errors)
 
 
 @dataclasses.dataclass(slots=True)
@@ -859,6 +885,10 @@ class Principal(NamedTuple):
     digest: str = ""  # SHA-256 of the token, where that can be revoked
     is_own: bool = False  # came with the secret that the host itself made
     address: str = ""
+
+    @classmethod
+    def of_host(cls, host: str) -> Principal:
+        return cls(f"agent:{host}", Scope.AGENT, host, is_own=True)
 
     def may(self, scope: Scope) -> bool:
         open_to_all = scope in (Scope.PUBLIC, Scope.ANY)
@@ -1063,7 +1093,7 @@ class Located(dict[str, Any]):
 
 def parse_json(text: str) -> Any:
     """Its objects know their lines. Raises AppsError, and ValueError for what is no JSON."""
-    if depth(text) > MAX_DEPTH:  # the scanner, in C, would go past the end of a small stack
+    if is_too_deep(text.encode("utf-8", "replace")):  # the scanner, in C, would go past the end of a small stack
         raise RecursionError
     json.loads(text, parse_int=small_integer)
     ends = [match.start() for match in re.finditer("\n", text)]
@@ -1161,7 +1191,7 @@ class AppReader:
             return ()
         if not isinstance(document, Located):
             raise AppsError([(1, "must be a mapping with the key 'apps'")])
-        f = Fields(document, ("apps",))
+        f = Fields(document, {"apps"})
         entries = f.take("apps", list, "a list", False) or []
         self._gather(document, f)
         apps = [self._app(entry, document) for entry in entries]
@@ -1182,7 +1212,7 @@ class AppReader:
         if not isinstance(entry, Located):
             self.problems.append((document.line_of("apps"), "apps: each must be a mapping with name, repo and hosts"))
             return None
-        f = Fields(entry, [name for name, _ in readers(App)], quotes=True)
+        f = Fields(entry, readers(App).keys(), quotes=True)
         app = App.read(f)
         if app.deploy and (app.build or app.activate):
             f.wrong("deploy", "stands instead of build and activate; keep one form")
@@ -1461,28 +1491,107 @@ class Queries:
         return (json.loads(row[0]), row[1]) if row else None
 
 
-class Tx(Queries):
-    """A transaction: queries, changes, and effects that happen after COMMIT in the order of commit."""
+@functools.cache
+def insert(into: str, columns: int, rows: int) -> str:
+    row = f"({', '.join('?' * columns)})"
+    return f"{into} VALUES {', '.join([row] * rows)}"
 
-    def __init__(self, db: sqlite3.Connection, position: int):
+
+class TryAlone(Exception):
+    """A part of a transaction that others share has failed and cannot be undone by itself."""
+
+
+class Tx(Queries):
+    """A transaction, which several callers may share: queries, changes, and effects that happen after COMMIT in the order of commit.
+
+    Each statement of SQLite lets go of the GIL and has to come by it again, which under load costs more than the statement. So new
+    rows are put off and go in by the dozen, and what is known of recent jobs is not asked again."""
+
+    def __init__(self, db: sqlite3.Connection, position: int, recent: Mapping[Any, Any]):
         super().__init__(db)
-        self.position = position
+        self.position, self._recent = position, recent
         self.effects: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        self.opened: set[int] = set()  # hashes of the deployments that it makes
+        self.learned: dict[Any, Any] = {}  # what `recent` learns with the COMMIT
+        self._put_off: list[tuple[str, tuple[Any, ...]]] = []  # (INSERT INTO table, row) that SQLite does not have yet
+        # Of the part that runs: what it learned, where its rows begin in _put_off, whether SQLite has changes of it.
+        self._news: dict[Any, Any] = {}
+        self._first, self._is_changed = 0, False
+
+    def part(self, do: Callable[[Tx], T]) -> tuple[T | None, Exception | None]:
+        """One caller's work: its value, or the error that has undone it. Raises SQLite's own errors, which end the whole transaction,
+        and TryAlone."""
+        position, effects = self.position, len(self.effects)
+        self._news, self._first, self._is_changed = {}, len(self._put_off), False
+        try:
+            value = do(self)
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
+                raise
+            if self._is_changed or isinstance(error, sqlite3.IntegrityError):
+                raise TryAlone from error
+            del self.effects[effects:], self._put_off[self._first :]
+            self.position = position
+            return None, error
+        self.learned.update(self._news)
+        return value, None
+
+    def flush(self) -> None:
+        """Gives SQLite the rows that were put off."""
+        self._is_changed = self._is_changed or len(self._put_off) > self._first
+        groups: dict[str, list[tuple[Any, ...]]] = {}
+        for into, row in self._put_off:
+            groups.setdefault(into, []).append(row)
+        self._put_off.clear()
+        self._first = 0
+        for into, rows in groups.items():
+            while rows:  # by powers of two, so that there are few statements to prepare
+                some = rows[: 1 << min(5, len(rows).bit_length() - 1)]
+                self._db.execute(insert(into, len(some[0]), len(some)), tuple(itertools.chain.from_iterable(some)))
+                del rows[: len(some)]
+
+    def one(self, sql: str, *values: Any) -> Any:
+        self.flush()
+        return super().one(sql, *values)
+
+    def rows(self, sql: str, *values: Any) -> list[Any]:
+        self.flush()
+        return super().rows(sql, *values)
+
+    def _do(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        self.flush()
+        self._is_changed = True
+        return self._db.execute(sql, values)
 
     def after(self, effect: Callable[..., Any], *values: Any) -> None:
         """`effect` touches memory alone: no SQL, no I/O, and it does not raise."""
         self.effects.append((effect, values))
 
-    def _do(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        return self._db.execute(sql, values)
+    def learn(self, key: Any, value: Any) -> None:
+        """None: from now on SQLite has to be asked."""
+        self._news[key] = value
 
-    def add(self, table: str, *row: Any, how: str = "INSERT") -> None:
+    def _recall(self, key: Any) -> Any:
+        return next((known[key] for known in (self._news, self.learned, self._recent) if key in known), None)
+
+    def job(self, job_id: str) -> Job:
+        known = self._recall(job_id)
+        return known[0] if known else super().job(job_id)
+
+    def log_end(self, job_id: str, attempt: int) -> tuple[int, int]:
+        known = self._recall(("log", job_id))
+        if known is None:
+            return super().log_end(job_id, attempt)
+        last, end, log_bytes = known
+        return (end if last == attempt else 0), log_bytes
+
+    def add(self, table: str, *row: Any) -> None:
         """A row with all columns, in their order."""
-        self._do(f"{how} INTO {table} VALUES ({', '.join('?' * len(row))})", *row)
+        self._put_off.append((f"INSERT INTO {table}", row))
 
     def put(self, table: str, *row: Any) -> None:
         """As add(); it replaces the row with the same key."""
-        self.add(table, *row, how="INSERT OR REPLACE")
+        self._put_off.append((f"INSERT OR REPLACE INTO {table}", row))
 
     def change_job(self, job: Job, **columns: Any) -> Job | None:
         """The job with these columns, if it still has the status and the attempt that `job` says; else None."""
@@ -1492,16 +1601,20 @@ class Tx(Queries):
             *columns.values(),
             *(job.id, job.status, job.attempt),
         ).fetchone()
+        self.learn(job.id, None)
         return Job._make(row) if row else None
 
     def add_event(self, job: Job, kind: str, lines: int, offset: int, data: str, log_bytes: int = 0) -> Event:
         self.position += lines
         event = Event(self.position, lines, kind, job.id, job.host, job.app, job.attempt, offset, data, log_bytes)
         self.add("events", *event.row())
+        if kind == "log":
+            self.learn(("log", job.id), (job.attempt, offset + lines, log_bytes))
         return event
 
     def each(self, table: str, column: str, key: str, values: Iterable[tuple[str, str]]) -> None:
         """Writes a column in many rows: (value, key)."""
+        self._is_changed = True
         self._db.executemany(f"UPDATE {table} SET {column} = ? WHERE {key} = ?", values)
 
     def begin_epoch(self, epoch: str) -> None:
@@ -1660,14 +1773,16 @@ def restore_database(source: pathlib.Path, path: pathlib.Path, kept: pathlib.Pat
     return facts
 
 
-@dataclasses.dataclass(slots=True)
 class Work:
     """What one caller of Store.write() wants done, and how it went."""
 
-    do: Callable[[Tx], Any]
-    done: bool = False
-    value: Any = None
-    error: BaseException | None = None
+    __slots__ = ("do", "done", "error", "turn", "value")
+
+    def __init__(self, do: Callable[[Tx], Any]):
+        self.do, self.done = do, False
+        self.value, self.error = None, None
+        self.turn = threading.Lock()  # its caller waits on it; released when the work is done, or when the caller is to commit
+        self.turn.acquire()
 
     def finish(self, value: Any, error: BaseException | None) -> None:
         self.value, self.error, self.done = value, error, True
@@ -1692,10 +1807,13 @@ class Store:
                 reader.execute("PRAGMA query_only = ON")
                 self._readers.put(reader)
             self.position = Queries(self._db).last_position()
-        # Work that waits for a commit; appended by any thread, taken by the one that holds _writer.
+        # Jobs and ends of logs that were written last, oldest first: job id to (job, its public JSON), ("log", job id) to (attempt,
+        # offset after the last line, bytes). Changed after a commit alone, by the thread that holds _writer; read without a lock.
+        self.recent: dict[Any, Any] = {}
+        self._lock = threading.Lock()  # guards _waiting and _is_led
         self._waiting: collections.deque[Work] = collections.deque()
-        # Guards _db and position. Whoever holds it commits for all that wait; the others find their work done.
-        self._writer = threading.Lock()
+        self._is_led = False  # whether one of the callers commits, or was told to
+        self._writer = threading.Lock()  # guards _db and position; who holds it commits for all that wait
 
     def _prepare(self) -> None:
         version = schema_of(self._db, self.path, self.path.stat().st_size <= CHECKED_AT_START)
@@ -1727,25 +1845,45 @@ class Store:
         """Runs do(tx) in a transaction that others may share; returns its value once it is durable and its effects have happened.
         What `do` raises undoes its own changes alone and is raised here. Raises Unavailable where SQLite cannot write now."""
         work = Work(do)
-        self._waiting.append(work)
-        with self._writer:
-            if not work.done:
-                self._commit_all()
+        with self._lock:
+            self._waiting.append(work)
+            leads, self._is_led = not self._is_led, True
+        if not leads:
+            work.turn.acquire()
+        if not work.done:
+            self._lead()
         if work.error is not None:
             raise work.error
         return work.value
 
-    def _commit_all(self) -> None:
-        batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
-        tx = Tx(self._db, self.position)
+    def _lead(self) -> None:
+        """Commits for all that wait; of those that came meanwhile, the first leads next."""
+        with self._writer:
+            batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            self._commit(batch)
+        with self._lock:
+            following = list(itertools.islice(self._waiting, 1))
+            self._is_led = bool(following)
+        for work in following + batch:
+            work.turn.release()
+
+    def _commit(self, batch: list[Work]) -> None:
+        tx = Tx(self._db, self.position, self.recent)
         try:
             self._db.execute("BEGIN IMMEDIATE")
-            results = [(work, *self._run(tx, work)) for work in batch]
+            results = [(work, *tx.part(work.do)) for work in batch]
+            tx.flush()
             self._db.execute("COMMIT")
+        except (TryAlone, sqlite3.IntegrityError) as error:
+            self._give_up(batch if len(batch) == 1 else [], error.__cause__ or error)
+            for work in batch if len(batch) > 1 else []:
+                self._commit([work])
+            return
         except BaseException as error:
             self._give_up(batch, error)
             return
         self.position = tx.position
+        self._remember(tx.learned)
         for effect, values in tx.effects:
             try:
                 effect(*values)
@@ -1754,28 +1892,20 @@ class Store:
         for work, value, failure in results:
             work.finish(value, failure)
 
-    def _run(self, tx: Tx, work: Work) -> tuple[Any, BaseException | None]:
-        """One caller's work under a savepoint. An error of SQLite's own ends the whole batch."""
-        position, effects = tx.position, len(tx.effects)
-        self._db.execute("SAVEPOINT work")
-        try:
-            value, failure = work.do(tx), None
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
-                raise
-            self._db.execute("ROLLBACK TO work")
-            tx.position = position
-            del tx.effects[effects:]
-            value, failure = None, error
-        self._db.execute("RELEASE work")
-        return value, failure
+    def _remember(self, learned: Mapping[Any, Any]) -> None:
+        for key, value in learned.items():
+            self.recent.pop(key, None)
+            if value is not None:
+                self.recent[key] = value
+        while len(self.recent) > RECENT:
+            del self.recent[next(iter(self.recent))]
 
     def _give_up(self, batch: list[Work], error: BaseException) -> None:
         """Nothing of the batch happened; each caller is told."""
         if self._db.in_transaction:
             with contextlib.suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
-        if isinstance(error, sqlite3.Error):
+        if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
             log.error("the database cannot be written: %s", error)
             error = Unavailable(f"the database cannot be written now: {error}")
         for work in batch:
@@ -1864,6 +1994,11 @@ class JobQueue:
         """Taken before one looks at what take() then waits for, so that no wake() in between is missed."""
         with self._lock:
             return self._lane(host).ticket
+
+    def holds(self, host: str) -> bool:
+        """Whether a job waits for that host: a look that takes no lock."""
+        lane = self._lanes.get(host)
+        return lane is not None and bool(lane.waiting)
 
     def take(self, host: str, busy: frozenset[str] | None, ticket: int, deadline: float) -> tuple[str, str] | None:
         """The oldest (job id, app) whose app is not busy; None at the deadline (monotonic), after a wake() or at the end.
@@ -1984,18 +2119,26 @@ class Metrics:
     """Counters by name and labels, in Prometheus's text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
 
     def __init__(self) -> None:
+        # What was counted and is not added up yet: appended by any thread, without a lock.
+        self._new: collections.deque[tuple[str, str, int]] = collections.deque()
         self._lock = threading.Lock()  # guards _counts
         self._counts: dict[tuple[str, str], int] = {}
 
     def count(self, name: str, labels: str = "", by: int = 1) -> None:
         """`labels` as they stand in the text, made of our own words only."""
+        self._new.append((name, labels, by))
+        if len(self._new) >= MAX_UNCOUNTED:
+            self._add_up()
+
+    def _add_up(self) -> list[tuple[tuple[str, str], int]]:
         with self._lock:
-            key = (name, labels)
-            self._counts[key] = self._counts.get(key, 0) + by
+            for _ in range(len(self._new)):
+                name, labels, by = self._new.popleft()
+                self._counts[name, labels] = self._counts.get((name, labels), 0) + by
+            return sorted(self._counts.items())
 
     def text(self, gauges: Mapping[str, float]) -> str:
-        with self._lock:
-            counts = sorted(self._counts.items())
+        counts = self._add_up()
         lines: list[str] = []
         for name, group in itertools.groupby(counts, key=lambda item: item[0][0]):
             lines.append(f"# HELP {name} {METRICS[name]}")
@@ -2015,6 +2158,14 @@ NO_TOKEN = "this call needs a token: Authorization: Bearer TOKEN (ctl.py and age
 
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def bearer_token(headers: Mapping[str, str]) -> str | None:
+    """Of RFC 6750. Raises Unauthorized for credentials of another kind."""
+    kind, _, token = headers.get("authorization", "").partition(" ")
+    if kind.lower() not in ("", "bearer"):
+        raise Unauthorized(NO_TOKEN)
+    return token.strip() if kind else None
 
 
 class RateLimit:
@@ -2062,12 +2213,12 @@ class Auth:
         self,
         configured: Mapping[str, Principal],
         open_mode: bool,
-        host_of_secret: Callable[[str], str | None],
+        of_host: Callable[[str], Principal | None],
         store: Store,
         clock: Clock,
     ):
         self._configured = {sha256(token): principal for token, principal in configured.items()}
-        self._open, self._host_of_secret, self._store, self._clock = open_mode, host_of_secret, store, clock
+        self._open, self._of_host, self._store, self._clock = open_mode, of_host, store, clock
         self._failed = RateLimit(MAX_FAILED_SIGN_INS, clock)
         self._new_id = TimeOrderedIds(clock, None)
         # By SHA-256. Changed after a commit alone, by the thread that holds Store._writer; read without a lock.
@@ -2081,15 +2232,13 @@ class Auth:
     def principal(self, headers: Mapping[str, str], address: str, is_local: Callable[[], bool]) -> Principal:
         """Raises Unauthorized, and TooMany where too many tokens from that address were none. A token that is sent counts,
         also where none is needed."""
-        kind, _, token = headers.get("authorization", "").partition(" ")
-        if not kind:
-            principal = self._signed_in(headers.get("cookie", ""))
-            if principal or (self._open and is_local()):
-                return (principal or Principal("local", Scope.ADMIN))._replace(address=address)
-            raise Unauthorized(NO_TOKEN)
-        if kind.lower() != "bearer":
-            raise Unauthorized(NO_TOKEN)
-        return self.of_token(token.strip(), address)
+        token = bearer_token(headers)
+        if token is not None:
+            return self.of_token(token, address)
+        principal = self._signed_in(headers.get("cookie", ""))
+        if principal or (self._open and is_local()):
+            return (principal or Principal("local", Scope.ADMIN))._replace(address=address)
+        raise Unauthorized(NO_TOKEN)
 
     def _signed_in(self, cookie: str) -> Principal | None:
         """Whose browser it is: only what sign_in() made counts here, so there is nothing that one could guess."""
@@ -2108,18 +2257,15 @@ class Auth:
 
     def find(self, digest: str) -> Principal | None:
         """Whose token has this SHA-256, if it counts now; to ask is to use it."""
-        principal = self._known(digest)
-        if principal and principal.digest:
+        principal = self._configured.get(digest) or self._of_host(digest)  # as nearly always
+        if principal is None and (principal := self._known(digest)):
             self._used.add(digest)
         return principal
 
     def _known(self, digest: str) -> Principal | None:
-        found = self._configured.get(digest)
-        if found is not None:
-            return found
-        host = self._host_of_secret(digest)
-        if host is not None:
-            return Principal(f"agent:{host}", Scope.AGENT, host, is_own=True)
+        principal = self._configured.get(digest) or self._of_host(digest)
+        if principal is not None:
+            return principal
         token = self._tokens.get(digest)
         return token.principal() if token and self._counts(token) else None
 
@@ -2446,7 +2592,7 @@ class Jobs:
         # read without a lock, by single look-ups and list().
         self._agents: dict[str, Agent] = {}  # by id
         self._by_host: dict[str, Agent] = {}
-        self.hosts_by_secret: dict[str, str] = {}  # SHA-256 of a secret to its host
+        self.by_secret: dict[str, Principal] = {}  # SHA-256 of a host's own secret to whom it stands for
         self._leases: dict[str, dict[str, Lease]] = {}  # host to job id to lease
         self._lock = threading.Lock()  # guards Lease.answered: of two heartbeats one gets the job again
         self._flushed = clock.monotonic()
@@ -2536,19 +2682,25 @@ class Jobs:
         `connected` says whether the client is still there; a call whose client has gone claims nothing.
         Raises NotFound (register again) and Conflict (a newer session has this host)."""
         arrived = next(self._ticks)
+        agent = self._agents.get(agent_id) or self._agent(agent_id)
+        if principal.host != agent.hostname:
+            principal.speaks_for(agent.hostname)
+        if beat.session != agent.session or not agent.session:
+            self._check_session(agent, beat)
+        agent.online, agent.contact = beat.status == "online", self.clock.monotonic()
+        self._seen.add(agent_id)
+        interval = 0 if beat.wait and agent.online else POLL_INTERVAL
+        if not (beat.wait or beat.running or self._leases.get(agent.hostname) or self.queue.holds(agent.hostname)):
+            agent.told = frozenset()
+            return None, [], interval  # nothing runs there, nothing waits for it: what nearly every call finds
         # To park for longer than contact may be missing would make a healthy agent look lost.
         deadline = time.monotonic() + min(beat.wait, self.config.agent_timeout / 2, self.config.lost_after / 2)
-        principal.speaks_for(self._agent(agent_id).hostname)
-        agent = self._current(agent_id, beat)
-        agent.online, agent.contact = beat.status == "online", self.clock.monotonic()
-        self._seen.add(agent.id)
         if beat.running is not None:
             self._settle(agent, beat)
         job, again = None, agent.online
         while again:
             job, again = self._look(agent, beat, arrived, deadline, connected)
         agent.told, agent.contact = self._stops(agent, beat), self.clock.monotonic()
-        interval = 0 if beat.wait and agent.online else POLL_INTERVAL
         return job, sorted({job_id for job_id, _ in agent.told}), interval
 
     def _look(self, agent: Agent, beat: Heartbeat, arrived: int, deadline: float, connected: Connected) -> tuple[Job | None, bool]:
@@ -2578,13 +2730,17 @@ class Jobs:
         return agent
 
     def _current(self, agent_id: str, beat: Heartbeat) -> Agent:
-        """The agent as registered last; raises NotFound, and Conflict where this call speaks for an older session."""
+        """The agent as registered last. Raises as _check_session()."""
         agent = self._agent(agent_id)
+        self._check_session(agent, beat)
+        return agent
+
+    def _check_session(self, agent: Agent, beat: Heartbeat) -> None:
+        """Raises NotFound, and Conflict where this call speaks for an older session."""
         if not agent.session:
             raise NotFound(f"{agent.hostname} has no session any more: register again")
         if beat.session not in (None, agent.session):
             raise Conflict(f"a newer agent has registered as {agent.hostname}: this one is to end")
-        return agent
 
     def _leases_of(self, host: str) -> list[Lease]:
         return list(self._leases.get(host, {}).values())
@@ -3023,6 +3179,8 @@ class Jobs:
                 if left <= 0:  # it may have more
                     break
                 tx.remove("jobs", "id", job_id)
+                tx.learn(job_id, None)
+                tx.learn(("log", job_id), None)
             walked = job_id
         more = len(jobs) == RETENTION_JOBS or left <= 0
         for table, column, oldest in (
@@ -3153,8 +3311,9 @@ class Jobs:
     # -- small parts that the use cases share ------------------------------------------------------------------------
 
     def _announce(self, tx: Tx, job: Job) -> None:
-        event = tx.add_event(job, "job", 1, 0, dump(job.public()))
-        tx.after(self.hub.publish, event)
+        text = dump(job.public())
+        tx.learn(job.id, (job, text))
+        tx.after(self.hub.publish, tx.add_event(job, "job", 1, 0, text))
 
     def _end(self, tx: Tx, job: Job, status: str, reason: str | None, **columns: Any) -> Job:
         """The one way to an end."""
@@ -3174,14 +3333,14 @@ class Jobs:
             agent.contact, agent.told, agent.online = old.contact, old.told, old.online and agent.session != ""
         self._agents[agent.id] = self._by_host[agent.hostname] = agent
         if old and old.token_sha256:
-            self.hosts_by_secret.pop(old.token_sha256, None)
+            self.by_secret.pop(old.token_sha256, None)
         if agent.token_sha256:
-            self.hosts_by_secret[agent.token_sha256] = agent.hostname
+            self.by_secret[agent.token_sha256] = Principal.of_host(agent.hostname)
 
     def _forget(self, hostname: str) -> None:
         agent = self._by_host.pop(hostname)
         self._agents.pop(agent.id, None)
-        self.hosts_by_secret.pop(agent.token_sha256 or "", None)
+        self.by_secret.pop(agent.token_sha256 or "", None)
         self.queue.wake(hostname)
 
     def _lease(self, job: Job, answered: int | None = None) -> None:
@@ -3233,8 +3392,18 @@ class Refusal(DeployBotError):
 NOBODY = Principal("nobody", Scope.PUBLIC)
 
 
+def is_foreign(headers: Mapping[str, str]) -> bool:
+    """A browser says which page a call comes from; writes come from our own."""
+    origin = headers.get("origin")
+    is_ours = origin is None or origin.partition("://")[2].lower() == headers.get("host", "").lower()
+    return not is_ours or headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
+
+
 @dataclasses.dataclass(slots=True)
 class Request:
+    """What is asked. A client that is kept alive repeats its head to the letter: then this is the same one with another body, and
+    what comes of the head alone, its route and whose token it brings, is known."""
+
     method: str
     path: str
     query_text: str
@@ -3243,9 +3412,13 @@ class Request:
     address: str  # who asked: another one than the peer behind a trusted proxy
     secure: bool  # came over TLS, of ours or of a trusted proxy
     connected: Callable[[], bool]
+    is_foreign: bool = False  # comes from another site's page
     body: bytes = b""
+    route: Any = None  # the Route below
     params: tuple[str, ...] = ()
-    principal: Principal = NOBODY
+    digest: str = ""  # SHA-256 of the token
+    known: Principal | None = None  # who the token was when it was looked at last
+    principal: Principal = NOBODY  # who asks
 
     def json(self) -> Any:
         return load_json(self.body)
@@ -3258,15 +3431,33 @@ class Request:
             raise Malformed("the query cannot be parsed") from None
         integers = tuple(integers)
         values = {name: int(value) if name in integers and re.fullmatch(r"[0-9]{1,18}", value) else value for name, value in pairs}
-        fields = Fields(values, (*texts, *integers))
+        fields = Fields(values, {*texts, *integers})
         for name, count in collections.Counter(name for name, _ in pairs).items():
             if count > 1:
                 fields.wrong(name[:100], "is given more than once")
         return fields
 
 
-def parse_head(head: bytes) -> tuple[str, str, int, dict[str, str]]:
-    """(method, target, minor version, headers) of a head without its blank line. Raises Refusal."""
+def content_length(headers: Mapping[str, str]) -> int:
+    text = headers.get("content-length", "0")
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
+        raise Refusal(400, "Content-Length must be 1 to 9 digits")
+    return int(text)
+
+
+class Head(NamedTuple):
+    method: str
+    path: str
+    query: str
+    minor: int  # of HTTP/1
+    headers: dict[str, str]  # by name in lower case
+    length: int  # bytes of the body
+    expects: bool  # 100-continue
+    ends: bool  # the connection, with the answer
+
+
+def parse_head(head: bytes) -> Head:
+    """Of a head without its blank line. Raises Refusal."""
     lines = head.split(b"\r\n")
     if len(head) > MAX_LINE and max(map(len, lines)) > MAX_LINE:
         raise Refusal(431, f"a line of the head has more than {MAX_LINE} bytes")
@@ -3289,14 +3480,12 @@ def parse_head(head: bytes) -> tuple[str, str, int, dict[str, str]]:
         raise Refusal(400, "Transfer-Encoding is not taken: send Content-Length")
     if not AUTHORITY.fullmatch(headers.get("host", "missing" if match[3] == b"0" else "")):
         raise Refusal(400, "the Host header must be a name or an address, and perhaps a port; HTTP/1.1 needs one")
-    return match[1].decode(), match[2].decode(), int(match[3]), headers
-
-
-def content_length(headers: Mapping[str, str]) -> int:
-    text = headers.get("content-length", "0")
-    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
-        raise Refusal(400, "Content-Length must be 1 to 9 digits")
-    return int(text)
+    expected = headers.get("expect", "").lower()
+    if expected not in ("", "100-continue"):
+        raise Refusal(417, "the only expectation known is 100-continue")
+    ends = match[3] == b"0" or "close" in re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
+    path, _, query = match[2].decode().partition("?")
+    return Head(match[1].decode(), path, query, int(match[3]), headers, content_length(headers), expected != "", ends)
 
 
 def is_one_of(address: str, trusted: Iterable[Network]) -> bool:
@@ -3315,14 +3504,6 @@ def forwarded(peer: str, headers: Mapping[str, str], trusted: tuple[Network, ...
     with contextlib.suppress(ValueError):  # what the proxy passed on may be no address
         peer = str(ipaddress.ip_address(asked))
     return peer, headers.get("x-forwarded-proto", "").lower() == "https"
-
-
-def refuse_other_sites(request: Request) -> None:
-    """A browser says which page a write comes from; ours come from our own. Raises Forbidden."""
-    origin = request.headers.get("origin")
-    is_ours = origin is None or origin.partition("://")[2].lower() == request.headers.get("host", "").lower()
-    if not is_ours or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        raise Forbidden("this call comes from another site's page")
 
 
 Headers = tuple[tuple[str, str], ...]
@@ -3414,6 +3595,11 @@ class Router:
         return route, params
 
 
+@functools.lru_cache(maxsize=1024)
+def labels_of(method: str, pattern: str | None, status: int) -> str:
+    return f'method="{method if pattern else "other"}",route="{pattern or "none"}",status="{status}"'
+
+
 class Dispatcher:
     """From a request to its answer: route, token, body, function; every error becomes a problem."""
 
@@ -3423,11 +3609,14 @@ class Dispatcher:
 
     def respond(self, request: Request, read_body: Callable[[int, bool], bytes]) -> Response:
         """`read_body(limit, is_public)` is called once path and token are accepted. Raises OSError where the client goes away."""
-        pattern = "none"
         try:
-            route, request.params = self._router.find(request.method, request.path)
-            pattern = route.pattern
-            self._admit(request, route)
+            route = request.route or self._find(request)
+            if request.is_foreign and route.method != "GET":
+                raise Forbidden("this call comes from another site's page")
+            if route.scope is not Scope.PUBLIC:
+                self._admit(request, route)
+            if route.admit:
+                route.admit(self._api, request)
             request.body = read_body(route.limit, route.scope is Scope.PUBLIC)
             made = route.function(self._api, request)
             response = answer(200, made) if isinstance(made, dict) else made
@@ -3436,33 +3625,51 @@ class Dispatcher:
         except OSError:
             raise
         except Exception:
-            log.exception("%s %s failed", request.method, pattern)
+            log.exception("%s %s failed", request.method, request.path)
             response = problem(500, "Internal error", "this is a fault of the controller: its log says more", {}, ())
-        method = request.method if pattern != "none" else "other"
-        self._metrics.count("deploybot_http_requests_total", f'method="{method}",route="{pattern}",status="{response.status}"')
+        self._metrics.count("deploybot_http_requests_total", labels_of(request.method, request.route and request.route.pattern, response.status))
         return response
+
+    def _find(self, request: Request) -> Route:
+        """Raises NotFound and MethodNotAllowed."""
+        request.route, request.params = self._router.find(request.method, request.path)
+        return request.route
 
     def _admit(self, request: Request, route: Route) -> None:
         """Raises what refuses a request before its body is read."""
-        if route.method != "GET":
-            refuse_other_sites(request)
-        if route.scope is not Scope.PUBLIC:
-            request.principal = principal = self._auth.principal(
-                request.headers, request.address, lambda: is_from_here(request.peer, request.headers)
-            )
-            if not principal.may(route.scope):
-                raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {principal.scope}")
-            if principal.app and not route.for_app:
-                raise Forbidden(f"this token is for the app {principal.app} alone")
-            if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
-                self._writes.add(principal.name, "writes came with this token")
-        if route.admit:
-            route.admit(self._api, request)
+        known = self._auth.find(request.digest) if request.digest else None
+        if known is None or known != request.known:
+            self._identify(request, route)
+        if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
+            self._writes.add(request.principal.name, "writes came with this token")
+
+    def _identify(self, request: Request, route: Route) -> None:
+        """Whose token it is, and that this principal may call this route. Raises Unauthorized, Forbidden and TooMany."""
+        request.known = None
+        principal = self._auth.principal(request.headers, request.address, lambda: is_from_here(request.peer, request.headers))
+        request.principal = principal
+        if not principal.may(route.scope):
+            raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {principal.scope}")
+        if principal.app and not route.for_app:
+            raise Forbidden(f"this token is for the app {principal.app} alone")
+        token = bearer_token(request.headers)
+        if token is not None:
+            request.digest = sha256(token)
+            request.known = self._auth.find(request.digest)
 
 
-@functools.lru_cache(maxsize=2)
-def http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
+@functools.lru_cache(maxsize=64)
+def start_of(status: int, content_type: str, keep: bool, second: int) -> bytes:
+    """The lines that many answers of one second share."""
+    lines = [
+        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+        f"Date: {email.utils.formatdate(second, usegmt=True)}",
+        "X-Content-Type-Options: nosniff",
+        "Cache-Control: no-store",
+        "Connection: keep-alive" if keep else "Connection: close",
+        *([] if status == 204 else [f"Content-Type: {content_type}"]),
+    ]
+    return "".join(line + "\r\n" for line in lines).encode()
 
 
 def header_value(value: str) -> str:
@@ -3497,10 +3704,12 @@ class Handler(socketserver.BaseRequestHandler):
         self._is_tls = isinstance(self.request, ssl.SSLSocket)
         peer = self.client_address[0]
         self._peer = peer.removeprefix("::ffff:") if "." in peer else peer
+        self._waiting = self.server.waiting
         self._buffer = b""  # what came after the last request
+        self._raw: bytes | None = None  # the head of the last request, and what it says
+        self._head = Head("GET", "/", "", 1, {}, 0, False, False)
+        self._asked = self._request(self._head)
         self._unread = 0  # bytes of the current body that nobody has read
-        self._minor = 1
-        self._expects = False
         self._reserved = 0  # bytes of the server's budget
 
     def handle(self) -> None:
@@ -3513,7 +3722,7 @@ class Handler(socketserver.BaseRequestHandler):
     def _shake_hands(self) -> None:
         """In this thread, so that a client that says nothing keeps nobody else waiting. OpenSSL takes no notice of SO_RCVTIMEO, so
         a TLS connection always has a timeout."""
-        self.server.waiting[self.request] = None
+        self._waiting[self.request] = None
         self.request.settimeout(HEAD_DEADLINE)
         self.request.do_handshake()  # type: ignore[attr-defined]
         self.request.settimeout(SEND_DEADLINE)
@@ -3526,47 +3735,46 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _serve_one(self) -> bool:
         try:
-            self.server.waiting[self.request] = None
-            head = self._read_head()
-            if head is None:
+            self._waiting[self.request] = None
+            raw = self._read_head()
+            if raw is None:
                 return False
-            method, target, self._minor, headers = parse_head(head)
-            self._unread = content_length(headers)
-            self._expects = headers.get("expect", "").lower() == "100-continue"
-            if headers.get("expect") and not self._expects:
-                raise Refusal(417, "the only expectation known is 100-continue")
+            if raw != self._raw:
+                self._head, self._raw = parse_head(raw), raw
+                self._asked = self._request(self._head)
         except Refusal as error:
             refused = problem_of(error)
             self._send(refused, refused.body, keep=False)
             self._linger()
             return False
-        path, _, query = target.partition("?")
-        address, secure = forwarded(self._peer, headers, self.server.trusted)
-        request = Request(method, path, query, headers, self._peer, address, secure or self._is_tls, self._connected)
+        request, self._unread = self._asked, self._head.length
         try:
             response = self.server.dispatcher.respond(request, self._read_body)
         finally:
             request.body = b""
             if self._reserved:
                 self._reserve(0)
-        wishes = re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
-        keep = self._minor == 1 and "close" not in wishes
-        keep = keep and not self._unread and not self.server.stopping
+        keep = not (self._head.ends or self._unread or self.server.stopping)
         send = self._send if isinstance(response.body, bytes) else self._send_chunks
-        send(response, response.body if method != "HEAD" else b"", keep)
+        send(response, response.body if request.method != "HEAD" else b"", keep)
         if self._unread:
             self._linger()
         return keep
+
+    def _request(self, head: Head) -> Request:
+        address, secure = forwarded(self._peer, head.headers, self.server.trusted)
+        secure = secure or self._is_tls
+        return Request(*head[:3], head.headers, self._peer, address, secure, self._connected, is_foreign(head.headers))
 
     def _read_head(self) -> bytes | None:
         """The head without its blank line; None where the client ended the connection or said nothing for too long."""
         data, deadline = self._buffer, 0.0
         while (end := data.find(b"\r\n\r\n")) < 0:
-            self._check_unfinished(data)
             if data:
+                self._check_unfinished(data)
                 deadline = deadline or time.monotonic() + HEAD_DEADLINE
             try:
-                chunk = self._receive(16 * KIB, deadline)
+                chunk = self._receive(16 * KIB, deadline) if deadline or self._is_tls else self.request.recv(16 * KIB)
             except TimeoutError:
                 raise Refusal(408, f"the head did not come within {HEAD_DEADLINE:.0f} s") from None
             except BlockingIOError:  # idle for IDLE_DEADLINE
@@ -3589,9 +3797,8 @@ class Handler(socketserver.BaseRequestHandler):
             raise Refusal(400, "the request line must be METHOD /path HTTP/1.1, and lines end with CR LF")
 
     def _receive(self, size: int, deadline: float) -> bytes:
-        """With a deadline (monotonic, 0 for none) raises TimeoutError; without, BlockingIOError after IDLE_DEADLINE."""
-        if not deadline and not self._is_tls:
-            return self.request.recv(size)
+        """With a deadline (monotonic, 0 for none) raises TimeoutError; without, BlockingIOError after IDLE_DEADLINE, as recv() does
+        by SO_RCVTIMEO where there is no TLS."""
         remaining = deadline - time.monotonic() if deadline else IDLE_DEADLINE
         if remaining <= 0:
             raise TimeoutError
@@ -3607,10 +3814,16 @@ class Handler(socketserver.BaseRequestHandler):
         """Raises TooLarge, Refusal at the deadline, ConnectionError where the client goes away."""
         if self._unread > limit:
             raise TooLarge(f"the body has {self._unread} bytes; {limit} are the most")
-        if self._expects and self._minor == 1 and self._unread > len(self._buffer):
+        body, self._buffer = self._buffer[: self._unread], self._buffer[self._unread :]
+        if len(body) < self._unread:
+            body = self._read_rest(bytearray(body), is_public)
+        self._unread = 0
+        self._waiting.pop(self.request, None)  # from now on it is we who work, or let it wait
+        return body
+
+    def _read_rest(self, body: bytearray, is_public: bool) -> bytes:
+        if self._head.expects and self._head.minor == 1:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        body = bytearray(self._buffer[: self._unread])
-        self._buffer = self._buffer[self._unread :]
         deadline = time.monotonic() + BODY_DEADLINE
         while (missing := self._unread - len(body)) > 0:
             try:
@@ -3622,8 +3835,6 @@ class Handler(socketserver.BaseRequestHandler):
             body += chunk
             if is_public and len(body) > FREE_BODY:
                 self._reserve(len(body))
-        self._unread = 0
-        self.server.waiting.pop(self.request, None)  # from now on it is we who work, or let it wait
         return bytes(body)
 
     def _reserve(self, size: int) -> None:
@@ -3647,25 +3858,17 @@ class Handler(socketserver.BaseRequestHandler):
         except OSError:
             return False
 
-    def _head(self, response: Response, keep: bool, length: str) -> bytes:
-        lines = [
-            f"HTTP/1.1 {response.status} {http.HTTPStatus(response.status).phrase}",
-            f"Date: {http_date(int(time.time()))}",
-            "X-Content-Type-Options: nosniff",
-            "Cache-Control: no-store",
-            length,
-        ]
-        if response.status != 204:
-            lines.append(f"Content-Type: {response.content_type}")
-        lines += [f"{name}: {header_value(value)}" for name, value in response.headers]
-        lines.append("Connection: keep-alive" if keep else "Connection: close")
-        return "\r\n".join(line for line in lines if line).encode("latin-1", "replace") + b"\r\n\r\n"
+    def _start(self, response: Response, keep: bool, length: str) -> bytes:
+        """The head of an answer."""
+        more = "".join(f"{name}: {header_value(value)}\r\n" for name, value in response.headers) if response.headers else ""
+        start = start_of(response.status, response.content_type, keep, int(time.time()))
+        return start + f"{length}{more}\r\n".encode("latin-1", "replace")
 
     def _send(self, response: Response, body: Any, keep: bool) -> None:
-        length = "" if response.status == 204 else f"Content-Length: {len(response.body)}"  # type: ignore[arg-type]
-        self.server.waiting[self.request] = None  # who does not read may go
+        length = "" if response.status == 204 else f"Content-Length: {len(response.body)}\r\n"  # type: ignore[arg-type]
+        self._waiting[self.request] = None  # who does not read may go
         try:
-            self.request.sendall(self._head(response, keep, length) + body[:FREE_BODY])  # one write for nearly all
+            self.request.sendall(self._start(response, keep, length) + body[:FREE_BODY])  # one write for nearly all
             if len(body) > FREE_BODY:
                 self.request.sendall(memoryview(body)[FREE_BODY:])
         finally:
@@ -3673,8 +3876,8 @@ class Handler(socketserver.BaseRequestHandler):
                 response.sent()
 
     def _send_chunks(self, response: Response, body: Any, keep: bool) -> None:
-        chunked = self._minor == 1
-        head = self._head(response, keep and chunked, "Transfer-Encoding: chunked" if chunked else "")
+        chunked = self._head.minor == 1
+        head = self._start(response, keep and chunked, "Transfer-Encoding: chunked\r\n" if chunked else "")
         with contextlib.closing(response.body):  # type: ignore[type-var]
             self.request.sendall(head)
             try:
@@ -3794,7 +3997,7 @@ class Controller:
         with database_errors(config.db):
             self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
             self.jobs.recover()
-            self.auth = Auth(tokens, config.open, self.jobs.hosts_by_secret.get, store, clock)
+            self.auth = Auth(tokens, config.open, self.jobs.by_secret.get, store, clock)
         self.connections: Callable[[], int] = lambda: 0
 
 
@@ -3816,9 +4019,22 @@ def register_agent(api: Controller, request: Request) -> Answer:
     return {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told}
 
 
+@functools.lru_cache(maxsize=4096)
+def heartbeat_of(body: bytes) -> Heartbeat:
+    """An agent with nothing to do says the same again and again."""
+    return Heartbeat.parse(load_json(body))
+
+
+@functools.cache
+def nothing_to_do(interval: int) -> Response:
+    return answer(200, {"acknowledged": True, "job": None, "cancel": [], "interval": interval})
+
+
 def heartbeat(api: Controller, request: Request) -> Answer:
-    beat = Heartbeat.parse(request.json())
+    beat = heartbeat_of(request.body)
     job, stops, interval = api.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
+    if job is None and not stops:
+        return nothing_to_do(interval)
     body = {"acknowledged": True, "job": job.for_agent() if job else None, "cancel": stops, "interval": interval}
     return answer(200, body, functools.partial(api.jobs.delivered, job) if job else None)
 
@@ -3845,7 +4061,7 @@ def list_jobs(api: Controller, request: Request) -> Answer:
         "repo": f.text("repo", is_repo),
     }
     starts = f.text("id", matches(ID_START, "the start of a job's id"), fold=True)
-    before = f.text("before", matches(ID, "a job's id"))
+    before = f.text("before", is_id)
     limit = f.done(f.integer("limit", 1, 1000)) or 100
     with api.store.read() as db:
         jobs = db.jobs({name: value for name, value in equal.items() if value}, starts, before, limit + 1)
@@ -3920,7 +4136,7 @@ def cookie_of(request: Request, secret: str, seconds: int) -> str:
 
 
 def sign_in(api: Controller, request: Request) -> Answer:
-    f = Fields(request.json(), ("token",))
+    f = Fields(request.json(), {"token"})
     text = f.done(f.text("token", lambda text: None if text.strip() else "must not be empty", required=True))
     token, secret = api.auth.sign_in(text.strip(), request.address)
     return who_asks(api, request, token.principal(), cookie_of(request, secret, SESSION_LIFETIME))
@@ -4007,7 +4223,7 @@ def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None, pr
 def stream_logs(api: Controller, request: Request) -> Answer:
     f = request.query(("host", "app", "job_id"), ("tail",))
     wanted = EventFilter(
-        f.text("host", is_host, fold=True), visible_app(f, request.principal), f.text("job_id", matches(ID, "a job's id"))
+        f.text("host", is_host, fold=True), visible_app(f, request.principal), f.text("job_id", is_id)
     )
     tail = f.done(f.integer("tail", 0, 1000))
     if wanted.job_id is not None:

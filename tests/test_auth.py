@@ -30,7 +30,7 @@ def auth(tmp_path, clock):
     store = deploybot.Store(tmp_path / "auth.db")
 
     def make(open_mode=False, secrets=()):
-        made = Auth({"dbt_a": ADMIN, "dbt_b": AGENT}, open_mode, {sha256(one): host for one, host in secrets}.get, store, clock)
+        made = Auth({"dbt_a": ADMIN, "dbt_b": AGENT}, open_mode, {sha256(one): own for one, own in secrets}.get, store, clock)
         return lambda header, where: made.principal(
             {} if header is None else {"authorization": header}, "10.0.0.1", where
         )._replace(address="")
@@ -93,7 +93,7 @@ def test_open_mode_asks_where_a_request_comes_from(auth):
 
 def test_the_secret_of_a_host_speaks_for_that_host(auth):
     own = Principal("agent:web-01", Scope.AGENT, "web-01", is_own=True)
-    assert auth(secrets=[("s", "web-01")])("Bearer s", HERE) == own
+    assert auth(secrets=[("s", Principal.of_host("web-01"))])("Bearer s", HERE) == own
 
 
 @pytest.mark.parametrize("token", ["abc ", "abc\n", "a b", "é"])

@@ -47,10 +47,6 @@ def job(number=1, **columns):
     return Job(**{**values, "id": f"00000000-0000-7000-8000-{number:012x}", **columns})
 
 
-def put_job(tx, made):
-    tx.rows(f"INSERT INTO jobs VALUES ({', '.join('?' * len(made))})", *made)
-
-
 def ids(connection):
     return [row[0] for row in connection.execute("SELECT id FROM jobs ORDER BY id")]
 
@@ -60,7 +56,7 @@ def add(number, then=None, **columns):
 
     def do(tx):
         made = job(number, **columns)
-        put_job(tx, made)
+        tx.add("jobs", *made)
         event = tx.add_event(made, "job", 1, 0, "{}")
         if then:
             then(tx)
@@ -113,7 +109,7 @@ def test_what_happens_in_a_write_has_one_order(store, outside):
         seen.append("returned")
     words = [line.split(" INTO")[0] for line in seen]
     assert words == [
-        *("BEGIN IMMEDIATE", "SAVEPOINT work", "INSERT", "INSERT", "RELEASE work", "COMMIT"),
+        *("BEGIN IMMEDIATE", "INSERT", "INSERT", "COMMIT"),
         *("effect 1 sees 1", "effect 2 sees 1", "returned"),
     ]
 
@@ -184,6 +180,123 @@ def test_a_failing_work_undoes_itself_alone(store, outside):
     assert (first.result(), last.result(), store.position) == (1, 2, 2)  # its position is given to the next
 
 
+def change(tx):
+    """What SQLite does at once: it cannot be taken back alone."""
+    assert tx.change_job(tx.job(job(9).id), commit="c" * 40)
+
+
+def test_a_failing_work_that_changed_rows_undoes_itself_alone(store, outside):
+    """The others are done again, each in a transaction of its own: once, with the effects of the last time."""
+    ran = []
+    store.write(add(9))
+
+    def fail(tx):
+        tx.after(ran.append, "never")
+        change(tx)
+        raise NotFound("on purpose")
+
+    good = [add(number, lambda tx, number=number: tx.after(ran.append, number)) for number in (1, 3)]
+    first, bad, last = together(store, good[0], add(2, fail), good[1])
+    with pytest.raises(NotFound, match="on purpose"):
+        bad.result()
+    assert (ids(outside), ran) == ([job(1).id, job(3).id, job(9).id], [1, 3])
+    assert (first.result(), last.result(), store.position) == (2, 3, 3)
+    assert outside.execute('SELECT "commit" FROM jobs WHERE id = ?', (job(9).id,)).fetchone() == (None,)
+    assert store.write(lambda tx: tx.job(job(9).id)).commit is None
+
+
+def test_rows_that_were_put_off_are_seen_by_all_that_comes_later(store):
+    def look(tx):
+        return tx.one("SELECT count(*) FROM jobs")[0], tx.job(job(2).id).ref
+
+    def own(tx):
+        tx.add("jobs", *job(4))
+        return look(tx)
+
+    done = together(store, add(1), add(2, ref="dev"), look, add(3), own)
+    assert [future.result() for future in done] == [1, 2, (2, "dev"), 3, (4, "dev")]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 31, 32, 33, 100])
+def test_many_rows_go_in_by_few_statements(store, outside, count):
+    def work(tx):
+        for number in range(count):
+            tx.add("jobs", *job(number, ref=f"r{number}"))
+
+    with traced(store) as seen:
+        store.write(work)
+    assert sum(line.startswith("INSERT") for line in seen) == bin(count % 32).count("1") + count // 32
+    assert list(outside.execute("SELECT id, ref FROM jobs ORDER BY id")) == [(job(n).id, f"r{n}") for n in range(count)]
+
+
+def test_a_broken_constraint_of_a_row_that_was_put_off_hurts_nobody_else(store, outside):
+    """Its own work did not look, another's read gave it to SQLite."""
+    done = together(store, add(1), add(1), lambda tx: tx.one("SELECT count(*) FROM jobs")[0])
+    assert isinstance(done[1].exception(), sqlite3.IntegrityError)
+    assert (done[0].result(), done[2].result(), ids(outside)) == (1, 1, [job(1).id])
+
+
+# -- what is known of recent jobs --------------------------------------------------------------------------------------
+
+
+def keep(number, **columns):
+    """Work that adds a job which the store will know."""
+
+    def do(tx):
+        add(number, **columns)(tx)
+        tx.learn(job(number).id, (job(number, **columns), "text"))
+
+    return do
+
+
+def test_a_recent_job_is_known_without_asking_sqlite(store):
+    store.write(keep(1))
+    with traced(store) as seen:
+        assert store.write(lambda tx: tx.job(job(1).id)) == job(1)
+    assert [line for line in seen if "SELECT" in line] == []
+    assert store.recent == {job(1).id: (job(1), "text")}
+
+
+def test_what_a_failing_work_or_commit_would_have_taught_is_not_known(store):
+    with pytest.raises(ZeroDivisionError):
+        store.write(lambda tx: (keep(1)(tx), 1 / 0))
+    with failing_at(store, "COMMIT"), pytest.raises(Unavailable):
+        store.write(keep(2))
+    assert store.recent == {}
+    with pytest.raises(NotFound):
+        store.write(lambda tx: tx.job(job(1).id))
+
+
+def test_a_change_is_seen_at_once_and_by_works_of_the_same_commit(store):
+    store.write(keep(1))
+
+    def work(tx):
+        tx.change_job(tx.job(job(1).id), commit="c" * 40)
+        return tx.job(job(1).id).commit
+
+    done = together(store, work, lambda tx: tx.job(job(1).id).commit)
+    assert [future.result() for future in done] == ["c" * 40] * 2
+    assert job(1).id not in store.recent  # until somebody says what it is now
+
+
+def test_the_end_of_a_log_is_known_by_attempt(store):
+    store.write(add(1))
+    first = job(1, attempt=1)
+    store.write(lambda tx: tx.add_event(first, "log", 3, 0, "[]", 30))
+    with traced(store) as seen:
+        ends = store.write(lambda tx: (tx.log_end(first.id, 1), tx.log_end(first.id, 2)))
+    assert (ends, [line for line in seen if "SELECT" in line]) == (((3, 30), (0, 30)), [])
+    store.recent.clear()
+    assert store.write(lambda tx: (tx.log_end(first.id, 1), tx.log_end(first.id, 2))) == ((3, 30), (0, 30))
+
+
+def test_the_oldest_is_forgotten_first(store, monkeypatch):
+    monkeypatch.setattr(deploybot, "RECENT", 3)
+    for number in (1, 2, 3, 1, 4):
+        store.write(lambda tx, number=number: tx.learn(number, "known"))
+    assert list(store.recent) == [3, 1, 4]
+
+
 def test_a_failing_work_alone_leaves_nothing(store, outside):
     with pytest.raises(ZeroDivisionError):
         store.write(add(1, lambda tx: 1 / 0))
@@ -222,7 +335,7 @@ def test_an_effect_that_fails_hides_no_commit(store, outside):
 # -- a database that cannot be written ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("statement", ["COMMIT", "BEGIN", "INSERT INTO events", "RELEASE"])
+@pytest.mark.parametrize("statement", ["COMMIT", "BEGIN", "INSERT INTO events"])
 def test_a_failing_statement_of_sqlite_changes_nothing_for_anybody(store, outside, statement):
     ran = []
     store.write(add(1))
@@ -475,11 +588,11 @@ def aged(tmp_path_factory):
     def fill(tx):
         for number in range(HISTORY):
             ended = job(number, status="success")
-            put_job(tx, ended)
+            tx.add("jobs", *ended)
             tx.add_event(ended, "job", 1, 0, "{}")
             tx.audited(NOW, Principal("github", Scope.PUBLIC), "push", "o/n")
         for number in range(3):
-            put_job(tx, job(HISTORY + number, host=f"quiet-{number}", app="other", status="running", attempt=1))
+            tx.add("jobs", *job(HISTORY + number, host=f"quiet-{number}", app="other", status="running", attempt=1))
         tx.position += 50_000  # the newest log lines are looked for in the last 50,000 positions
         tx.add_event(job(0), "log", 1, 0, "[]")
 
