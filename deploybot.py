@@ -1057,15 +1057,14 @@ class App(Model):
     retries: int = field(Fields.integer, 0, MAX_RETRIES, default=0)  # attempts after one that an agent lost
     webhook_secret_file: str | None = field(Fields.read, path)
     webhook_secrets: tuple[str, ...] = ()  # that sign its pushes; none: the one of the whole controller
+    spec: str = ""  # what the agent needs, as JSON: frozen into each job when it is made
 
     def __post_init__(self) -> None:
         self.clone_url = self.clone_url or f"https://github.com/{self.repo}.git"
-
-    def spec(self) -> str:
-        """What the agent needs, as JSON: frozen into each job when it is made."""
-        return dump({name: getattr(self, name) for name in ("clone_url", "build", "activate", "deploy")})
+        self.spec = dump({name: getattr(self, name) for name in ("clone_url", "build", "activate", "deploy")})
 
 
+@functools.lru_cache(maxsize=1024)
 def app_without_entry(repo: str, name: str | None) -> App:
     """Of a repository that apps.yaml does not name: commands by the convention of the agent, nothing shared."""
     if name is None:
@@ -1285,7 +1284,6 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             retry_of TEXT, deployment_id TEXT, spec TEXT NOT NULL, session TEXT,
             queued_at TEXT NOT NULL
         ) STRICT""",
-        # Open jobs are few: what the duplicate check, the counts by host and recover() read.
         "CREATE INDEX jobs_open ON jobs (host, status, app) WHERE status IN ('pending', 'running')",
         "CREATE UNIQUE INDEX jobs_running ON jobs (host, app) WHERE status = 'running'",
         "CREATE INDEX jobs_host ON jobs (host, id)",
@@ -1325,6 +1323,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE INDEX jobs_success ON jobs (app, host, id) WHERE status = 'success'",
         "ALTER TABLE events ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0",
     ),
+    ("DROP INDEX jobs_open",),  # memory knows the open jobs: Jobs.recover()
 )
 
 JOB_COLUMNS = ", ".join(f'"{name}"' for name in Job._fields)
@@ -1372,34 +1371,19 @@ class Queries:
     def running_jobs(self) -> list[Job]:
         return [Job._make(row) for row in self.rows(f"SELECT {JOB_COLUMNS} FROM jobs WHERE status = 'running'")]
 
-    def waiting(self) -> list[tuple[str, str, str]]:
-        """(host, job id, app) of each pending job without a hold, oldest first."""
-        return self.rows("SELECT host, id, app FROM jobs WHERE status = 'pending' AND hold IS NULL ORDER BY id")
+    def pending(self) -> Iterator[tuple[str, str, str, str, str, bool]]:
+        """(job id, repo, ref, host, app, whether it is held) of each pending job, oldest first."""
+        sql = "SELECT id, repo, ref, host, app, hold IS NOT NULL FROM jobs INDEXED BY jobs_status WHERE status = 'pending'"
+        return self._db.execute(sql + " ORDER BY id")
 
     def expired(self, oldest_id: str, oldest: str) -> list[str]:
         """Ids of some jobs that are pending since before that time; `oldest_id`: the least id that a job made then could have."""
         sql = "SELECT id FROM jobs WHERE status = 'pending' AND id < ? AND queued_at < ? LIMIT 500"
         return [row[0] for row in self.rows(sql, oldest_id, oldest)]
 
-    def open_job(self, repo: str, ref: str, host: str, app: str) -> Job | None:
-        """The pending or running job of exactly this, if there is one that nobody wants to end."""
-        row = self.one(
-            f"SELECT {JOB_COLUMNS} FROM jobs INDEXED BY jobs_open"
-            " WHERE host = ? AND app = ? AND ref = ? AND repo = ? COLLATE NOCASE"
-            " AND status IN ('pending', 'running') AND cancel_requested_at IS NULL ORDER BY id LIMIT 1",
-            *(host, app, ref, repo),
-        )
-        return Job._make(row) if row else None
-
     def running_apps(self, host: str) -> list[str]:
         sql = "SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'"
         return [row[0] for row in self.rows(sql, host)]
-
-    def open_counts(self, *hosts: str) -> list[tuple[str, str, int]]:
-        """(host, status, how many) of pending and running jobs, of these hosts or of all."""
-        some = f"host IN ({', '.join('?' * len(hosts))}) AND" if hosts else ""
-        counts = f"SELECT host, status, count(*) FROM jobs INDEXED BY jobs_open WHERE {some} status IN ('pending', 'running')"
-        return self.rows(counts + " GROUP BY host, status", *hosts)
 
     def jobs(self, equal: Mapping[str, str], starts: str | None, before: str | None, limit: int) -> list[Job]:
         """Newest first. `equal`: column to value, columns of ours alone."""
@@ -1511,7 +1495,7 @@ class Tx(Queries):
         super().__init__(db)
         self.position, self._recent = position, recent
         self.effects: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-        self.opened: set[int] = set()  # hashes of the deployments that it makes
+        self.opened: dict[int, list[str]] = {}  # key_of() a deployment to ids of jobs that it makes
         self.learned: dict[Any, Any] = {}  # what `recent` learns with the COMMIT
         self._put_off: list[tuple[str, tuple[Any, ...]]] = []  # (INSERT INTO table, row) that SQLite does not have yet
         # Of the part that runs: what it learned, where its rows begin in _put_off, whether SQLite has changes of it.
@@ -2563,6 +2547,11 @@ Connected = Callable[[], bool]  # whether the client is still there
 NO_JOB = Job._make([None] * len(Job._fields))
 
 
+def key_of(repo: str, ref: str, host: str, app: str) -> int:
+    """The same for the same deployment; two others may, rarely, share one."""
+    return hash((repo.lower(), ref, host, app))
+
+
 def in_words(job: Job) -> str:
     """`failed (exit_code 1)`, `running (attempt 2)`, `pending`."""
     if job.status == Status.RUNNING:
@@ -2588,12 +2577,14 @@ class Jobs:
     def __init__(self, store: Store, queue: JobQueue, hub: EventHub, apps: Apps, metrics: Metrics, config: Config, clock: Clock):
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
-        # The four below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
+        # The six below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
         # read without a lock, by single look-ups and list().
         self._agents: dict[str, Agent] = {}  # by id
         self._by_host: dict[str, Agent] = {}
         self.by_secret: dict[str, Principal] = {}  # SHA-256 of a host's own secret to whom it stands for
         self._leases: dict[str, dict[str, Lease]] = {}  # host to job id to lease
+        self._open: dict[int, tuple[str, ...]] = {}  # key_of() a deployment to ids of its pending and running jobs, oldest first
+        self._open_on: collections.Counter[str] = collections.Counter()  # host to how many of these
         self._lock = threading.Lock()  # guards Lease.answered: of two heartbeats one gets the job again
         self._flushed = clock.monotonic()
         self._ticks = itertools.count(1)  # orders the coming of heartbeats and the writing of answers
@@ -2620,8 +2611,11 @@ class Jobs:
                 self._remember(agent)
             for job in db.running_jobs():
                 self._lease(job, answered=0)
-            for host, job_id, app in db.waiting():
-                self.queue.put(host, job_id, app)
+                self._opened(key_of(job.repo, job.ref, job.host, job.app), job.host, job.id)
+            for job_id, repo, ref, host, app, is_held in db.pending():
+                self._opened(key_of(repo, ref, host, app), host, job_id)
+                if not is_held:
+                    self.queue.put(host, job_id, sys.intern(app))
 
     def _begin_anew(self, tx: Tx, copied_at: str) -> None:
         """A copy is served for the first time: no position, attempt or session that came after it was made is given out again."""
@@ -2863,10 +2857,11 @@ class Jobs:
     def _within_limit(self, lines: list[list[str]], log_bytes: int) -> tuple[list[list[str]], int]:
         """Those that the log of a job still takes, then a line that says so; and the bytes of the log with them."""
         limit = self.config.log_limit
+        end = log_bytes + len("\n".join([line[0] for line in lines]).encode()) + 1 if lines else log_bytes
+        if end <= limit:
+            return lines, end
         ends = list(itertools.accumulate((len(line[0].encode()) + 1 for line in lines), initial=log_bytes))
         fit = bisect.bisect_right(ends, limit) - 1
-        if fit >= len(lines):
-            return lines, ends[-1]
         shown = f"{limit // MIB} MiB" if limit % MIB == 0 else f"{limit} bytes"
         note = f"[the log of this job has reached its limit of {shown}: what follows is not kept]"
         return [*lines[: max(fit, 0)], [note, "warning", self.clock.stamp()]], max(limit + 1, log_bytes)
@@ -2906,9 +2901,19 @@ class Jobs:
 
     # -- what a person or a push asks for ----------------------------------------------------------------------------
 
-    def job(self, job_id: str) -> Job:
+    def job(self, job_id: str) -> tuple[Job, str]:
+        """With its public JSON."""
+        known = self.store.recent.get(job_id)
+        if known:
+            return known
         with self.store.read() as db:
-            return db.job(job_id)
+            job = db.job(job_id)
+        return job, dump(job.public())
+
+    def text(self, job: Job) -> str:
+        """Its public JSON, which nearly always is there."""
+        known = self.store.recent.get(job.id)
+        return known[1] if known and known[0] == job else dump(job.public())
 
     def submit(self, asked: JobRequest, principal: Principal) -> tuple[Job, bool, str | None]:
         """(job, whether it was made now, a warning or None)."""
@@ -2943,7 +2948,8 @@ class Jobs:
         self, tx: Tx, asked: JobRequest, app: App, by: Principal, action: str = "", retry_of: str | None = None
     ) -> tuple[Job, bool]:
         """(job, whether it was made now); `action`: of the audit row, where that is not the caller's."""
-        existing = None if asked.force else tx.open_job(asked.repo, asked.ref, asked.host, app.name)
+        key = key_of(asked.repo, asked.ref, asked.host, app.name)
+        existing = None if asked.force else self._existing(tx, key, asked, app.name)
         if existing:
             return existing, False
         now = self.clock.stamp()
@@ -2956,7 +2962,7 @@ class Jobs:
             status=Status.PENDING,
             attempt=0,
             metadata=dump(asked.metadata),
-            spec=app.spec(),
+            spec=app.spec,
             timeout=asked.timeout or app.timeout,
             retries=app.retries if asked.retries is None else asked.retries,
             created_at=now,
@@ -2968,17 +2974,40 @@ class Jobs:
         if action:
             self._audit(tx, by, action, job)
         self._announce(tx, job)
+        tx.opened.setdefault(key, []).append(job.id)
+        tx.after(self._opened, key, job.host, job.id)
         tx.after(self.queue.put, job.host, job.id, job.app)
         tx.after(self.metrics.count, "deploybot_jobs_created_total")
         return job, True
+
+    def _existing(self, tx: Tx, key: int, asked: JobRequest, app: str) -> Job | None:
+        """The pending or running job of exactly this, if there is one that nobody wants to end."""
+        for job_id in (*self._open.get(key, ()), *tx.opened.get(key, ())):
+            with contextlib.suppress(NotFound):  # what would have made it has failed
+                job = tx.job(job_id)
+                is_same = (job.repo.lower(), job.ref, job.host, job.app) == (asked.repo.lower(), asked.ref, asked.host, app)
+                if is_same and job.status not in ENDED and job.cancel_requested_at is None:
+                    return job
+        return None
+
+    def _opened(self, key: int, host: str, job_id: str) -> None:
+        self._open[key] = (*self._open.get(key, ()), job_id)
+        self._open_on[host] += 1
+
+    def _closed(self, job: Job) -> None:
+        key = key_of(job.repo, job.ref, job.host, job.app)
+        left = tuple(other for other in self._open.pop(key, ()) if other != job.id)
+        if left:
+            self._open[key] = left
+        self._open_on[job.host] -= 1
+        if not self._open_on[job.host]:
+            del self._open_on[job.host]
 
     def _warning(self, job: Job, asked: JobRequest) -> str | None:
         """What a person would want to know of a job that was taken all the same."""
         agent = self._by_host.get(job.host)
         if agent is None:
-            hosts = list(self._by_host)
-            longer = sorted(host for host in hosts if host.startswith(job.host + "."))
-            return f"no agent has registered as {job.host}{nearest(job.host, longer[:1] or hosts)}"
+            return self._no_agent(job.host, len(self._by_host))
         if agent.drained:
             return f"{job.host} is drained: the job waits until ctl.py hosts resume {job.host}"
         repos = [app.repo for app in self.apps.all]
@@ -2989,6 +3018,12 @@ class Jobs:
             known = [app.name for app in self.apps.all]
             return f"apps.yaml has no app {asked.app}{nearest(asked.app, known)} (it deploys without commands of its own)"
         return None
+
+    @functools.lru_cache(maxsize=1024)  # to look through thousands of names takes milliseconds
+    def _no_agent(self, hostname: str, count: int) -> str:
+        hosts = list(self._by_host)
+        longer = sorted(host for host in hosts if host.startswith(hostname + "."))
+        return f"no agent has registered as {hostname}{nearest(hostname, longer[:1] or hosts)}"
 
     def push(self, push: Push, delivery: str, signature: str, signers: frozenset[str], address: str) -> tuple[list[str], str]:
         """Jobs for a signed push, stored in one transaction with its delivery: (ids, message). The same delivery answers the same.
@@ -3074,16 +3109,14 @@ class Jobs:
 
     def hosts(self, *names: str) -> list[dict[str, Any]]:
         """These, or all that have an agent or open jobs."""
-        with self.store.read() as db:
-            counts = {(host, status): count for host, status, count in db.open_counts(*names)}
-        agents = {name: self._by_host.get(name) for name in names} if names else dict(self._by_host)
-        shown = sorted(agents.keys() | {host for host, _ in counts})
-        return [self._host(name, agents.get(name), counts) for name in shown]
+        shown = names or sorted({*list(self._by_host), *list(self._open_on)})
+        return [self._host(name, self._by_host.get(name)) for name in shown]
 
     def _no_host(self, hostname: str) -> Any:
         raise NotFound(f"no agent has registered as {hostname}{nearest(hostname, list(self._by_host))}")
 
-    def _host(self, name: str, agent: Agent | None, counts: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+    def _host(self, name: str, agent: Agent | None) -> dict[str, Any]:
+        running = len(self._leases.get(name, ()))
         return {
             "hostname": name,
             "agent_id": agent.id if agent else None,
@@ -3092,8 +3125,8 @@ class Jobs:
             "capabilities": json.loads(agent.capabilities) if agent else {},
             "slots": agent.slots if agent else 1,
             "drained": bool(agent and agent.drained),
-            "running": counts.get((name, Status.RUNNING), 0),
-            "pending": counts.get((name, Status.PENDING), 0),
+            "running": running,
+            "pending": max(0, self._open_on.get(name, 0) - running),
         }
 
     def _last_seen(self, agent: Agent) -> str:
@@ -3323,6 +3356,7 @@ class Jobs:
         if status == Status.SUCCESS:
             tx.put("releases", ended.app, ended.host, ended.id, ended.commit, ended.completed_at)
         tx.after(self._release, ended)
+        tx.after(self._closed, ended)
         tx.after(self.queue.wake, ended.host)  # a parked heartbeat may have waited for this app or slot
         tx.after(self.metrics.count, "deploybot_jobs_ended_total", f'status="{status}",reason="{reason or ""}"')
         return ended
@@ -4039,9 +4073,15 @@ def heartbeat(api: Controller, request: Request) -> Answer:
     return answer(200, body, functools.partial(api.jobs.delivered, job) if job else None)
 
 
+def answer_with(text: str, status: int = 200, **more: Any) -> Response:
+    """`text`: the public JSON of a job."""
+    rest = "," + dump(more)[1:] if more else "}"
+    return Response(status, f'{{"job":{text}{rest}\n'.encode())
+
+
 def create_job(api: Controller, request: Request) -> Answer:
     job, created, warning = api.jobs.submit(JobRequest.parse(request.json()), request.principal)
-    return answer(201, {"job": job.public(), "created": created, **({"warning": warning} if warning else {})})
+    return answer_with(api.jobs.text(job), 201, created=created, **({"warning": warning} if warning else {}))
 
 
 def visible_app(f: Fields, principal: Principal) -> str | None:
@@ -4069,19 +4109,19 @@ def list_jobs(api: Controller, request: Request) -> Answer:
     return {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None}
 
 
-def visible_job(api: Controller, request: Request) -> Job:
-    job = api.jobs.job(job_id(request))
+def visible_job(api: Controller, request: Request) -> tuple[Job, str]:
+    job, text = api.jobs.job(job_id(request))
     request.principal.sees(job.app)
-    return job
+    return job, text
 
 
 def cancel_job(api: Controller, request: Request) -> Answer:
-    return {"job": api.jobs.cancel(job_id(request), request.principal).public()}
+    return answer_with(api.jobs.text(api.jobs.cancel(job_id(request), request.principal)))
 
 
 def retry_job(api: Controller, request: Request) -> Answer:
     job, created = api.jobs.retry(job_id(request), request.principal)
-    return answer(201, {"job": job.public(), "created": created})
+    return answer_with(api.jobs.text(job), 201, created=created)
 
 
 def append_logs(api: Controller, request: Request) -> Answer:
@@ -4102,14 +4142,14 @@ def read_logs(api: Controller, request: Request) -> Answer:
     after = f.integer("after", 0, 1 << 53) or 0
     limit = f.done(f.integer("limit", 1, 10_000)) or 1000
     if "text/plain" in request.headers.get("accept", ""):
-        return Response(200, log_text(api, visible_job(api, request).id, after), "text/plain; charset=utf-8")
-    lines, following = api.jobs.log_lines(visible_job(api, request).id, after, limit)
+        return Response(200, log_text(api, visible_job(api, request)[0].id, after), "text/plain; charset=utf-8")
+    lines, following = api.jobs.log_lines(visible_job(api, request)[0].id, after, limit)
     return {"lines": lines, "next": following}
 
 
 def report_result(api: Controller, request: Request) -> Answer:
     job = api.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)
-    return {"job": job.public()}
+    return answer_with(api.jobs.text(job))
 
 
 def on_host(action: str, **columns: Any) -> Callable[[Controller, Request], Answer]:
@@ -4227,7 +4267,7 @@ def stream_logs(api: Controller, request: Request) -> Answer:
     )
     tail = f.done(f.integer("tail", 0, 1000))
     if wanted.job_id is not None:
-        request.principal.sees(api.jobs.job(wanted.job_id).app)
+        request.principal.sees(api.jobs.job(wanted.job_id)[0].app)
     position, gap = api.jobs.stream_start(wanted, request.headers.get("last-event-id"), 50 if tail is None else tail)
     if position is None:
         return Response(204)
@@ -4321,7 +4361,7 @@ ROUTES = [
     Route("POST", "/v1/agents/{id}/heartbeat", Scope.AGENT, heartbeat),
     Route("POST", "/v1/jobs", Scope.OPERATOR, create_job, for_app=True),
     Route("GET", "/v1/jobs", Scope.VIEWER, list_jobs, for_app=True),
-    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, lambda api, request: {"job": visible_job(api, request).public()}, for_app=True),
+    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, lambda api, r: answer_with(visible_job(api, r)[1]), for_app=True),
     Route("POST", "/v1/jobs/{id}/cancel", Scope.OPERATOR, cancel_job, for_app=True),
     Route("POST", "/v1/jobs/{id}/retry", Scope.OPERATOR, retry_job, for_app=True),
     Route("POST", "/v1/jobs/{id}/logs", Scope.AGENT, append_logs),

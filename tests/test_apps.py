@@ -71,7 +71,7 @@ def test_a_yaml_file_with_every_key(read):
     web, api = read(FULL)
     assert web.hosts == ("web-01.example.com", "web-02.example.com")
     assert (web.deploy_on_push, web.branches) == (True, ("main", "release/*"))
-    assert json.loads(web.spec()) == {
+    assert json.loads(web.spec) == {
         "clone_url": "git@github.com:myorg/web-frontend.git",
         "build": ["npm", "ci"],
         "activate": "systemctl restart web",

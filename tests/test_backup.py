@@ -94,7 +94,7 @@ def fill(path, jobs=3, ended=0):
     ids, made = deploybot.TimeOrderedIds(clock, None), []
     for i in range(jobs + ended):
         job = deploybot.NO_JOB._replace(
-            id=ids(), repo="o/n", ref=f"r{i}", host="web-01", app=app.name, metadata="{}", spec=app.spec(), attempt=0,
+            id=ids(), repo="o/n", ref=f"r{i}", host="web-01", app=app.name, metadata="{}", spec=app.spec, attempt=0,
             status="pending" if i < jobs else "success", retries=2, timeout=60, created_by="me", created_at=clock.stamp(),
             queued_at=clock.stamp(),
         )  # fmt: skip

@@ -68,6 +68,9 @@ SCHEMAS = [
     CREATE INDEX jobs_success ON jobs (app, host, id) WHERE status = 'success';
     ALTER TABLE events ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0;
     """,
+    """
+    DROP INDEX jobs_open;
+    """,
 ]
 ROWS = {
     1: """

@@ -562,8 +562,7 @@ QUERIES = {
     "meta": [("epoch",)],
     "newest_push": [("O/N", "refs/heads/main")],
     "old_jobs": [("", "~", 20), (JOB, "~", 20), ("", JOB, 20)],
-    "open_counts": [(), ("web-01",), ("web-01", "quiet-1")],
-    "open_job": [("o/n", "main", "web-01", "web"), ("o/n", "main", "quiet", "web")],
+    "pending": [()],
     "recent_chunks": [
         (EventFilter(), 50),
         (EventFilter(job_id=JOB), 50),
@@ -574,7 +573,6 @@ QUERIES = {
     "running_apps": [("web-01",)],
     "running_jobs": [()],
     "tokens": [()],
-    "waiting": [()],
 }
 CALLS = [(name, values) for name, calls in QUERIES.items() for values in calls]
 HISTORY = 3000  # ended jobs
@@ -644,15 +642,14 @@ def test_no_query_scans_jobs_or_events(aged, name, values):
                 assert "DESC LIMIT" in sql and "TEMP B-TREE" not in str(plan(aged._db, sql)), (line, sql)
 
 
-def test_the_duplicate_check_and_the_claim_read_open_jobs_alone(aged):
+def test_the_claim_reads_running_jobs_alone(aged):
     seen = []
     aged._db.set_trace_callback(seen.append)
-    Queries(aged._db).open_job("o/n", "main", "web-01", "web")
     Queries(aged._db).running_apps("web-01")
     aged._db.set_trace_callback(None)
     for sql in seen:
         assert all(
-            "jobs_open (host=?" in line or "jobs_running (host=?" in line for line in plan(aged._db, sql) if "jobs" in line
+            "jobs_running (host=?" in line for line in plan(aged._db, sql) if "jobs" in line
         ), sql
 
 
