@@ -89,8 +89,14 @@ SEND_DEADLINE = 20  # seconds without progress after which a reader counts as go
 STOP_DEADLINE = 4.0  # seconds that connections get to end at stop
 PULSE = 15.0  # seconds between the comments on a silent stream: what finds dead readers
 RETRY_AFTER = 5  # seconds
+MANY = 64  # connections: above, requests are asked how long they have lain unread
+TOO_LATE = 0.8  # seconds that a request may have lain unread: then it is told to come again, so that waiting has an end
+AGENT_TOO_LATE = 0.2  # the same for an agent's, which can wait better than a person
+MAX_WRITES = 256  # callers that wait for a commit: a fraction of a second's work
+RETURNS = 500  # agents a second that are asked to come back after a restart: a quarter of what two cores can take
 GRACE = 60  # seconds that an agent gets to report a timeout before the controller ends the job itself
-POLL_INTERVAL = 5  # seconds between heartbeats of an agent that does not park
+POLL_INTERVAL = 5  # seconds between heartbeats of an agent that does not park, at least
+POLLS = 1000  # such heartbeats a second of all agents together, at most
 FLUSH_INTERVAL = 10.0  # seconds between two writings of the agents' last contact
 MAX_SESSIONS = 100  # browsers that are signed in with one token: the oldest goes
 LONG_SWEEP = 3.0  # seconds between two sweeps after which it was the controller that was away, not its agents
@@ -836,7 +842,7 @@ class Event:
     frame: bytes | None = None  # in memory alone: what the readers of a stream get, written by the first of them
 
     def row(self) -> tuple[Any, ...]:
-        return dataclasses.astuple(self)[:-1]
+        return tuple([getattr(self, name) for name in EVENT_FIELDS])
 
     def size(self) -> int:
         """About the bytes of its frame: each line brings its names along."""
@@ -861,6 +867,9 @@ class Event:
                 "level": level,
                 "timestamp": stamp,
             }
+
+
+EVENT_FIELDS = tuple(field.name for field in dataclasses.fields(Event))[:-1]
 
 
 class EventFilter(NamedTuple):
@@ -1327,7 +1336,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 JOB_COLUMNS = ", ".join(f'"{name}"' for name in Job._fields)
-EVENT_COLUMNS = 'position, lines, kind, job_id, host, app, attempt, "offset", data, log_bytes'
+EVENT_COLUMNS = ", ".join(f'"{name}"' for name in EVENT_FIELDS)
 AUDIT_COLUMNS = ("id", "at", "who", "address", "action", "target", "detail")
 
 
@@ -1829,6 +1838,8 @@ class Store:
         """Runs do(tx) in a transaction that others may share; returns its value once it is durable and its effects have happened.
         What `do` raises undoes its own changes alone and is raised here. Raises Unavailable where SQLite cannot write now."""
         work = Work(do)
+        if len(self._waiting) >= MAX_WRITES:
+            raise Unavailable("more is to be written than the disk can take: try again later")
         with self._lock:
             self._waiting.append(work)
             leads, self._is_led = not self._is_led, True
@@ -2683,7 +2694,7 @@ class Jobs:
             self._check_session(agent, beat)
         agent.online, agent.contact = beat.status == "online", self.clock.monotonic()
         self._seen.add(agent_id)
-        interval = 0 if beat.wait and agent.online else POLL_INTERVAL
+        interval = 0 if beat.wait and agent.online else max(POLL_INTERVAL, len(self._agents) // POLLS)
         if not (beat.wait or beat.running or self._leases.get(agent.hostname) or self.queue.holds(agent.hostname)):
             agent.told = frozenset()
             return None, [], interval  # nothing runs there, nothing waits for it: what nearly every call finds
@@ -2695,6 +2706,8 @@ class Jobs:
         while again:
             job, again = self._look(agent, beat, arrived, deadline, connected)
         agent.told, agent.contact = self._stops(agent, beat), self.clock.monotonic()
+        if self.queue.closed:  # the controller stops: agents come back one by one
+            interval = secrets.randbelow(1 + len(self._agents) // RETURNS)
         return job, sorted({job_id for job_id, _ in agent.told}), interval
 
     def _look(self, agent: Agent, beat: Heartbeat, arrived: int, deadline: float, connected: Connected) -> tuple[Job | None, bool]:
@@ -3447,6 +3460,7 @@ class Request:
     secure: bool  # came over TLS, of ours or of a trusted proxy
     connected: Callable[[], bool]
     is_foreign: bool = False  # comes from another site's page
+    late: float = 0.0  # seconds that it has lain unread
     body: bytes = b""
     route: Any = None  # the Route below
     params: tuple[str, ...] = ()
@@ -3652,6 +3666,8 @@ class Dispatcher:
             if route.admit:
                 route.admit(self._api, request)
             request.body = read_body(route.limit, route.scope is Scope.PUBLIC)
+            if request.late > (AGENT_TOO_LATE if route.scope is Scope.AGENT else TOO_LATE):
+                raise Unavailable("the controller has more to do than it can: try again later")
             made = route.function(self._api, request)
             response = answer(200, made) if isinstance(made, dict) else made
         except DeployBotError as error:
@@ -3661,7 +3677,9 @@ class Dispatcher:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             response = problem(500, "Internal error", "this is a fault of the controller: its log says more", {}, ())
-        self._metrics.count("deploybot_http_requests_total", labels_of(request.method, request.route and request.route.pattern, response.status))
+        self._metrics.count(
+            "deploybot_http_requests_total", labels_of(request.method, request.route and request.route.pattern, response.status)
+        )
         return response
 
     def _find(self, request: Request) -> Route:
@@ -3711,6 +3729,13 @@ def header_value(value: str) -> str:
     if any(char in value for char in "\r\n\0"):
         raise ValueError("a header value holds CR, LF or NUL")
     return value
+
+
+def age_of_input(connection: socket.socket) -> float:
+    """Seconds since its last bytes came: tcpi_last_data_recv, 52 bytes into Linux's tcp_info (tcp(7)), in milliseconds."""
+    option = getattr(socket, "TCP_INFO", None)
+    info = b"" if option is None else connection.getsockopt(socket.IPPROTO_TCP, option, 56)
+    return struct.unpack_from("I", info, 52)[0] / 1000 if len(info) >= 56 else 0.0
 
 
 # Ends a side of a connection, also for a thread that does not own it: that of SSLSocket would drop the state of TLS.
@@ -3782,6 +3807,8 @@ class Handler(socketserver.BaseRequestHandler):
             self._linger()
             return False
         request, self._unread = self._asked, self._head.length
+        if self.server.is_crowded():
+            request.late = age_of_input(self.request)
         try:
             response = self.server.dispatcher.respond(request, self._read_body)
         finally:
@@ -3996,6 +4023,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")
+
+    def is_crowded(self) -> bool:
+        return len(self._connections) > MANY
 
     def connections(self) -> int:
         with self._ended:
@@ -4262,9 +4292,7 @@ def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None, pr
 
 def stream_logs(api: Controller, request: Request) -> Answer:
     f = request.query(("host", "app", "job_id"), ("tail",))
-    wanted = EventFilter(
-        f.text("host", is_host, fold=True), visible_app(f, request.principal), f.text("job_id", is_id)
-    )
+    wanted = EventFilter(f.text("host", is_host, fold=True), visible_app(f, request.principal), f.text("job_id", is_id))
     tail = f.done(f.integer("tail", 0, 1000))
     if wanted.job_id is not None:
         request.principal.sees(api.jobs.job(wanted.job_id)[0].app)

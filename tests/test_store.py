@@ -108,10 +108,7 @@ def test_what_happens_in_a_write_has_one_order(store, outside):
         store.write(work)
         seen.append("returned")
     words = [line.split(" INTO")[0] for line in seen]
-    assert words == [
-        *("BEGIN IMMEDIATE", "INSERT", "INSERT", "COMMIT"),
-        *("effect 1 sees 1", "effect 2 sees 1", "returned"),
-    ]
+    assert words == [*("BEGIN IMMEDIATE", "INSERT", "INSERT", "COMMIT"), *("effect 1 sees 1", "effect 2 sees 1", "returned")]
 
 
 def test_wal_and_full_are_in_force(store, path):
@@ -648,9 +645,7 @@ def test_the_claim_reads_running_jobs_alone(aged):
     Queries(aged._db).running_apps("web-01")
     aged._db.set_trace_callback(None)
     for sql in seen:
-        assert all(
-            "jobs_running (host=?" in line for line in plan(aged._db, sql) if "jobs" in line
-        ), sql
+        assert all("jobs_running (host=?" in line for line in plan(aged._db, sql) if "jobs" in line), sql
 
 
 def test_the_walk_of_retention_reads_a_page_of_ids_and_two_successes_a_job(aged):
