@@ -486,24 +486,130 @@ def test_a_spool_outlives_its_agent_less_a_line_that_it_was_writing(tmp_path):
     assert messages(second.batch(0)) == ["kept", "[deploybot] after"]
 
 
-def test_output_past_the_limit_is_dropped_and_one_line_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(agent, "OUTPUT_LIMIT", 1 << 20)
-    spool = agent.Spool(tmp_path / "log")
+def acknowledge(spool):
+    """All that is there, as a controller does that takes everything."""
+    taken = []
+    while spool._position < spool._end:
+        batch = spool.batch(1)
+        taken += messages(batch)
+        spool.seek(spool.offset + len(batch))
+    return taken
+
+
+def test_output_past_the_limit_is_dropped_until_the_controller_is_back_and_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "SPOOL_LIMIT", 1 << 20)
+    monkeypatch.setattr(agent, "SPOOL_ANEW", 1 << 19)
+    spool = agent.Spool(tmp_path / "log", words=("hunter2000",))
     for _ in range(300):
         spool.write(b"x" * 8191 + b"\n")
+    spool.write(b"and then hunter")
     spool.say("the agent itself is still heard")
+    assert (tmp_path / "log").stat().st_size < (1 << 20) + 10_000
+    *output, dropped, said = acknowledge(spool)
+    assert set(output) == {"x" * 8191} and said == "[deploybot] the agent itself is still heard"
+    assert dropped == "[deploybot] 1 MiB wait for the controller: output is not kept from here until it is back"
+    spool.write(b"2000")
+    spool.write(b"2000\nwhole again\n")
     spool.close()
-    lines = [json.loads(line)["message"] for line in (tmp_path / "log").read_text().splitlines()]
-    assert len("".join(lines[:-2])) == (1 << 20) - 128
-    assert lines[-2:] == ["[deploybot] output past 1 MiB is not kept", "[deploybot] the agent itself is still heard"]
+    assert acknowledge(spool) == ["whole again"] and b"2000" not in (tmp_path / "log").read_bytes()
 
 
-def test_pauses_double_up_to_a_limit_with_jitter():
-    backoff = agent.Backoff(chance=lambda: 1.0)
-    assert [backoff.next() for _ in range(7)] == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
-    assert backoff.next(at_least=60) == 60
+def test_a_file_that_has_grown_and_is_acknowledged_is_begun_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "SPOOL_ANEW", 1 << 20)
+    spool, largest, taken = agent.Spool(tmp_path / "log"), 0, []
+    for number in range(2900):
+        spool.write(b"%01999d\n" % number)
+        largest = max(largest, (tmp_path / "log").stat().st_size)
+        if number % 100 == 99:
+            taken += acknowledge(spool)
+    assert list(map(int, taken)) == list(range(2900)) and spool.offset == 2900
+    assert (1 << 20) <= largest < (1 << 20) + 300_000
+    begun = spool._first
+    assert 2000 < begun < 2900
+    spool.write(b"one more\n")
+    spool.seek(begun + 1)  # of a controller that was restored
+    assert int(messages(spool.batch(1))[0]) == begun + 1
+    second = agent.Spool(tmp_path / "log")  # of an agent that was killed
+    assert second.offset == begun and acknowledge(second)[-1] == "one more" and second.offset == 2901
+    second.seek(begun - 5)
+    [bridge, first, *_] = messages(second.batch(1))
+    assert bridge.startswith("[deploybot] 5 line(s) are missing here") and int(first) == begun
+
+
+def test_a_script_is_held_back_while_the_controller_takes_lines_and_not_while_it_is_away(tmp_path):
+    clock, line = Clock(), b"x" * 1023 + b"\n"
+    spool = agent.Spool(tmp_path / "log", clock, clock)
+    clock.time += 3600  # of silence before the first line are none in which the controller was away
+    assert spool.room(0)
+    spool.write(line * (agent.HELD_FROM // 1024))
+    assert not spool.room(0)
+    clock.time += agent.HELD_FOR - 1
+    spool.seek(1)  # slow as it is, it is there
+    clock.time += agent.HELD_FOR - 1
+    assert not spool.room(0)
+    clock.time += 1
+    assert spool.room(0)
+    spool.seek(2)
+    assert not spool.room(0)
+    acknowledge(spool)
+    assert spool.room(0)
+
+
+def test_a_file_that_has_grown_is_acknowledged_whole_before_a_script_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "SPOOL_ANEW", 1 << 20)
+    spool = agent.Spool(tmp_path / "log")
+    spool.write(b"x\n" * 20_000)
+    assert not spool.room(0)  # less than HELD_FROM
+    spool.seek(19_999)
+    assert not spool.room(0)
+    acknowledge(spool)
+    assert spool.room(0)
+
+
+def test_lines_that_a_full_disk_takes_half_of_spoil_none_that_follow(tmp_path):
+    spool = agent.Spool(tmp_path / "log")
+    spool.write(b"one\n")
+    whole = spool._writer
+
+    class Full:
+        def write(self, data):
+            return whole.write(data[: data.index(b"\n") + 9])
+
+        def __getattr__(self, name):
+            return getattr(whole, name)
+
+    spool._writer = Full()
+    spool.write(b"two\nthree\n")
+    spool._writer = whole
+    spool.write(b"four\n")
+    spool.close()
+    assert acknowledge(spool) == ["one", "four"]
+
+
+@pytest.mark.parametrize("first", [0.5, 8.0])
+def test_pauses_lie_in_a_window_that_doubles_up_to_a_limit(first):
+    backoff = agent.Backoff(first, chance=lambda: 1.0)
+    assert [backoff.next() for _ in range(6)] == [min(15.0, first * 2**number) for number in range(6)]
+    assert backoff.next(at_least=60) == 75  # more than all the others that were told so
     backoff.reset()
-    assert agent.Backoff(chance=lambda: 0.0).next() == 0.25 == backoff.next() / 2
+    assert backoff.next() == first
+    assert agent.Backoff(first, chance=lambda: 0.0).next() == 0.0
+
+
+@pytest.mark.parametrize("away", [0.1, 2.0, 8.0, 60.0])
+def test_ten_thousand_agents_that_lose_the_controller_at_once_come_back_spread(away):
+    """No second with more than the 2,000 that a controller takes, and nobody later than the longest pause."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance, returns = random.Random(seed), []
+    for _ in range(10_000):
+        backoff, now = agent.Backoff(agent.RETURN_FIRST, chance.random), 0.0
+        while (now := now + max(agent.IDLE_PAUSE, backoff.next())) < away:
+            pass
+        returns.append(now - away)
+    assert max(returns) <= agent.BACKOFF_LIMIT
+    assert max(sum(second <= moment < second + 1 for moment in returns) for second in range(16)) <= 2000
+    assert sorted(returns)[5000] < agent.RETURN_FIRST
 
 
 # Secrets in the output
@@ -587,10 +693,12 @@ def test_secrets_in_the_pieces_that_a_line_goes_up_in(tmp_path):
     assert b"hunt" not in (tmp_path / "log").read_bytes()
 
 
-def test_the_limit_of_the_output_cuts_no_secret_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(agent, "OUTPUT_LIMIT", 1 << 20)
+def test_the_limit_of_the_spool_cuts_no_secret_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "SPOOL_LIMIT", 1 << 20)
     spool = agent.Spool(tmp_path / "log", words=("hunter2000",))
-    spool.write(b"x" * ((1 << 20) - 9) + b"hunter2000")
+    for piece in (b"x" * (1 << 20), b"y hunter2", b"000 z"):
+        spool.write(piece)
+    assert spool._dropping
     spool.close()
     assert b"hunt" not in (tmp_path / "log").read_bytes() and b"***" in (tmp_path / "log").read_bytes()
 
@@ -1732,7 +1840,7 @@ class Lone:
 
     def __init__(self, host, url="http://127.0.0.1:1", **config):
         self.config = agent.Config(url, "h", host.machine.workdir, "file", **config)
-        self.agent = agent.Agent(self.config, host.machine, lambda: agent.Backoff(chance=lambda: 0.0))
+        self.agent = agent.Agent(self.config, host.machine, lambda first: agent.Backoff(first, chance=lambda: 0.0))
 
     def take(self, data):
         self.agent._take(data)
