@@ -534,6 +534,12 @@ def test_a_file_that_has_grown_and_is_acknowledged_is_begun_anew(tmp_path, monke
     second.seek(begun - 5)
     [bridge, first, *_] = messages(second.batch(1))
     assert bridge.startswith("[deploybot] 5 line(s) are missing here") and int(first) == begun
+    acknowledge(second)
+    monkeypatch.setattr(agent, "SPOOL_ANEW", 0)
+    second.write(b"again\n")
+    second.seek(second._first - 1)
+    [bridge, last] = messages(second.batch(1))
+    assert bridge.startswith("[deploybot] 1 line(s) are missing here") and last == "again"
 
 
 def test_a_script_is_held_back_while_the_controller_takes_lines_and_not_while_it_is_away(tmp_path):
@@ -1587,6 +1593,25 @@ def test_a_cancel_in_activate_goes_the_way_back(host):
     assert (result["status"], result["rolled_back_to"], host.read()) == ("cancelled", first, "one\n")
 
 
+def test_a_cancel_ends_a_script_that_is_held_back(host, monkeypatch):
+    monkeypatch.setattr(agent, "HELD_FROM", 1 << 20)
+    monkeypatch.setattr(agent, "HELD_FOR", 60.0)
+    stop, begun = agent.Stop(), time.monotonic()
+    logs = host.machine.workdir / ".agent/jobs"
+    held = stop_when(lambda: sum(path.stat().st_size for path in logs.glob("*.log")) >= agent.HELD_FROM, stop, "cancelled")
+    assert host.deploy(build="yes " + "x" * 999, stop=stop)["status"] == "cancelled"
+    held.join()
+    assert time.monotonic() - begun < 20
+
+
+def test_the_last_words_of_a_script_that_was_held_back_are_kept(host, monkeypatch):
+    monkeypatch.setattr(agent, "HELD_FROM", 10_000)
+    monkeypatch.setattr(agent, "HELD_FOR", 60.0)
+    stored = f"until [ $(cat {host.machine.workdir}/.agent/jobs/*.log | wc -c) -gt 10000 ]; do sleep 0.01; done"
+    assert host.deploy(build=f"seq 1000; {stored}; echo the last words")["status"] == "success"
+    assert host.output.endswith("\n1000\nthe last words")
+
+
 def test_what_a_successful_script_leaves_running_stays_and_holds_nobody_up(host, tmp_path, variables, monkeypatch):
     monkeypatch.setattr(agent, "DRAIN", 0.1)
     variables["PIDS"] = str(tmp_path / "pids")
@@ -1710,7 +1735,7 @@ def test_old_tracking_files_go(host, monkeypatch):
 
 
 class Scripted:
-    """Answers requests by a function of (path, body, token); keeps what was asked."""
+    """Answers requests by a function of (path, body, token), a status of None by cutting the connection; keeps what was asked."""
 
     def __init__(self, answer):
         asked = self.asked = []
@@ -1729,6 +1754,9 @@ class Scripted:
                 token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
                 asked.append((self.path, body, token))
                 status, answered, headers = answer(self.path, body, token)
+                if status is None:
+                    self.close_connection = True
+                    return
                 data = answered if isinstance(answered, bytes) else json.dumps(answered).encode()
                 kind = "application/json" if status < 300 else "application/problem+json"
                 self.send_response(status)
@@ -2115,6 +2143,140 @@ def test_a_gap_is_closed_from_the_spool(host, lone, scripted):
     assert lost and [line for line in stored if line.isdigit()] == ["1", "2", "3", "4"]
 
 
+def test_a_slow_controller_holds_the_script_back_and_loses_no_line(host, lone, scripted, monkeypatch):
+    """Each of its answers comes when the script is as far ahead as it may be."""
+    for name, size in (("HELD_FROM", 1 << 18), ("SPOOL_ANEW", 1 << 20), ("SPOOL_LIMIT", 1 << 21)):
+        monkeypatch.setattr(agent, name, size)
+    stored, ahead = [], []
+
+    def answer(path, body, token):
+        if path.endswith("result"):
+            return 200, {"job": {}}, {}
+        [run] = one.agent._holding()
+        until(lambda: run.ended.is_set() or not run.spool.room(0))
+        ahead.append(run.spool._end - run.spool._position)
+        assert body["offset"] == len(stored)
+        stored.extend(line["message"] for line in body["lines"])
+        return 200, {"next_offset": len(stored), "cancel": False}, {}
+
+    one = lone(scripted(answer).url)
+    one.agent._take(host.job(build="seq -f %0999.0f 1 6000"))
+    until(lambda: not one.agent._holding())
+    assert [int(line) for line in stored if line.isdigit()] == list(range(1, 6001))
+    assert max(ahead) < agent.HELD_FROM + 2 * agent.PIPE_BYTES
+
+
+class Pauses(threading.Event):
+    """In place of what wakes the heart: keeps how long it means to pause."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def wait(self, timeout=None):
+        self.asked.append(timeout)
+        return super().wait(timeout)
+
+
+def beats(server):
+    return [body for path, body, _ in server.asked if path.endswith("heartbeat")]
+
+
+def welcoming(heartbeat, elsewhere=(200, {}, {})):
+    """An answer of a controller that registers all; the rest as given, the heartbeat by its body."""
+
+    def answer(path, body, token):
+        if path.endswith("register"):
+            return 200, {"id": "a1", "session": "s"}, {}
+        return heartbeat(body) if path.endswith("heartbeat") else elsewhere
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "pause"),
+    [
+        ((None, {}, {}), 2.0),  # a controller that was killed cuts all parked calls in one moment
+        ((503, {"detail": "stopping"}, {"Retry-After": "3"}), 5.0),
+        ((404, {"detail": "unknown"}, {}), 2.0),
+        ((200, {"interval": 7.5}, {}), 7.5),
+    ],
+)
+def test_how_long_the_heart_pauses_before_it_comes_back(lone, scripted, answer, pause):
+    server = scripted(welcoming(lambda body: answer))
+    one = lone(server.url).agent
+    one._backoff = lambda first: agent.Backoff(first, chance=lambda: 0.25)
+    one._nudge = pauses = Pauses()
+    heart = threading.Thread(target=one._beat, daemon=True)
+    heart.start()
+    until(lambda: pauses.asked)
+    one._silent.set()
+    one._hurry()
+    heart.join(5)
+    assert pauses.asked == [pause] and len(beats(server)) == 1 and not heart.is_alive()
+
+
+def test_a_heart_that_is_interrupted_looks_again_at_once(lone, scripted):
+    """Whether that comes before or after it began its call: the controller was not lost."""
+    over, server = threading.Event(), scripted(welcoming(lambda body: (200, {"interval": 300 * over.wait(20)}, {})))
+    one = lone(server.url).agent
+    one._nudge = pauses = Pauses()
+    heart = threading.Thread(target=one._beat, daemon=True)
+    heart.start()
+    until(lambda: len(beats(server)) == 1)
+    one._heart.interrupt()
+    until(lambda: len(beats(server)) == 2)
+    over.set()
+    until(lambda: pauses.asked)
+    one._silent.set()
+    one._hurry()
+    heart.join(5)
+    assert pauses.asked == [300.0]
+
+
+def test_a_connection_that_was_hung_up_while_nothing_was_asked_is_not_used_again(scripted):
+    controller = agent.Controller(scripted(lambda *asked: (200, {}, {})).url, lambda: None)
+    for _ in range(20):
+        controller.call("POST", "/", {})
+        controller.interrupt(patience=0.01)
+        controller.resume()
+    controller.close()
+
+
+def test_a_signal_ends_a_pause_that_the_controller_asked_for(lone, scripted):
+    server = scripted(welcoming(lambda body: (200, {"interval": 300}, {})))
+    one, codes = lone(server.url).agent, []
+    one._nudge = pauses = Pauses()
+    main = threading.Thread(target=lambda: codes.append(one.run()), daemon=True)
+    main.start()
+    until(lambda: pauses.asked)
+    one.events.put("signal")
+    main.join(20)
+    assert codes == [agent.EXIT_DONE] and beats(server)[-1]["status"] == "offline"
+
+
+def test_a_job_that_ends_in_a_pause_is_reported_at_once_and_does_not_end_the_pause(host, lone, scripted, tmp_path):
+    go = tmp_path / "go"
+    data = host.job(build=f"until [ -e {go} ]; do sleep 0.02; done")
+
+    def heartbeat(body):
+        return 200, {"interval": 300} if body["running"] else {"job": data}, {}
+
+    server = scripted(welcoming(heartbeat))
+    one = lone(server.url).agent
+    one._nudge = pauses = Pauses()
+    heart = threading.Thread(target=one._beat, daemon=True)
+    heart.start()
+    until(lambda: 300.0 in pauses.asked)
+    go.touch()
+    until(lambda: not one._holding())
+    assert [path for path, *_ in server.asked if path.endswith("result")] and not pauses.is_set()
+    one._silent.set()
+    one._hurry()
+    heart.join(5)
+    assert len(beats(server)) == 2
+
+
 # What is tracked, and what is fenced off
 
 
@@ -2427,6 +2589,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import agent
 agent.Machine = functools.partial(agent.Machine, grace={GRACE})
 agent.BACKOFF_LIMIT = 0.5
+agent.HELD_FROM, agent.HELD_FOR = 1 << 20, 0.5
 sys.exit(agent.main())
 """
 
@@ -2615,7 +2778,7 @@ def test_nothing_runs_on_and_every_byte_is_stored_once(site, how):
 
 
 def test_the_script_goes_on_while_the_controller_is_away(site):
-    """More than 1 MiB waits on disk; answers that get lost on the way make no line come twice."""
+    """Held back at first, then more than 1 MiB waits on disk; answers that get lost on the way make no line come twice."""
     wait = 'echo begun\nuntil [ -e "$GO" ]; do sleep 0.02; done'
     script_app(site, {"run": f'#!/bin/sh\n{wait}\nseq -f %030.0f 1 20000\ntouch "$GO.done"\n'})
     site.variables["GO"] = str(site.tmp_path / "go")
