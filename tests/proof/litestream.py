@@ -410,11 +410,11 @@ def verify_next(stored: Stored, now: dict[str, dict[str, Any]], ledger: Ledger) 
             ledger.count(f"jobs that ran: {job['reason'] or job['status']}")
 
 
-def one_machine(proof: Proof, load: Load, machine: Machine, seconds: float) -> None:
-    """Load for so long and until Litestream checkpointed."""
+def under_load(load: Load, machine: Machine, seconds: float) -> None:
+    """Until Litestream checkpointed, and for so long: else the end would always come just after its work."""
+    wait_for(lambda: load.failures or len(machine.sequences) > 2, 60, "checkpoints of Litestream")
     begun = time.monotonic()
     wait_for(lambda: load.failures or time.monotonic() - begun > seconds, seconds + 5, "load")
-    wait_for(lambda: load.failures or len(machine.sequences) > 2, 60, "checkpoints of Litestream")
     load.watch()
 
 
@@ -449,7 +449,7 @@ def prove(proof: Proof) -> None:
     load, widest = Load(machine.controller.port, proof.seed), 0
     windows: dict[str, list[tuple[float, dict[str, int]]]] = {}
     for number, (version, how) in enumerate(rounds, 1):
-        one_machine(proof, load, machine, chance.uniform(2.0, 5.0))
+        under_load(load, machine, chance.uniform(0.0, 3.0))
         moment = machine.lose() if how == "lost" else machine.stop()
         last = number == len(rounds)
         successor = Machine(proof, number, found[rounds[0 if last else number][0]], machine.controller.port)
