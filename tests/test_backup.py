@@ -811,6 +811,32 @@ def test_an_old_sqlite_is_told(doctor, monkeypatch):
         Store(doctor.folder / "new.db")
 
 
+@pytest.mark.parametrize("version, mended", [
+    ("3.40.1", False), ("3.44.5", False), ("3.44.6", True), ("3.45.0", False), ("3.50.6", False), ("3.50.7", True), ("3.51.0", False),
+    ("3.51.2", False), ("3.51.3", True), ("3.53.0", True),
+])  # fmt: skip
+def test_doctor_knows_the_sqlites_with_which_two_may_not_checkpoint(doctor, monkeypatch, version, mended):
+    monkeypatch.setattr(deploybot, "SQLITE", version)
+    assert doctor.says()[1]["warn"] == [], "the controller alone writes and checkpoints"
+    doctor.flags = ["--replicated"]
+    if mended:
+        assert doctor.says()[1]["warn"] == []
+    else:
+        doctor.complains("warn", f"SQLite {version}", "WAL-reset bug")
+
+
+def test_doctor_sees_a_wal_that_litestream_does_not_write_back(doctor, monkeypatch):
+    monkeypatch.setattr(deploybot, "SQLITE", "3.53.0")
+    monkeypatch.setattr(deploybot, "examine", lambda path: (len(MIGRATIONS), 0, 0))  # SQLite would make a real WAL of it
+    wal = pathlib.Path(f"{doctor.db}-wal")
+    with open(wal, "wb") as file:
+        file.truncate(2**30)
+    wal.chmod(0o600)
+    assert doctor.says()[1]["warn"] == [], "where nobody replicates, it is written back by the next commit"
+    doctor.flags = ["--replicated"]
+    doctor.complains("warn", "1024 MiB", "systemctl status litestream")
+
+
 def test_doctor_counts_the_free_disk(doctor, monkeypatch):
     real = os.statvfs(doctor.folder)
     free = [257 * 2**20, 255 * 2**20]
