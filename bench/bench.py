@@ -18,8 +18,12 @@ import tempfile
 import traceback
 from collections.abc import Callable
 
+import agent_work
 import figures
+import fleet_work
 import http_work
+import page_work
+import size_work
 from machine import ROOT, Wrong, end_all, raise_descriptor_limit
 from setting import SHORT, Scale, Setting
 
@@ -29,6 +33,18 @@ MEASUREMENTS: dict[str, Callable[[Setting], None]] = {
     "creates": http_work.creates,
     "pushes": http_work.pushes,
     "logs": http_work.log_uploads,
+    "starts": size_work.starts,
+    "fleets": fleet_work.fleets,
+    "streams": fleet_work.streams,
+    "claims": fleet_work.claims_under_load,
+    "restarts": fleet_work.restarts,
+    "retention": fleet_work.retention,
+    "pages": page_work.pages,
+    "beyond": page_work.beyond,
+    "long_log": size_work.long_log,
+    "disk": size_work.disk,
+    "output": agent_work.output,
+    "growth": size_work.growth,
 }
 
 
@@ -79,9 +95,9 @@ def main() -> int:
     scale = SHORT if options.short else Scale(max(1, options.seconds))
     descriptors = raise_descriptor_limit()
     folder = pathlib.Path(tempfile.mkdtemp(prefix=".bench-", dir=options.folder)).resolve()
-    setting = Setting(options.controller.resolve(), options.agent.resolve(), folder, scale, not options.short)
+    setting = Setting(options.controller.resolve(), options.agent.resolve(), folder, scale, not options.short, descriptors)
     try:
-        machine = {**setting.machine(), "descriptors": descriptors}
+        machine = setting.machine()
         setting.say(", ".join(f"{name} {value}" for name, value in machine.items()))
         measure(setting, options.only)
     finally:

@@ -50,7 +50,7 @@ class Connection:
         self.socket.setblocking(False)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         code = self.socket.connect_ex((LOCALHOST, loop.port))
-        self._is_connected = code == 0
+        self.was_connected = code == 0
         loop.add(self)
         if code not in (0, errno.EINPROGRESS):
             loop.after(0.0, self.close_as_lost)
@@ -61,7 +61,7 @@ class Connection:
         self._flush()
 
     def _flush(self) -> None:
-        if self._is_connected and self._unsent:
+        if self.was_connected and self._unsent:
             try:
                 self._unsent = self._unsent[self.socket.send(self._unsent) :]
             except BlockingIOError:
@@ -69,11 +69,16 @@ class Connection:
             except OSError:
                 self.loop.after(0.0, self.close_as_lost)
                 return
-        self.loop.wants(self, bool(self._unsent) or not self._is_connected)
+        self.loop.wants(self, bool(self._unsent) or not self.was_connected)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Its request is on its way, whole."""
+        return self.is_busy and self.was_connected and not self._unsent
 
     def ready(self, events: int) -> None:
-        if events & select.EPOLLOUT:
-            self._is_connected = True
+        if events & select.EPOLLOUT and not events & (select.EPOLLERR | select.EPOLLHUP):
+            self.was_connected = True
             self._flush()
         if events & ~select.EPOLLOUT:
             self._receive()
@@ -151,6 +156,10 @@ class Loop:
         if self._masks.get(fd, mask) != mask:
             self._masks[fd] = mask
             self._epoll.modify(fd, mask)
+
+    def count(self) -> int:
+        """Connections that are open."""
+        return len(self._connections)
 
     def has(self, connection: Connection) -> bool:
         return self._connections.get(connection.socket.fileno()) is connection
@@ -292,9 +301,11 @@ def paced(pipe: Any, port: int, requests: list[bytes], connections: int, rate: f
     return {**tally.told(now() - begun), "sent": sent, "unsent": len(due)}
 
 
-def uploads(pipe: Any, port: int, jobs: list[tuple[str, str, int]], lines: int, size: int, seconds: float) -> dict[str, Any]:
-    """Log lines of running jobs, a connection each, as fast as they are taken. `jobs`: (id, token, attempt); `lines` a call, of
-    `size` bytes each."""
+def uploads(
+    pipe: Any, port: int, jobs: list[tuple[str, str, int]], lines: int, size: int, seconds: float, most: float = float("inf")
+) -> dict[str, Any]:
+    """Log lines of running jobs, a connection each, as fast as they are taken, at most `most` of each. `jobs`: (id, token, attempt);
+    `lines` a call, of `size` bytes each."""
     loop, tally = Loop(port), Tally()
     stamp = "2026-11-22T10:00:00.000Z"
     text = ",".join(f'{{"message": "{i:06d} {"x" * (size - 7)}", "level": "info", "timestamp": "{stamp}"}}' for i in range(lines))
@@ -315,7 +326,7 @@ def uploads(pipe: Any, port: int, jobs: list[tuple[str, str, int]], lines: int, 
         tally.add(answer)
         if answer.status == 200:
             stored[connection.tag[0]] += lines
-        if now() < deadline:
+        if now() < deadline and stored[connection.tag[0]] < most:
             send(connection)
         elif not any(other.is_busy for other in everyone):
             loop.stop()

@@ -60,8 +60,12 @@ def heartbeat(number: int, wait: int = 0, running: Iterable[tuple[str, int]] = (
 
 
 def apps_file(folder: pathlib.Path, hosts: int) -> pathlib.Path:
-    """An apps.yaml (as JSON): one app on all hosts, and PUSHED ones on two each."""
-    apps: list[dict[str, Any]] = [{"name": APP, "repo": REPO, "hosts": [host_name(number) for number in range(hosts)]}]
+    """An apps.yaml (as JSON): apps on 100 hosts each, until all hosts have one, and PUSHED ones on two each."""
+    apps: list[dict[str, Any]] = []
+    for first in range(0, hosts, 100):
+        some = [host_name(number) for number in range(first, min(first + 100, hosts))]
+        more = f"-{first // 100}" if first else ""
+        apps.append({"name": APP + more, "repo": REPO + more, "hosts": some})
     for number in range(PUSHED):
         pair = [host_name(2 * number), host_name(2 * number + 1)]
         apps.append({"name": f"pushed-{number}", "repo": f"myorg/pushed-{number}", "hosts": pair, "deploy_on_push": True})

@@ -1,5 +1,5 @@
--- Sends the requests of a file one after another, over and over: `wrk -s load.lua URL -- FILE`.
--- The file holds each request behind a line with its length, so that wrk has nothing to compute.
+-- Sends the requests of a file one after another, over and over: `wrk -s load.lua URL -- FILE [PAUSE]`.
+-- PAUSE: milliseconds, on average, that a connection waits before each request. The file holds each request behind a line with its length, so that wrk has nothing to compute.
 local requests, at = {}, 0
 
 function init(args)
@@ -10,6 +10,10 @@ function init(args)
         requests[#requests + 1] = file:read(tonumber(length))
     end
     file:close()
+    local pause = tonumber(args[2] or 0)
+    if pause > 0 then
+        function delay() return pause * (0.5 + math.random()) end
+    end
 end
 
 function request()

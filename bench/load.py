@@ -9,9 +9,9 @@ import pathlib
 import re
 import shutil
 import subprocess
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from clients import closed_loop
+from clients import closed_loop, paced
 from machine import HERE, Wrong, in_process
 
 UNITS = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}
@@ -60,30 +60,43 @@ def has_wrk() -> bool:
     return shutil.which("wrk") is not None
 
 
-def by_wrk(port: int, requests: list[bytes], connections: int, seconds: int, folder: pathlib.Path) -> Load:
+def by_wrk(port: int, requests: list[bytes], connections: int, seconds: int, folder: pathlib.Path, pause: int = 0) -> Load:
+    """`pause`: milliseconds on average that a connection waits before each request."""
     file = folder / "requests"
     with open(file, "wb") as out:
         for request in requests:
             out.write(b"%d\n" % len(request) + request)
     argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", "-s", str(HERE / "load.lua")]
-    done = subprocess.run(
-        [*argv, f"http://127.0.0.1:{port}/", "--", str(file)], check=False, capture_output=True, text=True, timeout=120
-    )
+    argv += [f"http://127.0.0.1:{port}/", "--", str(file), str(pause)]
+    done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise Wrong(f"wrk: {done.stdout}{done.stderr}")
     return parse_wrk(done.stdout)
 
 
-def by_ourselves(port: int, requests: list[bytes], connections: int, seconds: int) -> Load:
-    seen = in_process(closed_loop, port, requests, connections, seconds).result()
+def as_load(seen: dict[str, Any]) -> Load:
+    """What a client of ours saw."""
     refused = sum(count for status, count in seen["statuses"].items() if status >= 400)
-    return Load(seen["rate"], seen["requests"] + refused, seen["p50_ms"], seen["p99_ms"], refused, seen["lost"])
+    good = seen["requests"]
+    rate = seen["rate"] * (good + refused) / max(good, 1)
+    return Load(rate, good + refused, seen["p50_ms"], seen["p99_ms"], refused, seen["lost"])
 
 
-def drive(port: int, requests: list[bytes], connections: int, seconds: int, folder: pathlib.Path, allow: bool = False) -> Load:
-    """So many kept connections, each with one request at a time. Raises Wrong for answers other than 2xx, unless they are allowed,
-    and where `requests` began anew and must not have (`allow` aside, the caller sees that from `requests`)."""
-    load = by_wrk(port, requests, connections, seconds, folder) if has_wrk() else by_ourselves(port, requests, connections, seconds)
-    if (load.refused or load.failed) and not allow:
+def drive(port: int, requests: list[bytes], connections: int, seconds: int, folder: pathlib.Path) -> Load:
+    """So many kept connections, each with one request at a time. Raises Wrong for answers other than 2xx and 3xx. After the last
+    request the first one comes again: who must not send one twice looks at how many were sent."""
+    if has_wrk():
+        load = by_wrk(port, requests, connections, seconds, folder)
+    else:
+        load = as_load(in_process(closed_loop, port, requests, connections, seconds).result())
+    if load.refused or load.failed:
         raise Wrong(f"of {load.requests} requests {load.refused} were refused and {load.failed} failed")
     return load
+
+
+def flood(port: int, requests: list[bytes], connections: int, rate: float, seconds: int, folder: pathlib.Path) -> Load:
+    """So many requests a second, as far as the machine can send them, over very many connections; answers of any status. A
+    connection whose answer takes longer than its share of the time sends less."""
+    if has_wrk():
+        return by_wrk(port, requests, connections, seconds, folder, max(1, round(connections / rate * 1000)))
+    return as_load(in_process(paced, port, requests, connections, rate, seconds).result())

@@ -172,6 +172,10 @@ class Controller:
         self.port = free_port()
         self._process: Process | None = None
 
+    def run_by(self, *argv: Any) -> None:
+        """Another program runs it, which takes its path and arguments behind these."""
+        self._start = [*argv, self._cwd / f"{self._start[-1]}.py"]
+
     def begin(self) -> float:
         """Starts it and does not wait; the time (monotonic)."""
         argv = [*self._start, "--host", LOCALHOST, "--port", self.port, "--db", self.db, "--apps", self._apps, *self._flags]
@@ -257,7 +261,11 @@ class Task:
         return value
 
     def send(self, message: Any) -> None:
-        self.pipe.send(message)
+        """Raises Wrong with what ended it, where it has ended."""
+        try:
+            self.pipe.send(message)
+        except OSError:
+            self.receive("still there")
 
     def result(self, seconds: float = 300.0) -> Any:
         try:

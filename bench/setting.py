@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from database import Databases, Size, apps_file, heartbeat
 from figures import Row
-from load import Load, drive, has_wrk
+from load import Load, drive, flood, has_wrk
 from machine import Controller, bare_server
 
 
@@ -43,9 +43,11 @@ SHORT = Scale(1, 60, 400, 2000, (10, 30), 30, 10, 5000, 2, 2000, 500)
 class Setting:
     """One run of the benchmark."""
 
-    def __init__(self, program: pathlib.Path, agent: pathlib.Path, folder: pathlib.Path, scale: Scale, judged: bool):
+    def __init__(
+        self, program: pathlib.Path, agent: pathlib.Path, folder: pathlib.Path, scale: Scale, judged: bool, descriptors: int
+    ):
         self.program, self.agent, self.folder, self.scale, self.judged = program, agent, folder, scale, judged
-        self.seconds = scale.seconds
+        self.seconds, self.descriptors = scale.seconds, descriptors
         self.databases = Databases(program, folder)
         self.rows: list[Row] = []
         self.series: dict[str, Any] = {}
@@ -84,8 +86,12 @@ class Setting:
         logged = min(10_000, scale.ended)
         return Size(scale.hosts, scale.pending, scale.ended, logged)._replace(**more)
 
-    def drive(self, port: int, requests: list[bytes], connections: int, allow: bool = False) -> Load:
-        return drive(port, requests, connections, self.seconds, self.folder, allow)
+    def drive(self, port: int, requests: list[bytes], connections: int) -> Load:
+        return drive(port, requests, connections, self.seconds, self.folder)
+
+    def flood(self, port: int, requests: list[bytes], connections: int, rate: float) -> Load:
+        """As drive(), at that many requests a second, of which some may be refused."""
+        return flood(port, requests, connections, rate, self.seconds, self.folder)
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[int]:
@@ -117,6 +123,7 @@ class Setting:
             "sqlite": sqlite3.sqlite_version,
             "cores": len(os.sched_getaffinity(0)),
             "load_generator": "wrk" if has_wrk() else "a client of ours",
+            "descriptors": self.descriptors,
             "folder": str(self.folder),
             "bare_requests_per_s": bare,
             "sqlite_commits_per_s": self.commits(),

@@ -1,0 +1,193 @@
+"""Measurements of many agents and many readers at once.
+
+Owns: the rows of the table about latency, memory and what happens under load. Ignores: single calls and large logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+from agents import claims, fleet, person, readers
+from clients import paced, uploads
+from database import FREE_HOSTS, Size, count, heartbeat
+from http_work import running_jobs
+from machine import LOCALHOST, MIB, Controller, Task, cpu_seconds, in_process, memory, unread, wait_for
+from setting import Setting
+
+PARK_LIMIT = 120.0  # seconds until a fleet must be parked
+# By how many agents are parked: milliseconds from create to agent (p50, p99), MiB in all.
+FLEET_TARGETS: dict[int, tuple[float | None, float | None, float | None]] = {1000: (2.5, 10.0, None), 10_000: (None, 25.0, 350.0)}
+BEATS = 400  # a second: those of 10,000 agents that each park for 25 s
+
+
+def is_all_parked(controller: Controller, task: Task, hosts: int) -> bool:
+    """Each has sent its heartbeat, and the controller has read all there is."""
+    task.send(("state", None))
+    if task.receive("state") < hosts:
+        return False
+    connected, waiting = unread(controller.port)
+    return connected >= hosts and waiting == 0
+
+
+@contextlib.contextmanager
+def parked(setting: Setting, controller: Controller, hosts: int, first: int = 0) -> Iterator[Task]:
+    """A fleet of so many agents that wait for a job."""
+    task = in_process(fleet, controller.port, setting.agent, first, hosts)
+    try:
+        wait_for(lambda: is_all_parked(controller, task, hosts), PARK_LIMIT, f"{hosts} parked agents", 0.2)
+        yield task
+        task.send(("end", None))
+        seen = task.result()
+        bad = {status: times for status, times in seen["statuses"].items() if status not in (200, 503)}
+        setting.check(not bad, f"heartbeats of parked agents were answered {bad}")
+    finally:
+        task.end()
+
+
+def reachable(setting: Setting, hosts: int) -> int:
+    """As many as descriptors allow: one each in the controller, and one here."""
+    return min(hosts, setting.descriptors - 200)
+
+
+def fleets(setting: Setting) -> None:
+    """From a create to the agent's socket, by how many agents are parked; and what they cost in memory."""
+    resident = []
+    for hosts in setting.scale.fleets:
+        hosts = reachable(setting, hosts)
+        with setting.controller(Size(hosts)) as controller, parked(setting, controller, hosts) as task:
+            rss = memory(controller.pid)[0] / MIB
+            resident.append([hosts, rss])
+            task.send(("creates", setting.scale.creates))
+            seen = task.receive("creates")
+            peak = memory(controller.pid)[1] / MIB
+        p50, p99, most = FLEET_TARGETS.get(hosts, (None, None, None))
+        work = f"create to agent, {hosts:,} parked agents"
+        setting.row(f"fleet_{hosts}_p50", f"{work}, p50", seen["p50_ms"], "ms", at_most=p50, detail=seen)
+        setting.row(f"fleet_{hosts}_p99", f"{work}, p99", seen["p99_ms"], "ms", at_most=p99)
+        more = {"resident_parked_mib": rss}
+        setting.row(f"fleet_{hosts}_memory", f"resident at most, {hosts:,} parked agents", peak, "MiB", at_most=most, detail=more)
+    setting.series["memory_by_agents"] = resident
+
+
+def streams(setting: Setting) -> None:
+    """Every line at every reader, and what that costs."""
+    rate, hosts, count_of = 500, 10, setting.scale.readers
+    seconds = max(2, 2 * setting.seconds)
+    with setting.controller(Size(FREE_HOSTS)) as controller, contextlib.closing(controller.client()) as client:
+        jobs = running_jobs(client, hosts)
+        task = in_process(readers, controller.port, count_of, jobs, rate, seconds)
+        task.receive("streaming")
+        begun, before = time.monotonic(), cpu_seconds(controller.pid)
+        seen = task.result()
+        took, spent = time.monotonic() - begun, cpu_seconds(controller.pid) - before
+    expected = seen["lines"] * count_of
+    right = seen["arrived"] == expected and not seen["mistakes"]
+    setting.check(right, f"{count_of} readers: {seen['arrived']} of {expected} lines arrived, {seen['mistakes']} out of order")
+    work = f"{count_of} readers of the stream, {rate} lines/s"
+    setting.row("streams_p99", f"{work}: upload to reader, p99", seen["p99_ms"], "ms", at_most=150.0, detail=seen)
+    setting.row("streams_cpu", f"{work}: CPU of the controller", spent / took, "cores", at_most=1.0)
+
+
+def claims_under_load(setting: Setting) -> None:
+    """Heartbeats, and heartbeats that take a job, while 16 agents upload as fast as they can."""
+    seconds = max(2, 2 * setting.seconds)
+    with (
+        setting.controller(Size(3 * FREE_HOSTS), "--log-limit", "100GiB") as controller,
+        contextlib.closing(controller.client()) as client,
+    ):
+        jobs = running_jobs(client, FREE_HOSTS)
+        beats = [heartbeat(number) for number in range(FREE_HOSTS, 2 * FREE_HOSTS)]
+        loading = in_process(uploads, controller.port, jobs, 100, 80, seconds)
+        claiming = in_process(claims, controller.port, list(range(2 * FREE_HOSTS, 2 * FREE_HOSTS + 8)), seconds)
+        beating = in_process(paced, controller.port, beats, FREE_HOSTS, BEATS / 4, seconds)
+        beaten, claimed, loaded = beating.result(), claiming.result(), loading.result()
+    setting.check(beaten["statuses"].keys() <= {200}, f"heartbeats were answered {beaten['statuses']}")
+    work = "while 16 agents upload as fast as they can"
+    more = {"lines_per_s": loaded["lines_per_s"], "claims_per_s": claimed["rate"], "p50_ms": claimed["p50_ms"]}
+    setting.row("claims_p99", f"heartbeat that takes a job, {work}, p99", claimed["p99_ms"], "ms", at_most=50.0, detail=more)
+    setting.row("claims_beat_p99", f"heartbeat, {work}, p99", beaten["p99_ms"], "ms", at_most=50.0, detail=beaten)
+
+
+# -- after a restart -----------------------------------------------------------------------------------------------------
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex((LOCALHOST, port)) == 0
+
+
+def restarts(setting: Setting) -> None:
+    """All agents come back to a controller that was stopped, or killed, while a person goes on asking."""
+    hosts = reachable(setting, setting.scale.fleets[-1])
+    size = Size(hosts)
+    with setting.controller(size) as controller, parked(setting, controller, hosts) as task:
+        for word, number in (("stop", signal.SIGTERM), ("kill", signal.SIGKILL)):
+            back, seen = restart(setting, controller, task, hosts, number)
+            work = f"{hosts:,} agents after a {word} and a start"
+            setting.row(f"restart_{word}", f"{work}: all are back", back, "s", at_most=30.0)
+            slowest = seen["max_ms"] / 1000
+            setting.row(f"restart_{word}_person", f"{work}: slowest answer to a person", slowest, "s", at_most=1.0, detail=seen)
+
+
+def restart(setting: Setting, controller: Controller, task: Task, hosts: int, number: int) -> tuple[float, dict[str, object]]:
+    """(seconds from listening until all are parked again, what a person saw)."""
+    controller.process.signal(number)
+    controller.process.wait(60.0)
+    asking = in_process(person, controller.port, 0.1)
+    controller.begin()
+    wait_for(lambda: listens(controller.port), PARK_LIMIT, "a controller that listens", 0.005)
+    begun = time.monotonic()
+    wait_for(lambda: is_all_parked(controller, task, hosts), PARK_LIMIT, f"{hosts} agents that are back", 0.25)
+    back = time.monotonic() - begun
+    asking.send("end")
+    seen = asking.result()
+    bad = {status: times for status, times in seen["statuses"].items() if status not in (200, 201)}
+    setting.check(not bad and not seen["lost"], f"a person was answered {bad} after a restart, {seen['lost']} calls were lost")
+    return back, seen
+
+
+# -- retention -----------------------------------------------------------------------------------------------------------
+
+
+def retention(setting: Setting) -> None:
+    """Old jobs and their events go by themselves, in slices, while heartbeats are answered."""
+    jobs = setting.scale.old_rows // 5  # a job, its three changes and its log
+    hosts = min(1000, setting.scale.hosts)
+    size = Size(hosts, ended=jobs, logged=jobs, days=30, age=100)
+    seconds = max(5, 5 * setting.seconds)
+    path = setting.databases.fresh(size)
+    left = "(SELECT count(*) FROM jobs) + (SELECT count(*) FROM events)"
+    rows = count(path, left)
+    setting.databases.remove(path)
+    beats = [heartbeat(number) for number in range(FREE_HOSTS)]
+    with setting.controller(size) as controller:
+        begun = time.monotonic()
+        beating = in_process(paced, controller.port, beats, FREE_HOSTS, BEATS, seconds)
+        largest, steps = watch_slices(controller, begun + seconds)
+        beaten = beating.result()
+        took, removed = time.monotonic() - begun, rows - count(controller.db, left)
+    setting.check(beaten["statuses"].keys() <= {200}, f"heartbeats were answered {beaten['statuses']}")
+    setting.check(removed > 0, "retention removed nothing")
+    more = {"rows": rows, "removed": removed, "largest_step_positions": largest, "steps": steps, "seconds": took, "beats": beaten}
+    work = f"retention of {rows:,} old rows"
+    setting.row("retention_p99", f"{work}: heartbeat p99 meanwhile", beaten["p99_ms"], "ms", at_most=50.0, detail=more)
+    setting.row("retention_rate", f"{work}: removed", removed / took, "rows/s")
+    setting.row("retention_slices", f"{work}: steps seen", steps, "steps", failed="" if steps > 1 else "not in slices")
+
+
+def watch_slices(controller: Controller, until: float) -> tuple[int, int]:
+    """(the largest, how many) of the steps in which the oldest position moved on, as far as a look each 5 ms sees them."""
+    largest = steps = 0
+    last = count(controller.db, "min(position) FROM events")
+    while time.monotonic() < until:
+        first = count(controller.db, "min(position) FROM events")
+        if first == 0:
+            break
+        if first != last:
+            largest, steps, last = max(largest, first - last), steps + 1, first
+        time.sleep(0.005)
+    return largest, steps
