@@ -70,7 +70,7 @@ def deployed(setting: Setting, controller: Controller, client: Client, folder: p
     """The job is done; seconds from the script's start to the end of the job at the controller, bytes of the agent's memory before
     and at most, and of its spool at most."""
     work = folder / "work"
-    env = environment(token=TOKEN)
+    env = environment(agent_token=TOKEN)
     argv = [sys.executable, setting.agent, "--url", f"http://{LOCALHOST}:{controller.port}", "--hostname", HOST, "--workdir", work]
     agent = Process([*argv, "--git-protocols", "file"], folder / "agent.log", folder, env)
     wait_for(lambda: any(host["agent_id"] for host in client.ok("GET", "/v1/hosts")["hosts"]), 30.0, "an agent that has registered")

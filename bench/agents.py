@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clients import Answer, Connection, Loop, Tally, now, quantile
-from database import APP, REPO, agent_id, heartbeat, host_name, secret_of, session_of
+from database import APP, REPO, heartbeat, host_name, secret_of
 from machine import TOKEN, Wrong, http_request
 
 WAIT = 25  # seconds that a heartbeat parks
@@ -233,8 +233,8 @@ def expect(answer: Answer, status: int) -> None:
         raise Wrong(f"answered {answer.status}: {answer.body.decode()}")
 
 
-def person(pipe: Any, port: int, every: float) -> dict[str, Any]:
-    """Asks for the jobs, or for a new one, over a connection of its own each time, until it is told to end. While nobody listens
+def person(pipe: Any, port: int, every: float, host: int) -> dict[str, Any]:
+    """Asks for the jobs, or for a new one on that host, over a connection of its own each time, until it is told to end. While nobody listens
     it tries again; how long an answer took counts from the connecting."""
     loop, tally = Loop(port), Tally()
     asked = 0
@@ -261,7 +261,7 @@ def person(pipe: Any, port: int, every: float) -> dict[str, Any]:
         asked += 1
         connection = loop.connect(answered, lost)
         connection.tag = now()
-        connection.send(http_request("GET", "/v1/jobs", TOKEN) if asked % 2 else create(asked, 0, "person"))
+        connection.send(http_request("GET", "/v1/jobs", TOKEN) if asked % 2 else create(asked, host, "person"))
         loop.after(every, ask)
 
     def told() -> None:

@@ -48,16 +48,15 @@ def parked(setting: Setting, controller: Controller, hosts: int, first: int = 0)
         task.end()
 
 
-def reachable(setting: Setting, hosts: int) -> int:
-    """As many as descriptors allow: one each in the controller, and one here."""
-    return min(hosts, setting.descriptors - 200)
+def reachable(setting: Setting) -> list[int]:
+    """Sizes of fleets, as far as descriptors allow: an agent takes one in the controller, and one here."""
+    return [min(hosts, setting.descriptors - 200) for hosts in setting.scale.fleets]
 
 
 def fleets(setting: Setting) -> None:
     """From a create to the agent's socket, by how many agents are parked; and what they cost in memory."""
     resident = []
-    for hosts in setting.scale.fleets:
-        hosts = reachable(setting, hosts)
+    for hosts in reachable(setting):
         with setting.controller(Size(hosts)) as controller, parked(setting, controller, hosts) as task:
             rss = memory(controller.pid)[0] / MIB
             resident.append([hosts, rss])
@@ -122,9 +121,8 @@ def listens(port: int) -> bool:
 
 def restarts(setting: Setting) -> None:
     """All agents come back to a controller that was stopped, or killed, while a person goes on asking."""
-    hosts = reachable(setting, setting.scale.fleets[-1])
-    size = Size(hosts)
-    with setting.controller(size) as controller, parked(setting, controller, hosts) as task:
+    hosts = reachable(setting)[-1]
+    with setting.controller(Size(hosts + 1)) as controller, parked(setting, controller, hosts) as task:
         for word, number in (("stop", signal.SIGTERM), ("kill", signal.SIGKILL)):
             back, seen = restart(setting, controller, task, hosts, number)
             work = f"{hosts:,} agents after a {word} and a start"
@@ -137,7 +135,7 @@ def restart(setting: Setting, controller: Controller, task: Task, hosts: int, nu
     """(seconds from listening until all are parked again, what a person saw)."""
     controller.process.signal(number)
     controller.process.wait(60.0)
-    asking = in_process(person, controller.port, 0.1)
+    asking = in_process(person, controller.port, 0.1, hosts)
     controller.begin()
     wait_for(lambda: listens(controller.port), PARK_LIMIT, "a controller that listens", 0.005)
     begun = time.monotonic()

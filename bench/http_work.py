@@ -56,13 +56,13 @@ def read_of(setting: Setting, controller: Controller, jobs: list[str], name: str
     )
 
 
-def job_asked(number: int, hosts: int = FLEET.hosts, run: str = "a") -> dict[str, Any]:
-    """The body of a create; each number is another job."""
-    return {"repo": REPO, "ref": f"v-{run}-{number:08d}", "host": host_name(number % hosts), "app": APP}
+def job_asked(number: int, run: str = "a", first: int = 0) -> dict[str, Any]:
+    """The body of a create; each number is another job, for one of FLEET.hosts hosts from that one on."""
+    return {"repo": REPO, "ref": f"v-{run}-{number:08d}", "host": host_name(first + number % FLEET.hosts), "app": APP}
 
 
-def creates_of(how_many: int, run: str) -> list[bytes]:
-    asked = (json.dumps(job_asked(number, run=run)).encode() for number in range(how_many))
+def creates_of(how_many: int, run: str, first: int = 0) -> list[bytes]:
+    asked = (json.dumps(job_asked(number, run, first)).encode() for number in range(how_many))
     return [http_request("POST", "/v1/jobs", TOKEN, body) for body in asked]
 
 

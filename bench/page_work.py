@@ -117,7 +117,7 @@ def overload(
 ) -> Load:
     """The load, and beside it a probe of the same calls and a person, who see how long an answer takes."""
     probing = in_process(paced, controller.port, probes, 16, 20.0, setting.seconds)
-    asking = in_process(person, controller.port, 0.1)
+    asking = in_process(person, controller.port, 0.1, 0)
     load = setting.flood(controller.port, requests, CROWD if setting.judged else 64, 2 * capacity)
     probed = probing.result()
     asking.send("end")

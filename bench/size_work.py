@@ -149,31 +149,30 @@ def disk(setting: Setting) -> None:
 
 
 def rates(setting: Setting, controller: Controller, first: int = 0) -> tuple[float, float]:
-    """Heartbeats and creates a second."""
-    beats = [heartbeat(number) for number in range(first, first + FREE_HOSTS)]
+    """Heartbeats and creates a second; the jobs are for hosts from that one on."""
+    beats = [heartbeat(number) for number in range(FREE_HOSTS)]
     beaten = setting.drive(controller.port, beats, FREE_HOSTS).rate
-    requests = creates_of(int(setting.seconds * setting.commits() * 4) + 1000, "growth")
+    requests = creates_of(int(setting.seconds * setting.commits() * 4) + 1000, "growth", first)
     return beaten, setting.drive(controller.port, requests, FREE_HOSTS).rate
 
 
 def growth(setting: Setting) -> None:
     """How rates change with what there is: the series of the plots."""
     scale = setting.scale
-    pending = [scale.pending // 100, scale.pending // 10, scale.pending]
-    for name, sizes in (
-        ("pending", [FLEET._replace(hosts=scale.hosts, pending=number) for number in pending]),
-        ("ended", [FLEET._replace(hosts=scale.hosts, ended=number) for number in (0, scale.ended // 10, scale.ended)]),
-    ):
+    plain = Size(max(scale.hosts, FLEET.hosts))
+    pending = [plain._replace(pending=number) for number in (scale.pending // 100, scale.pending // 10, scale.pending)]
+    ended = [plain._replace(ended=number) for number in (0, scale.ended // 10, scale.ended)]
+    for name, sizes in (("pending", pending), ("ended", ended)):
         points = []
         for size in sizes:
             with setting.controller(size) as controller:
                 points.append((getattr(size, name), *rates(setting, controller)))
         keep(setting, name, points)
     points = []
-    for hosts in scale.fleets:
-        hosts = reachable(setting, hosts)
-        with setting.controller(Size(FREE_HOSTS + hosts)) as controller, parked(setting, controller, hosts, FREE_HOSTS):
-            points.append((hosts, *rates(setting, controller)))
+    for hosts in reachable(setting):
+        first = FREE_HOSTS + hosts
+        with setting.controller(Size(first + FLEET.hosts)) as controller, parked(setting, controller, hosts, FREE_HOSTS):
+            points.append((hosts, *rates(setting, controller, first)))
     keep(setting, "agents", points)
     lines_by_call(setting)
 
