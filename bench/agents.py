@@ -342,9 +342,10 @@ def readers(pipe: Any, port: int, count: int, jobs: list[tuple[str, str, int]], 
     per_call, every = 10, 10 * len(jobs) / rate
 
     def began() -> None:
-        nonlocal begun_readers
+        nonlocal begun_readers, deadline
         begun_readers += 1
         if begun_readers == count:
+            deadline = now() + seconds
             pipe.send(("streaming", count))
             for number, connection in enumerate(uploaders):
                 loop.after(every * number / len(jobs), lambda connection=connection: upload(connection))
@@ -353,8 +354,12 @@ def readers(pipe: Any, port: int, count: int, jobs: list[tuple[str, str, int]], 
         nonlocal arrived
         arrived += lines
         latencies.extend(seconds)
-        if now() >= deadline and arrived >= sent * count:
+
+    def look() -> None:
+        """The end is there once every line is."""
+        if now() >= deadline and arrived >= sent * count and not any(connection.is_busy for connection in uploaders):
             loop.stop()
+        loop.after(0.02, look)
 
     def upload(connection: Connection) -> None:
         nonlocal sent
@@ -382,14 +387,7 @@ def readers(pipe: Any, port: int, count: int, jobs: list[tuple[str, str, int]], 
         connection.tag = (number, 0, now())
     everyone = [Reader(loop, began, came) for _ in range(count)]
     deadline = float("inf")
-
-    def start_clock() -> None:
-        nonlocal deadline
-        deadline = now() + seconds if begun_readers == count else deadline
-        if begun_readers < count:
-            loop.after(0.01, start_clock)
-
-    start_clock()
+    look()
     loop.after(seconds + 60.0, loop.stop)
     loop.run()
     return {

@@ -70,8 +70,10 @@ def parse() -> argparse.Namespace:
 def measure(setting: Setting, chosen: list[str]) -> None:
     for name in chosen:
         setting.say(f"== {name}")
+        before = len(setting.rows) + len(setting.series)
         try:
             MEASUREMENTS[name](setting)
+            setting.check(len(setting.rows) + len(setting.series) > before, f"{name} measured nothing")
         except Wrong as wrong:
             setting.check(False, f"{name}: {wrong}")
         except Exception as error:

@@ -75,7 +75,7 @@ def fleets(setting: Setting) -> None:
 def streams(setting: Setting) -> None:
     """Every line at every reader, and what that costs."""
     rate, hosts, count_of = 500, 10, setting.scale.readers
-    seconds = max(2, 2 * setting.seconds)
+    seconds = max(1.0, 2 * setting.seconds)
     with setting.controller(Size(FREE_HOSTS)) as controller, contextlib.closing(controller.client()) as client:
         jobs = running_jobs(client, hosts)
         task = in_process(readers, controller.port, count_of, jobs, rate, seconds)
@@ -93,7 +93,7 @@ def streams(setting: Setting) -> None:
 
 def claims_under_load(setting: Setting) -> None:
     """Heartbeats, and heartbeats that take a job, while 16 agents upload as fast as they can."""
-    seconds = max(2, 2 * setting.seconds)
+    seconds = max(1.0, 2 * setting.seconds)
     with (
         setting.controller(Size(3 * FREE_HOSTS), "--log-limit", "100GiB") as controller,
         contextlib.closing(controller.client()) as client,
@@ -156,7 +156,7 @@ def retention(setting: Setting) -> None:
     jobs = setting.scale.old_rows // 5  # a job, its three changes and its log
     hosts = min(1000, setting.scale.hosts)
     size = Size(hosts, ended=jobs, logged=jobs, days=30, age=100)
-    seconds = max(5, 5 * setting.seconds)
+    seconds = 10 * setting.seconds
     path = setting.databases.fresh(size)
     left = "(SELECT count(*) FROM jobs) + (SELECT count(*) FROM events)"
     rows = count(path, left)

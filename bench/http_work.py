@@ -71,7 +71,7 @@ def creates(setting: Setting) -> None:
     with setting.controller(FLEET) as controller:
         for connections, at_least in ((1, 0.4), (16, 1.0), (64, 1.3)):
             before = setting.commits()
-            requests = creates_of(int(setting.seconds * before * 4) + 1000, f"c{connections}")
+            requests = creates_of(setting.plenty(), f"c{connections}")
             had = count(controller.db, "count(*) FROM jobs")
             load = setting.drive(controller.port, requests, connections)
             made = count(controller.db, "count(*) FROM jobs") - had
@@ -145,7 +145,7 @@ def pushes(setting: Setting) -> None:
     """A signed push of 7 KiB that makes a job on each of two hosts, durable with its delivery before the answer."""
     with setting.controller(FLEET) as controller:
         before = setting.commits()
-        requests = [push_request(number) for number in range(int(setting.seconds * before * 1.5) + 500)]
+        requests = [push_request(number) for number in range(setting.plenty() // 3)]
         load = setting.drive(controller.port, requests, BUSY)
         deliveries = count(controller.db, "count(*) FROM deliveries")
         jobs = count(controller.db, "count(*) FROM jobs")

@@ -82,11 +82,11 @@ def as_load(seen: dict[str, Any]) -> Load:
     return Load(rate, good + refused, seen["p50_ms"], seen["p99_ms"], refused, seen["lost"])
 
 
-def drive(port: int, requests: list[bytes], connections: int, seconds: int, folder: pathlib.Path) -> Load:
-    """So many kept connections, each with one request at a time. Raises Wrong for answers other than 2xx and 3xx. After the last
+def drive(port: int, requests: list[bytes], connections: int, seconds: float, folder: pathlib.Path, wrk: bool) -> Load:
+    """By wrk or by a client of ours: so many kept connections, each with one request at a time. Raises Wrong for answers other than 2xx and 3xx. After the last
     request the first one comes again: who must not send one twice looks at how many were sent."""
-    if has_wrk():
-        load = by_wrk(port, requests, connections, seconds, folder)
+    if wrk:
+        load = by_wrk(port, requests, connections, round(seconds), folder)
     else:
         load = as_load(in_process(closed_loop, port, requests, connections, seconds).result())
     if load.refused or load.failed:

@@ -102,7 +102,7 @@ def beyond(setting: Setting) -> None:
     with setting.controller(FLEET) as controller:
         capacity = setting.drive(controller.port, beats, FREE_HOSTS).rate
         overload(setting, controller, "heartbeats", beats, capacity, beats[:FREE_HOSTS])
-        prepared = int(setting.seconds * setting.commits() * 4) + 1000
+        prepared = setting.plenty()
         capacity = setting.drive(controller.port, creates_of(prepared, "capacity"), FREE_HOSTS).rate
         requests = creates_of(2 * prepared, "beyond")
         had = count(controller.db, "count(*) FROM jobs WHERE ref LIKE 'v-beyond-%'")
@@ -116,7 +116,7 @@ def overload(
     setting: Setting, controller: Controller, what: str, requests: list[bytes], capacity: float, probes: list[bytes]
 ) -> Load:
     """The load, and beside it a probe of the same calls and a person, who see how long an answer takes."""
-    probing = in_process(paced, controller.port, probes, 16, 20.0, setting.seconds)
+    probing = in_process(paced, controller.port, probes, 16, 20.0, max(1.0, setting.seconds))
     asking = in_process(person, controller.port, 0.1, 0)
     load = setting.flood(controller.port, requests, CROWD if setting.judged else 64, 2 * capacity)
     probed = probing.result()

@@ -24,7 +24,7 @@ from machine import Controller, bare_server
 class Scale(NamedTuple):
     """How much there is of everything."""
 
-    seconds: int
+    seconds: float
     hosts: int = 10_000
     pending: int = 100_000
     ended: int = 1_000_000
@@ -37,7 +37,7 @@ class Scale(NamedTuple):
     listed: int = 20_000  # prepared requests of a list that is gone through again and again
 
 
-SHORT = Scale(1, 60, 400, 2000, (10, 30), 30, 10, 5000, 2, 2000, 500)
+SHORT = Scale(0.3, 60, 400, 2000, (10, 30), 30, 10, 5000, 2, 2000, 500)
 
 
 class Setting:
@@ -54,6 +54,7 @@ class Setting:
         self.wrong: list[str] = []
         self.begun = time.monotonic()
         self._commits = 0
+        self.sqlite = 0.0  # rows a second, as measured last
 
     def say(self, text: str) -> None:
         print(f"{time.monotonic() - self.begun:6.1f} s  {text}", file=sys.stderr, flush=True)
@@ -87,11 +88,12 @@ class Setting:
         return Size(scale.hosts, scale.pending, scale.ended, logged)._replace(**more)
 
     def drive(self, port: int, requests: list[bytes], connections: int) -> Load:
-        return drive(port, requests, connections, self.seconds, self.folder)
+        """wrk has no fractions of a second, so the short form takes the client of ours."""
+        return drive(port, requests, connections, self.seconds, self.folder, has_wrk() and self.seconds >= 1)
 
     def flood(self, port: int, requests: list[bytes], connections: int, rate: float) -> Load:
         """As drive(), at that many requests a second, of which some may be refused."""
-        return flood(port, requests, connections, rate, self.seconds, self.folder)
+        return flood(port, requests, connections, rate, max(1, round(self.seconds)), self.folder)
 
     @contextlib.contextmanager
     def bare(self) -> Iterator[int]:
@@ -111,13 +113,23 @@ class Setting:
     def commits(self) -> float:
         """The yardstick of SQLite: rows a second, one a commit, nothing beside it."""
         self._commits += 1
-        return commits_per_second(self.folder / f"commits-{self._commits}.db", min(2.0, self.seconds / 2))
+        self.sqlite = commits_per_second(self.folder / f"commits-{self._commits}.db", min(2.0, self.seconds / 2))
+        return self.sqlite
+
+    def some(self, steps: tuple[int, ...]) -> tuple[int, ...]:
+        """All steps of a series; the first and the last of the short form."""
+        return steps if self.judged else (steps[0], steps[-1])
+
+    def plenty(self) -> int:
+        """More requests that write than can be answered in the time of a measurement."""
+        return int(self.seconds * (self.sqlite or self.commits()) * 4) + 1000
 
     def machine(self) -> dict[str, Any]:
         """The yardsticks, before all else."""
         beats = [heartbeat(number) for number in range(16)]
         with self.bare() as port:
-            bare = {connections: self.drive(port, beats, connections).rate for connections in (1, 16, 64)}
+            seconds = max(1, self.seconds)
+            bare = {many: drive(port, beats, many, seconds, self.folder, has_wrk()).rate for many in (1, 16, 64)}
         return {
             "python": platform.python_version(),
             "sqlite": sqlite3.sqlite_version,

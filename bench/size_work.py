@@ -30,7 +30,7 @@ def start_once(setting: Setting, path: pathlib.Path, hosts: int, as_script: bool
     with controller:
         took = controller.wait_until_healthy() - begun
         soon = memory(controller.pid)[0]
-        time.sleep(SETTLE)
+        time.sleep(SETTLE if setting.judged else 0.0)
         return took * 1000, max(soon, memory(controller.pid)[0]) / MIB
 
 
@@ -152,7 +152,7 @@ def rates(setting: Setting, controller: Controller, first: int = 0) -> tuple[flo
     """Heartbeats and creates a second; the jobs are for hosts from that one on."""
     beats = [heartbeat(number) for number in range(FREE_HOSTS)]
     beaten = setting.drive(controller.port, beats, FREE_HOSTS).rate
-    requests = creates_of(int(setting.seconds * setting.commits() * 4) + 1000, "growth", first)
+    requests = creates_of(setting.plenty(), "growth", first)
     return beaten, setting.drive(controller.port, requests, FREE_HOSTS).rate
 
 
@@ -160,8 +160,10 @@ def growth(setting: Setting) -> None:
     """How rates change with what there is: the series of the plots."""
     scale = setting.scale
     plain = Size(max(scale.hosts, FLEET.hosts))
-    pending = [plain._replace(pending=number) for number in (scale.pending // 100, scale.pending // 10, scale.pending)]
-    ended = [plain._replace(ended=number) for number in (0, scale.ended // 10, scale.ended)]
+    pending = [
+        plain._replace(pending=number) for number in setting.some((scale.pending // 100, scale.pending // 10, scale.pending))
+    ]
+    ended = [plain._replace(ended=number) for number in setting.some((0, scale.ended // 10, scale.ended))]
     for name, sizes in (("pending", pending), ("ended", ended)):
         points = []
         for size in sizes:
@@ -187,7 +189,7 @@ def keep(setting: Setting, name: str, points: list[tuple[int, float, float]]) ->
 def lines_by_call(setting: Setting) -> None:
     """Log lines a second by how many come in one call."""
     points = []
-    for lines in (1, 10, 100, 1000):
+    for lines in setting.some((1, 10, 100, 1000)):
         flags = ("--log-limit", "100GiB")
         with setting.controller(Size(FREE_HOSTS), *flags) as controller, contextlib.closing(Client(controller.port)) as client:
             jobs = running_jobs(client, FREE_HOSTS)
