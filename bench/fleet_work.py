@@ -15,12 +15,13 @@ from agents import claims, fleet, person, readers
 from clients import paced, uploads
 from database import FREE_HOSTS, Size, count, heartbeat
 from http_work import running_jobs
-from machine import LOCALHOST, MIB, Controller, Task, cpu_seconds, in_process, memory, unread, wait_for
+from machine import LOCALHOST, MIB, Controller, Task, Wrong, cpu_seconds, in_process, memory, unread, wait_for
 from setting import Setting
 
 PARK_LIMIT = 120.0  # seconds until a fleet must be parked
 # By how many agents are parked: milliseconds from create to agent (p50, p99), MiB in all.
 FLEET_TARGETS: dict[int, tuple[float | None, float | None, float | None]] = {1000: (2.5, 10.0, None), 10_000: (None, 25.0, 350.0)}
+STOP_LIMIT = 15.0  # seconds: TimeoutStopSec of deploybot.service
 BEATS = 400  # a second: those of 10,000 agents that each park for 25 s
 
 
@@ -124,17 +125,32 @@ def restarts(setting: Setting) -> None:
     hosts = reachable(setting)[-1]
     with setting.controller(Size(hosts + 1)) as controller, parked(setting, controller, hosts) as task:
         for word, number in (("stop", signal.SIGTERM), ("kill", signal.SIGKILL)):
-            back, seen = restart(setting, controller, task, hosts, number)
+            took, by_itself = end(controller, number)
+            if number == signal.SIGTERM:
+                failed = "" if by_itself else "it had to be killed"
+                setting.row("restart_end", f"stop with {hosts:,} agents", took, "s", at_most=STOP_LIMIT, failed=failed)
+            back, seen = restart(setting, controller, task, hosts)
             work = f"{hosts:,} agents after a {word} and a start"
             setting.row(f"restart_{word}", f"{work}: all are back", back, "s", at_most=30.0)
             slowest = seen["max_ms"] / 1000
             setting.row(f"restart_{word}_person", f"{work}: slowest answer to a person", slowest, "s", at_most=1.0, detail=seen)
 
 
-def restart(setting: Setting, controller: Controller, task: Task, hosts: int, number: int) -> tuple[float, dict[str, object]]:
-    """(seconds from listening until all are parked again, what a person saw)."""
+def end(controller: Controller, number: int) -> tuple[float, bool]:
+    """Ends it by that signal, and as systemd does it where it does not end in time: (seconds, whether it ended by itself)."""
+    begun = time.monotonic()
     controller.process.signal(number)
-    controller.process.wait(60.0)
+    try:
+        wait_for(controller.process.is_over, STOP_LIMIT, "the end of a controller")
+        return time.monotonic() - begun, True
+    except Wrong:
+        return time.monotonic() - begun, False
+    finally:
+        controller.process.kill()
+
+
+def restart(setting: Setting, controller: Controller, task: Task, hosts: int) -> tuple[float, dict[str, object]]:
+    """A start: (seconds from listening until all are parked again, what a person saw)."""
     asking = in_process(person, controller.port, 0.1, hosts)
     controller.begin()
     wait_for(lambda: listens(controller.port), PARK_LIMIT, "a controller that listens", 0.005)
