@@ -6,14 +6,13 @@ Owns: templates, ids, secrets and names of hosts and jobs. Ignores the schema: a
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
 import json
 import pathlib
 import shutil
 import sqlite3
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from machine import Client, Controller, Wrong, http_request
@@ -41,15 +40,30 @@ def session_of(number: int) -> str:
     return f"{number:032x}"
 
 
-def ordered_id(milliseconds: int, count: int = 0, low: int = 0) -> str:
+def ordered_id(milliseconds: int, number: int = 0) -> str:
     """A UUID of version 7 (RFC 9562), as the controller makes its ids."""
-    text = f"{milliseconds:012x}7{count:03x}{(2 << 62) | low:016x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+    time = f"{milliseconds:012x}"
+    return f"{time[:8]}-{time[8:]}-7{number % 4096:03x}-8000-{number:012x}"
 
 
-def stamp(milliseconds: int) -> str:
-    moment = datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC)
-    return moment.isoformat(timespec="milliseconds")[:-6] + "Z"
+def sql_id(milliseconds: str) -> str:
+    """The same in SQL, of row i."""
+    time = f"printf('%012x', {milliseconds})"
+    return f"substr({time}, 1, 8) || '-' || substr({time}, 9) || printf('-7%03x-8000-%012x', i % 4096, i)"
+
+
+def sql_stamp(milliseconds: str) -> str:
+    """RFC 3339, in SQL."""
+    return f"strftime('%Y-%m-%dT%H:%M:%fZ', {milliseconds} / 1000.0, 'unixepoch')"
+
+
+def sql_host(number: str) -> str:
+    return f"printf('host-%05d.example.com', {number})"
+
+
+def quoted(text: str) -> str:
+    """A text as SQL."""
+    return "'" + text.replace("'", "''") + "'"
 
 
 def heartbeat(number: int, wait: int = 0, running: Iterable[tuple[str, int]] = ()) -> bytes:
@@ -102,20 +116,14 @@ class Template:
     def value(self, name: str) -> Any:
         return self.row[self._names.index(name)]
 
-    def add(self, db: sqlite3.Connection, changes: Iterable[dict[str, Any]]) -> None:
-        """A copy for each; each names the same columns, and those that the table does not have are left out."""
-        index = {name: i for i, name in enumerate(self._names)}
-
-        def rows() -> Iterator[list[Any]]:
-            for change in changes:
-                row = list(self.row)
-                for name, value in change.items():
-                    if name in index:
-                        row[index[name]] = value
-                yield row
-
-        marks = ", ".join("?" * len(self._names))
-        db.executemany(f"INSERT INTO {self._table} VALUES ({marks})", rows())
+    def add(self, db: sqlite3.Connection, first: int, end: int, where: str = "1", **changes: str) -> None:
+        """A copy for each i from `first` on, before `end`, that fits. `changes`: column to SQL over i; those that the table does not
+        have are left out."""
+        selected = [f"({changes[name]})" if name in changes else "?" for name in self._names]
+        kept = [value for name, value in zip(self._names, self.row, strict=True) if name not in changes]
+        if first < end:
+            numbers = f"WITH RECURSIVE n (i) AS (SELECT {first} UNION ALL SELECT i + 1 FROM n WHERE i < {end - 1})"
+            db.execute(f"INSERT INTO {self._table} {numbers} SELECT {', '.join(selected)} FROM n WHERE {where}", kept)
 
 
 class Databases:
@@ -190,6 +198,9 @@ class Filler:
     def __init__(self, db: sqlite3.Connection, size: Size):
         self._db, self._size = db, size
         self._now = int(time.time() * 1000)
+        last = self._now - size.age * DAY
+        self._ended_at = f"({last} - ({size.ended} - i) * {size.days * DAY} / {size.ended or 1})"
+        self._ended_id, self._host = sql_id(self._ended_at), sql_host(f"(i % {size.hosts})")
         self._agent = Template(db, "agents", "1")
         self._ended = Template(db, "jobs", "status = 'success'")
         self._pending = Template(db, "jobs", "status = 'pending'")
@@ -203,11 +214,11 @@ class Filler:
         self._db.execute("BEGIN")
         for table in ("agents", "jobs", "events", "releases", "audit"):
             self._db.execute(f"DELETE FROM {table}")
-        self._agent.add(self._db, self._agents())
-        self._ended.add(self._db, self._ended_jobs())
-        self._pending.add(self._db, self._pending_jobs())
+        self._add_agents()
+        self._add_ended()
+        self._add_pending()
         self._add_events()
-        self._release.add(self._db, self._releases())
+        self._add_releases()
         self._db.execute("COMMIT")
         for sql in indexes:
             self._db.execute(sql)
@@ -219,94 +230,64 @@ class Filler:
             self._db.execute(f'DROP INDEX "{name}"')
         return [sql for _, sql in found]
 
-    def _agents(self) -> Iterator[dict[str, Any]]:
+    def _add_agents(self) -> None:
         """Out of contact for a day, so that whoever is online has come since."""
-        away = stamp(self._now - DAY)
-        for number in range(self._size.hosts):
-            yield {
-                "id": agent_id(number),
-                "hostname": host_name(number),
-                "session": session_of(number),
-                "token_sha256": hashlib.sha256(secret_of(number).encode()).hexdigest(),
-                "registered_at": away,
-                "last_heartbeat": away,
-            }
+        self._db.create_function("agent_id", 1, agent_id, deterministic=True)
+        self._db.create_function("session_of", 1, session_of, deterministic=True)
+        self._db.create_function("secret_digest", 1, lambda i: hashlib.sha256(secret_of(i).encode()).hexdigest())
+        away = sql_stamp(str(self._now - DAY))
+        self._agent.add(
+            self._db,
+            *(0, self._size.hosts),
+            id="agent_id(i)",
+            hostname=sql_host("i"),
+            session="session_of(i)",
+            token_sha256="secret_digest(i)",
+            registered_at=away,
+            last_heartbeat=away,
+        )
 
-    def _ended_at(self, number: int) -> int:
-        """Milliseconds at which that ended job was made, oldest first."""
-        size = self._size
-        return self._now - size.age * DAY - (size.ended - number) * size.days * DAY // size.ended
-
-    def _ended_id(self, number: int) -> str:
-        return ordered_id(self._ended_at(number), number % 4096, number)
-
-    def _ended_jobs(self) -> Iterator[dict[str, Any]]:
+    def _add_ended(self) -> None:
         """One in ten did not succeed."""
-        for number in range(self._size.ended):
-            at, host = stamp(self._ended_at(number)), number % self._size.hosts
-            failed = {"status": "failed", "reason": "exit_code", "exit_code": 1}
-            yield {
-                **(failed if number % 10 == 0 else {"status": "success", "reason": None, "exit_code": 0}),
-                "id": self._ended_id(number),
-                "ref": f"release-{number:07d}",
-                "host": host_name(host),
-                "created_at": at,
-                "queued_at": at,
-                "started_at": at,
-                "completed_at": at,
-                "assigned_agent": agent_id(host),
-                "session": session_of(host),
-                "commit": f"{number:040x}",
-            }
+        at = sql_stamp(self._ended_at)
+        columns = {
+            "id": self._ended_id,
+            "ref": "printf('release-%07d', i)",
+            "host": self._host,
+            "commit": "printf('%040x', i)",
+            **dict.fromkeys(("created_at", "queued_at", "started_at", "completed_at"), at),
+        }
+        failed = {"status": "'failed'", "reason": "'exit_code'", "exit_code": "1"}
+        self._ended.add(self._db, 0, self._size.ended, "i % 10 > 0", **columns)
+        self._ended.add(self._db, 0, self._size.ended, "i % 10 = 0", **columns, **failed)
 
-    def _pending_jobs(self) -> Iterator[dict[str, Any]]:
+    def _add_pending(self) -> None:
         """Made within the last hour."""
         size = self._size
-        for number in range(size.pending):
-            at = self._now - (size.pending - number) * 3_600_000 // size.pending
-            host = FREE_HOSTS + number % max(1, size.hosts - FREE_HOSTS)
-            yield {
-                "id": ordered_id(at, number % 4096, number),
-                "ref": f"pending-{number:07d}",
-                "host": host_name(host),
-                "created_at": stamp(at),
-                "queued_at": stamp(at),
-            }
+        at = f"({self._now} - ({size.pending} - i) * 3600000 / {size.pending or 1})"
+        host = sql_host(f"({FREE_HOSTS} + i % {max(1, size.hosts - FREE_HOSTS)})")
+        columns = {"id": sql_id(at), "ref": "printf('pending-%07d', i)", "host": host}
+        self._pending.add(self._db, 0, size.pending, **columns, created_at=sql_stamp(at), queued_at=sql_stamp(at))
 
     def _add_events(self) -> None:
-        old = {name: self._ended.value(name) for name in ("id", "host", "ref")}
-        per_job = sum(event.value("lines") for event in self._events)
-        first = self._size.ended - self._size.logged
+        """Positions go on from job to job; what names the job in the data names its copy."""
+        old, first = self._ended, self._size.ended - self._size.logged
+        start = self._events[0].value("position") - self._events[0].value("lines")
+        per_job = self._events[-1].value("position") - start
         for event in self._events:
-            offset = event.value("position") - self._events[0].value("position")
-            text = event.value("data")
-            names = [name for name in old if isinstance(text, str) and old[name] in text]
-            event.add(self._db, self._copies(text, names, old, offset + 1 - first * per_job, per_job, first))
+            position = f"((i - {first}) * {per_job} + {event.value('position') - start})"
+            columns = {"position": position, "job_id": self._ended_id, "host": self._host}
+            if isinstance(event.value("data"), str):
+                named = f"replace({quoted(event.value('data'))}, {quoted(old.value('id'))}, {self._ended_id})"
+                columns["data"] = f"replace({named}, {quoted(old.value('host'))}, {self._host})"
+            event.add(self._db, first, self._size.ended, **columns)
 
-    def _copies(
-        self, text: Any, names: list[str], old: dict[str, str], start: int, per_job: int, first: int
-    ) -> Iterator[dict[str, Any]]:
-        for number in range(first, self._size.ended):
-            new = {"id": self._ended_id(number), "host": host_name(number % self._size.hosts), "ref": f"release-{number:07d}"}
-            data = text
-            for name in names:
-                data = data.replace(old[name], new[name])
-            position = start + number * per_job + self._events[0].value("lines") - 1
-            yield {"position": position, "job_id": new["id"], "host": new["host"], "data": data}
-
-    def _releases(self) -> Iterator[dict[str, Any]]:
-        """The last success of each host, as far as there are so many."""
-        last: dict[int, int] = {}
-        for number in range(self._size.ended - 1, max(-1, self._size.ended - 2 * self._size.hosts - 1), -1):
-            if number % 10:
-                last.setdefault(number % self._size.hosts, number)
-        for host, number in last.items():
-            yield {
-                "host": host_name(host),
-                "job_id": self._ended_id(number),
-                "commit": f"{number:040x}",
-                "deployed_at": stamp(self._ended_at(number)),
-            }
+    def _add_releases(self) -> None:
+        """The last job of each host, where that succeeded."""
+        size = self._size
+        columns = {"host": self._host, "job_id": self._ended_id, "commit": "printf('%040x', i)"}
+        at = sql_stamp(self._ended_at)
+        self._release.add(self._db, max(0, size.ended - size.hosts), size.ended, "i % 10 > 0", **columns, deployed_at=at)
 
 
 def ids_of(path: pathlib.Path, where: str, limit: int, order: str = "random()") -> list[str]:
