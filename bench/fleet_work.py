@@ -56,21 +56,23 @@ def reachable(setting: Setting) -> list[int]:
 
 def fleets(setting: Setting) -> None:
     """From a create to the agent's socket, by how many agents are parked; and what they cost in memory."""
-    resident = []
+    resident, median, late = [], [], []
     for hosts in reachable(setting):
         with setting.controller(Size(hosts)) as controller, parked(setting, controller, hosts) as task:
             rss = memory(controller.pid)[0] / MIB
-            resident.append([hosts, rss])
             task.send(("creates", setting.scale.creates))
             seen = task.receive("creates")
             peak = memory(controller.pid)[1] / MIB
+        resident.append([hosts, rss])
+        median.append([hosts, seen["p50_ms"]])
+        late.append([hosts, seen["p99_ms"]])
         p50, p99, most = FLEET_TARGETS.get(hosts, (None, None, None))
         work = f"create to agent, {hosts:,} parked agents"
         setting.row(f"fleet_{hosts}_p50", f"{work}, p50", seen["p50_ms"], "ms", at_most=p50, detail=seen)
         setting.row(f"fleet_{hosts}_p99", f"{work}, p99", seen["p99_ms"], "ms", at_most=p99)
         more = {"resident_parked_mib": rss}
         setting.row(f"fleet_{hosts}_memory", f"resident at most, {hosts:,} parked agents", peak, "MiB", at_most=most, detail=more)
-    setting.series["memory_by_agents"] = resident
+    setting.series |= {"memory_by_agents": resident, "latency_p50_by_agents": median, "latency_p99_by_agents": late}
 
 
 def streams(setting: Setting) -> None:
