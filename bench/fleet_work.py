@@ -23,6 +23,7 @@ PARK_LIMIT = 120.0  # seconds until a fleet must be parked
 FLEET_TARGETS: dict[int, tuple[float | None, float | None, float | None]] = {1000: (2.5, 10.0, None), 10_000: (None, 25.0, 350.0)}
 STOP_LIMIT = 15.0  # seconds: TimeoutStopSec of deploybot.service
 BEATS = 400  # a second: those of 10,000 agents that each park for 25 s
+FEW_BEATS = 100  # a second: those of a smaller fleet, beside a load that alone fills the machine
 
 
 def is_all_parked(controller: Controller, task: Task, hosts: int) -> bool:
@@ -105,7 +106,7 @@ def claims_under_load(setting: Setting) -> None:
         beats = [heartbeat(number) for number in range(FREE_HOSTS, 2 * FREE_HOSTS)]
         loading = in_process(uploads, controller.port, jobs, 100, 80, seconds)
         claiming = in_process(claims, controller.port, list(range(2 * FREE_HOSTS, 2 * FREE_HOSTS + 8)), seconds)
-        beating = in_process(paced, controller.port, beats, FREE_HOSTS, BEATS / 4, seconds)
+        beating = in_process(paced, controller.port, beats, FREE_HOSTS, FEW_BEATS, seconds)
         beaten, claimed, loaded = beating.result(), claiming.result(), loading.result()
     setting.check(beaten["statuses"].keys() <= {200}, f"heartbeats were answered {beaten['statuses']}")
     work = "while 16 agents upload as fast as they can"

@@ -32,7 +32,7 @@ def parse_wrk(text: str) -> Load:
     """Raises Wrong for what is no report of wrk's."""
 
     def time(percent: int) -> float:
-        found = re.search(rf"^ +{percent}%\s+([0-9.]+)(us|ms|s|m)$", text, re.MULTILINE)
+        found = re.search(rf"^ +{percent}%\s+([0-9.]+)(us|ms|s|m) *$", text, re.MULTILINE)
         if not found:
             raise ValueError(f"no {percent}%")
         return float(found[1]) * UNITS[found[2]]
