@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from agents import claims, fleet, person, readers
 from clients import paced, uploads
-from database import FREE_HOSTS, Size, count, heartbeat
+from database import FREE_HOSTS, Size, apps_file, count, heartbeat
 from http_work import running_jobs
 from machine import LOCALHOST, MIB, Controller, Task, Wrong, cpu_seconds, in_process, memory, unread, wait_for
 from setting import Setting
@@ -179,14 +179,14 @@ def retention(setting: Setting) -> None:
     path = setting.databases.fresh(size)
     left = "(SELECT count(*) FROM jobs) + (SELECT count(*) FROM events)"
     rows = count(path, left)
-    setting.databases.remove(path)
     beats = [heartbeat(number) for number in range(FREE_HOSTS)]
-    with setting.controller(size) as controller:
+    with Controller(setting.program, path, apps_file(setting.folder, hosts)) as controller:
         begun = time.monotonic()
         beating = in_process(paced, controller.port, beats, FREE_HOSTS, BEATS, seconds)
-        largest, steps = watch_slices(controller, begun + seconds)
+        largest, steps, last = watch_slices(controller, begun + seconds)
         beaten = beating.result()
-        took, removed = time.monotonic() - begun, rows - count(controller.db, left)
+        took, removed = last - begun, rows - count(path, left)
+    setting.databases.remove(path)
     setting.check(beaten["statuses"].keys() <= {200}, f"heartbeats were answered {beaten['statuses']}")
     setting.check(removed > 0, "retention removed nothing")
     more = {"rows": rows, "removed": removed, "largest_step_positions": largest, "steps": steps, "seconds": took, "beats": beaten}
@@ -196,15 +196,14 @@ def retention(setting: Setting) -> None:
     setting.row("retention_slices", f"{work}: steps seen", steps, "steps", failed="" if steps > 1 else "not in slices")
 
 
-def watch_slices(controller: Controller, until: float) -> tuple[int, int]:
-    """(the largest, how many) of the steps in which the oldest position moved on, as far as a look each 5 ms sees them."""
+def watch_slices(controller: Controller, until: float) -> tuple[int, int, float]:
+    """(the largest, how many, when the last one came) of the steps in which the oldest position moved on, as far as a look each 5 ms
+    sees them."""
     largest = steps = 0
-    last = count(controller.db, "min(position) FROM events")
+    oldest, moved = count(controller.db, "min(position) FROM events"), time.monotonic()
     while time.monotonic() < until:
-        first = count(controller.db, "min(position) FROM events")
-        if first == 0:
-            break
-        if first != last:
-            largest, steps, last = max(largest, first - last), steps + 1, first
+        found = count(controller.db, "min(position) FROM events")
+        if found != oldest:
+            largest, steps, oldest, moved = max(largest, found - oldest), steps + 1, found, time.monotonic()
         time.sleep(0.005)
-    return largest, steps
+    return largest, steps, moved

@@ -124,6 +124,8 @@ def overload(
     asked = asking.result()
     status, _ = Client(controller.port).call("GET", "/health")
     setting.check(status == 200, f"/health answered {status} after {what} beyond the limit")
+    odd = probed["statuses"].keys() - {200, 201, 503}
+    setting.check(not odd, f"{what} beyond the limit were answered {probed['statuses']}")
     setting.check(not probed["unhelpful"], f"{probed['unhelpful']} answers 503 had no Retry-After")
     accepted = (load.requests - load.refused) / max(load.requests, 1) * load.rate
     more = {
@@ -136,6 +138,7 @@ def overload(
     work = f"{what} at twice the limit of {capacity:,.0f}/s"
     detail: dict[str, Any] = {**more, "probe": probed, "person": asked}
     setting.row(f"beyond_{what}_rate", f"{work}: accepted", accepted, "/s", yardstick=("capacity", [capacity]), detail=detail)
+    setting.row(f"beyond_{what}_refused", f"{work}: refused with 503", load.rate - accepted, "/s")
     setting.row(f"beyond_{what}_p99", f"{work}: p99 of what is accepted", probed["p99_ms"], "ms", at_most=BOUND, detail=probed)
     setting.row(f"beyond_{what}_person", f"{work}: slowest answer to a person", asked["max_ms"], "ms", at_most=BOUND, detail=asked)
     return load
