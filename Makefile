@@ -21,7 +21,7 @@ SOURCES := . .ci/dist
 # Only what starts a controller of yours reads it: the tests and the demo bring their own settings.
 load_env := if [ -f .env ]; then set -a; . ./.env; set +a; fi
 
-.PHONY: help run dist test fmt lint check soak demo acceptance docker-build docker-up python
+.PHONY: help run dist test fmt lint check soak bench demo acceptance docker-build docker-up python
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,6 +59,10 @@ soak: python ## the proofs of docs/testing.md with their full figures: hours
 	@$(call make_venv,$(VENV)-check,$(CHECKS))
 	@$(call npm_install,$(VENV)-check,$(NPM))
 	@PYTHON=$(VENV)-check/bin/python .ci/proofs --full $(ARGS)
+
+bench: python ## the benchmark: one table, each figure beside its yardstick; 20 minutes
+	@$(call make_venv,$(VENV),$(PYYAML))
+	@$(VENV)/bin/python bench/bench.py $(ARGS)
 
 demo: python ## a push, deployed and watched, in a temporary folder: ten seconds
 	@exec $(PYTHON) examples/demo.py $(ARGS)
