@@ -515,9 +515,15 @@ def lower(text: str) -> str:
     return text.lower() if text.isascii() else text
 
 
+@functools.lru_cache(maxsize=256)  # what happens together has one time
+def stamp_of(milliseconds: int) -> str:
+    at = datetime.datetime.fromtimestamp(milliseconds // 1000, datetime.UTC)
+    return f"{at.isoformat()[:19]}.{milliseconds % 1000:03d}Z"
+
+
 def rfc3339(seconds: float) -> str:
     """`2026-11-23T13:13:37.123Z` of a Unix time."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    return stamp_of(round(seconds * 1e6) // 1000)
 
 
 def unix_time(stamp: str) -> float:
@@ -2924,7 +2930,7 @@ class Jobs:
     def text(self, job: Job) -> str:
         """Its public JSON, which nearly always is there."""
         known = self.store.recent.get(job.id)
-        return known[1] if known and known[0] == job else dump(job.public())
+        return known[1] if known and known[0] is job else dump(job.public())
 
     def submit(self, asked: JobRequest, principal: Principal) -> tuple[Job, bool, str | None]:
         """(job, whether it was made now, a warning or None)."""
@@ -2972,7 +2978,7 @@ class Jobs:
             app=app.name,
             status=Status.PENDING,
             attempt=0,
-            metadata=dump(asked.metadata),
+            metadata=dump(asked.metadata) if asked.metadata else "{}",
             spec=app.spec,
             timeout=asked.timeout or app.timeout,
             retries=app.retries if asked.retries is None else asked.retries,
