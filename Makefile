@@ -31,7 +31,7 @@ help: ## list the targets
 run: python ## start the controller on 0.0.0.0:8080 in open mode, with ./apps.yaml and .env
 	@if $(PYTHON) -c 'import yaml' 2>/dev/null; then python=$(PYTHON); \
 	else python=$(VENV)/bin/python; $(call make_venv,$(VENV),$(PYYAML)); fi; \
-	$(load_env); exec $$python deploybot.py --open $(ARGS)
+	$(load_env); exec $$python -m deploybot --open $(ARGS)
 
 dist: python ## write dist/deploybot.py: the controller with its pages inside, one file to copy
 	@$(PYTHON) .ci/dist
