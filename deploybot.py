@@ -433,7 +433,7 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)
 # What git-check-ref-format(1) refuses, and a leading `-`, which a program could take for an option.
 BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.lock(?:/|$)|^@$")
 
-NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
+NO_MARK = bytes(set(range(256)) - set(b'[]{}"'))
 ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
 
@@ -471,8 +471,9 @@ def is_too_deep(body: bytes) -> bool:
     """More than MAX_DEPTH levels of nesting; what is no JSON may be called so, too."""
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return False
-    outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]  # of strings
-    brackets = b"".join(outside).translate(ONE_KIND, NO_BRACKET)
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    brackets = b"".join(body.translate(ONE_KIND, NO_MARK).split(b'"')[::2])  # outside of strings
     for _ in range(MAX_DEPTH):  # each round takes the innermost level away
         brackets = brackets.replace(b"[]", b"")
     return brackets != b""
