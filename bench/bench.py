@@ -87,8 +87,9 @@ def measure(setting: Setting, chosen: list[str]) -> None:
 def show(setting: Setting, machine: dict[str, object]) -> None:
     print(*(f"{name}: {value}" for name, value in machine.items()), "", sep="\n")
     print(figures.table(setting.rows))
-    missed = [row.work for row in setting.rows if row.holds is False]
-    print(f"\n{len(missed)} of {len(setting.rows)} do not hold" if missed else "\nall targets hold" if setting.judged else "")
+    judged = [row for row in setting.rows if row.holds is not None]
+    missed = [row for row in judged if not row.holds]
+    print(f"\n{len(judged)} targets, {len(missed)} of them missed" if judged else "")
     print(*(f"WRONG: {what}" for what in setting.wrong), sep="\n")
 
 
