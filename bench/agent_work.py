@@ -29,8 +29,8 @@ LIMIT = 900.0  # seconds for all of the output
 
 def output(setting: Setting) -> None:
     """MB/s through the agent into the controller, what the agent holds of it in memory and on disk, and every line."""
-    for size, megabytes in ((1000, setting.scale.output), (100, max(1, setting.scale.output // 10))):
-        loud(setting, size, megabytes)
+    loud(setting, "output", setting.scale.line_size, setting.scale.output, 50.0)
+    loud(setting, "output_short_lines", 100, max(1, setting.scale.output // 10), None)
 
 
 def repository(folder: pathlib.Path) -> pathlib.Path:
@@ -44,7 +44,7 @@ def repository(folder: pathlib.Path) -> pathlib.Path:
     return path
 
 
-def loud(setting: Setting, size: int, megabytes: int) -> None:
+def loud(setting: Setting, name: str, size: int, megabytes: int, at_least: float | None) -> None:
     lines = megabytes * 1_000_000 // size
     path = setting.databases.empty()
     folder = path.parent
@@ -59,11 +59,11 @@ def loud(setting: Setting, size: int, megabytes: int) -> None:
     setting.databases.remove(path)
     work = f"agent: {megabytes:,} MB of output in lines of {size} bytes"
     failed = "" if is_whole else f"{stored:,} of {lines:,} lines arrived"
-    setting.row(f"output_{size}", work, megabytes / seen["seconds"], "MB/s", at_least=50.0 if size == 1000 else None, failed=failed)
+    setting.row(name, work, megabytes / seen["seconds"], "MB/s", at_least=at_least, failed=failed)
     grown = (seen["peak"] - seen["before"]) / MIB
-    setting.row(f"output_{size}_memory", f"{work}: memory of the agent up by", grown, "MiB", at_most=20.0, detail=seen)
+    setting.row(f"{name}_memory", f"{work}: memory of the agent up by", grown, "MiB", at_most=20.0, detail=seen)
     spool = seen["spool"] / MIB
-    setting.row(f"output_{size}_spool", f"{work}: on the host's disk at most", spool, "MiB", at_most=max(128.0, megabytes / 4))
+    setting.row(f"{name}_spool", f"{work}: on the host's disk at most", spool, "MiB", at_most=max(128.0, megabytes / 4))
 
 
 def deployed(setting: Setting, controller: Controller, client: Client, folder: pathlib.Path) -> dict[str, float]:

@@ -63,6 +63,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", type=pathlib.Path, default=ROOT / "bench" / "results.json", metavar="FILE")
     parser.add_argument("--short", action="store_true", help="everything in small: whether it works, and no speeds")
     parser.add_argument("--seconds", type=int, default=4, metavar="N", help="of each measurement [4]")
+    parser.add_argument("--line-size", type=int, default=1000, metavar="BYTES", help="of the agent's 1 GB of output [1000]")
     parser.add_argument("--folder", type=pathlib.Path, default=ROOT, help="where the databases go: a real disk [the checkout]")
     return parser.parse_args()
 
@@ -86,15 +87,16 @@ def measure(setting: Setting, chosen: list[str]) -> None:
 def show(setting: Setting, machine: dict[str, object]) -> None:
     print(*(f"{name}: {value}" for name, value in machine.items()), "", sep="\n")
     print(figures.table(setting.rows))
-    missed = [row.work for row in setting.rows if row.holds is False]
-    print(f"\n{len(missed)} of {len(setting.rows)} do not hold" if missed else "\nall targets hold" if setting.judged else "")
+    judged = [row for row in setting.rows if row.holds is not None]
+    missed = [row for row in judged if not row.holds]
+    print(f"\n{len(judged)} targets, {len(missed)} of them missed" if judged else "")
     print(*(f"WRONG: {what}" for what in setting.wrong), sep="\n")
 
 
 def main() -> int:
     options = parse()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that what was started ends too
-    scale = SHORT if options.short else Scale(max(1, options.seconds))
+    scale = SHORT if options.short else Scale(max(1, options.seconds), line_size=max(20, options.line_size))
     descriptors = raise_descriptor_limit()
     folder = pathlib.Path(tempfile.mkdtemp(prefix=".bench-", dir=options.folder)).resolve()
     setting = Setting(options.controller.resolve(), options.agent.resolve(), folder, scale, not options.short, descriptors)

@@ -98,7 +98,7 @@ def check_made(setting: Setting, load: Load, made: int, prepared: int, connectio
 def push_request(number: int, size: int = 7 * 1024) -> bytes:
     """A push event of about that size, signed, as GitHub sends it: another commit each, of one of many repositories."""
     repo = f"pushed-{number % PUSHED}"
-    commit, before = f"{number:040x}", f"{number + (1 << 80):040x}"
+    commit, before = f"{number + 1:040x}", f"{number + (1 << 80):040x}"  # 0 is that of a ref that was deleted
     author = {"name": "Ann Example", "email": "ann@example.com", "username": "ann"}
     change = {"id": commit, "message": f"Change number {number}", "timestamp": "2026-11-22T10:00:00+01:00", "author": author}
     owner = {"name": "myorg", "login": "myorg", "id": 1, "type": "Organization", "url": "https://api.github.com/orgs/myorg"}

@@ -33,11 +33,24 @@ class Scale(NamedTuple):
     readers: int = 200
     log_lines: int = 1_000_000
     output: int = 1000  # MB of a script
+    line_size: int = 1000  # bytes of its lines
     old_rows: int = 1_000_000
     listed: int = 20_000  # prepared requests of a list that is gone through again and again
 
 
-SHORT = Scale(0.3, 60, 400, 2000, (10, 30), 30, 10, 5000, 2, 2000, 500)
+SHORT = Scale(
+    seconds=0.3,
+    hosts=60,
+    pending=400,
+    ended=2000,
+    fleets=(10, 30),
+    creates=30,
+    readers=10,
+    log_lines=5000,
+    output=2,
+    old_rows=2000,
+    listed=500,
+)
 
 
 class Setting:
