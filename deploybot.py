@@ -412,7 +412,13 @@ Reason = enum.StrEnum(
 Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
 ROLES = (Scope.ADMIN, Scope.OPERATOR, Scope.VIEWER, Scope.AGENT)
 # What each role may call, beside what is public; an admin may call all.
-GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPERATOR}, Scope.AGENT: {Scope.AGENT}}
+FREE = frozenset((Scope.PUBLIC, Scope.ANY))
+GRANTS = {
+    Scope.PUBLIC: FREE,
+    Scope.VIEWER: FREE | {Scope.VIEWER},
+    Scope.OPERATOR: FREE | {Scope.VIEWER, Scope.OPERATOR},
+    Scope.AGENT: FREE | {Scope.AGENT},
+}
 
 LEVELS = ("debug", "info", "warning", "error")
 ENDED_WORDS = ("success", "failed", "cancelled")
@@ -902,8 +908,7 @@ class Principal(NamedTuple):
         return cls(f"agent:{host}", Scope.AGENT, host, is_own=True)
 
     def may(self, scope: Scope) -> bool:
-        open_to_all = scope in (Scope.PUBLIC, Scope.ANY)
-        return open_to_all or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
+        return self.scope is Scope.ADMIN or scope in GRANTS[self.scope]
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -1796,7 +1801,7 @@ class Store:
                 raise StartError(f"database {path}: a restore was interrupted; {RESTORE}")
             self._db = connect(path)
             self._prepare()
-            self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+            self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
             for _ in range(READERS):
                 reader = connect(path, "ro")
                 reader.executescript("PRAGMA query_only = ON; PRAGMA schema_version")  # the second opens the WAL, see close()
@@ -3430,6 +3435,7 @@ HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*
 BARE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")  # CR or LF without the other
 # A name or an address, and a port (RFC 9112, 3.2; RFC 3986, 3.2.2); no comma, as two joined by a proxy look so.
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
+NO_HOST = "the Host header must be a name or an address, and perhaps a port; HTTP/1.1 needs one"
 ONCE = ("host", "content-length", "authorization", "content-type", "expect", "last-event-id", "origin")
 
 
@@ -3453,8 +3459,8 @@ def is_foreign(headers: Mapping[str, str]) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class Request:
-    """What is asked. A client that is kept alive repeats its head to the letter: then this is the same one with another body, and
-    what comes of the head alone, its route and whose token it brings, is known."""
+    """What is asked. A client that is kept alive repeats its headers to the letter: then this is the same one with another line and
+    body, and whose token it brings is known."""
 
     method: str
     path: str
@@ -3472,6 +3478,9 @@ class Request:
     digest: str = ""  # SHA-256 of the token
     known: Principal | None = None  # who the token was when it was looked at last
     principal: Principal = NOBODY  # who asks
+
+    def turn_to(self, method: str, path: str, query_text: str) -> None:
+        self.method, self.path, self.query_text, self.route = method, path, query_text, None
 
     def json(self) -> Any:
         return load_json(self.body)
@@ -3498,47 +3507,52 @@ def content_length(headers: Mapping[str, str]) -> int:
     return int(text)
 
 
-class Head(NamedTuple):
+class FirstLine(NamedTuple):
     method: str
     path: str
     query: str
     minor: int  # of HTTP/1
-    headers: dict[str, str]  # by name in lower case
+
+
+class HeaderBlock(NamedTuple):
+    values: dict[str, str]  # by name in lower case
     length: int  # bytes of the body
     expects: bool  # 100-continue
     ends: bool  # the connection, with the answer
 
 
-def parse_head(head: bytes) -> Head:
-    """Of a head without its blank line. Raises Refusal."""
-    lines = head.split(b"\r\n")
-    if len(head) > MAX_LINE and max(map(len, lines)) > MAX_LINE:
-        raise Refusal(431, f"a line of the head has more than {MAX_LINE} bytes")
-    match = REQUEST_LINE.fullmatch(lines[0])
+def parse_line(line: bytes) -> FirstLine:
+    """Raises Refusal."""
+    match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "the request line must be METHOD /path HTTP/1.1")
-    headers: dict[str, str] = {}
-    for line in lines[1:]:
+    path, _, query = match[2].decode().partition("?")
+    return FirstLine(match[1].decode(), path, query, int(match[3]))
+
+
+def parse_headers(block: bytes) -> HeaderBlock:
+    """The lines behind the first, without the blank one. Raises Refusal."""
+    values: dict[str, str] = {}
+    for line in block.split(b"\r\n") if block else ():
         found = HEADER.fullmatch(line)
         if not found:
             raise Refusal(400, "a header line is malformed")
         name = found[1].decode("ascii").lower()
         value = found[2].strip(b" \t").decode("latin-1")
-        if name in headers:
+        if name in values:
             if name in ONCE:
                 raise Refusal(400, f"more than one {name} header")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    if "transfer-encoding" in headers:
+            value = f"{values[name]}, {value}"
+        values[name] = value
+    if "transfer-encoding" in values:
         raise Refusal(400, "Transfer-Encoding is not taken: send Content-Length")
-    if not AUTHORITY.fullmatch(headers.get("host", "missing" if match[3] == b"0" else "")):
-        raise Refusal(400, "the Host header must be a name or an address, and perhaps a port; HTTP/1.1 needs one")
-    expected = headers.get("expect", "").lower()
+    expected = values.get("expect", "").lower()
+    ends = "close" in re.split(r"[ \t]*,[ \t]*", values.get("connection", "").lower())
+    if not AUTHORITY.fullmatch(values.get("host", "missing")):
+        raise Refusal(400, NO_HOST)
     if expected not in ("", "100-continue"):
         raise Refusal(417, "the only expectation known is 100-continue")
-    ends = match[3] == b"0" or "close" in re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
-    path, _, query = match[2].decode().partition("?")
-    return Head(match[1].decode(), path, query, int(match[3]), headers, content_length(headers), expected != "", ends)
+    return HeaderBlock(values, content_length(values), expected != "", ends)
 
 
 def is_one_of(address: str, trusted: Iterable[Network]) -> bool:
@@ -3635,11 +3649,14 @@ class Router:
 
     def find(self, method: str, path: str) -> tuple[Route, tuple[str, ...]]:
         """The route and the segment that its pattern left open. Raises NotFound or MethodNotAllowed."""
-        methods, parts = self._methods.get(path), path.split("/")
+        methods = self._methods.get(path)
         params: tuple[str, ...] = ()
-        if methods is None and len(parts) > 3 and parts[3]:
-            params, parts[3] = (parts[3],), "\0"  # which no path can hold
-            methods = self._methods.get("/".join(parts))
+        begin = path.find("/", 4) + 1  # of the third segment
+        if methods is None and begin:
+            end = path.find("/", begin)
+            end = len(path) if end < 0 else end
+            if end > begin:
+                methods, params = self._methods.get(f"{path[:begin]}\0{path[end:]}"), (path[begin:end],)  # \0: no path can hold it
         if methods is None:
             raise NotFound("no such path: /docs lists what there is")
         route = methods.get("GET" if method == "HEAD" else method)
@@ -3693,22 +3710,23 @@ class Dispatcher:
         return request.route
 
     def _admit(self, request: Request, route: Route) -> None:
-        """Raises what refuses a request before its body is read."""
+        """Raises what refuses a request before its body is read: Unauthorized, Forbidden, TooMany."""
         known = self._auth.find(request.digest) if request.digest else None
         if known is None or known != request.known:
-            self._identify(request, route)
-        if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
-            self._writes.add(request.principal.name, "writes came with this token")
-
-    def _identify(self, request: Request, route: Route) -> None:
-        """Whose token it is, and that this principal may call this route. Raises Unauthorized, Forbidden and TooMany."""
-        request.known = None
-        principal = self._auth.principal(request.headers, request.address, lambda: is_from_here(request.peer, request.headers))
-        request.principal = principal
+            self._identify(request)
+        principal = request.principal
         if not principal.may(route.scope):
             raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {principal.scope}")
         if principal.app and not route.for_app:
             raise Forbidden(f"this token is for the app {principal.app} alone")
+        if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
+            self._writes.add(principal.name, "writes came with this token")
+
+    def _identify(self, request: Request) -> None:
+        request.known = None
+        request.principal = self._auth.principal(
+            request.headers, request.address, lambda: is_from_here(request.peer, request.headers)
+        )
         token = bearer_token(request.headers)
         if token is not None:
             request.digest = sha256(token)
@@ -3770,9 +3788,11 @@ class Handler(socketserver.BaseRequestHandler):
         self._peer = peer.removeprefix("::ffff:") if "." in peer else peer
         self._waiting = self.server.waiting
         self._buffer = b""  # what came after the last request
-        self._raw: bytes | None = None  # the head of the last request, and what it says
-        self._head = Head("GET", "/", "", 1, {}, 0, False, False)
-        self._asked = self._request(self._head)
+        # The head of the last request, what stands behind its first line, and what they say.
+        self._raw: bytes | None = None
+        self._block: bytes | None = None
+        self._line, self._headers = FirstLine("GET", "/", "", 1), HeaderBlock({}, 0, False, False)
+        self._asked = self._request({})
         self._unread = 0  # bytes of the current body that nobody has read
         self._reserved = 0  # bytes of the server's budget
 
@@ -3804,14 +3824,13 @@ class Handler(socketserver.BaseRequestHandler):
             if raw is None:
                 return False
             if raw != self._raw:
-                self._head, self._raw = parse_head(raw), raw
-                self._asked = self._request(self._head)
+                self._parse(raw)
         except Refusal as error:
             refused = problem_of(error)
             self._send(refused, refused.body, keep=False)
             self._linger()
             return False
-        request, self._unread = self._asked, self._head.length
+        request, self._unread = self._asked, self._headers.length
         if self.server.is_crowded():
             request.late = age_of_input(self.request)
         try:
@@ -3820,17 +3839,31 @@ class Handler(socketserver.BaseRequestHandler):
             request.body = b""
             if self._reserved:
                 self._reserve(0)
-        keep = not (self._head.ends or self._unread or self.server.stopping)
+        keep = not (self._headers.ends or not self._line.minor or self._unread or self.server.stopping)
         send = self._send if isinstance(response.body, bytes) else self._send_chunks
         send(response, response.body if request.method != "HEAD" else b"", keep)
         if self._unread:
             self._linger()
         return keep
 
-    def _request(self, head: Head) -> Request:
-        address, secure = forwarded(self._peer, head.headers, self.server.trusted)
+    def _parse(self, raw: bytes) -> None:
+        """A head that is not that of the request before. Raises Refusal."""
+        if len(raw) > MAX_LINE and max(map(len, raw.split(b"\r\n"))) > MAX_LINE:
+            raise Refusal(431, f"a line of the head has more than {MAX_LINE} bytes")
+        line, _, block = raw.partition(b"\r\n")
+        self._line = parse_line(line)
+        if block != self._block:
+            self._headers, self._block = parse_headers(block), block
+            self._asked = self._request(self._headers.values)
+        if self._line.minor and "host" not in self._headers.values:
+            raise Refusal(400, NO_HOST)
+        self._asked.turn_to(*self._line[:3])
+        self._raw = raw
+
+    def _request(self, headers: dict[str, str]) -> Request:
+        address, secure = forwarded(self._peer, headers, self.server.trusted)
         secure = secure or self._is_tls
-        return Request(*head[:3], head.headers, self._peer, address, secure, self._connected, is_foreign(head.headers))
+        return Request("", "", "", headers, self._peer, address, secure, self._connected, is_foreign(headers))
 
     def _read_head(self) -> bytes | None:
         """The head without its blank line; None where the client ended the connection or said nothing for too long."""
@@ -3888,7 +3921,7 @@ class Handler(socketserver.BaseRequestHandler):
         return body
 
     def _read_rest(self, body: bytearray, is_public: bool) -> bytes:
-        if self._head.expects and self._head.minor == 1:
+        if self._headers.expects and self._line.minor == 1:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = time.monotonic() + BODY_DEADLINE
         while (missing := self._unread - len(body)) > 0:
@@ -3942,7 +3975,7 @@ class Handler(socketserver.BaseRequestHandler):
                 response.sent()
 
     def _send_chunks(self, response: Response, body: Any, keep: bool) -> None:
-        chunked = self._head.minor == 1
+        chunked = self._line.minor == 1
         head = self._start(response, keep and chunked, "Transfer-Encoding: chunked\r\n" if chunked else "")
         with contextlib.closing(response.body):  # type: ignore[type-var]
             self.request.sendall(head)
