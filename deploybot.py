@@ -480,8 +480,9 @@ def is_too_deep(body: bytes) -> bool:
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = b"".join(body.translate(ONE_KIND, NO_MARK).split(b'"')[::2])  # outside of strings
-    for _ in range(MAX_DEPTH):  # each round takes the innermost level away
-        brackets = brackets.replace(b"[]", b"")
+    levels = 0
+    while brackets and levels < MAX_DEPTH:  # each round takes the innermost level away
+        brackets, levels = brackets.replace(b"[]", b""), levels + 1
     return brackets != b""
 
 
@@ -637,16 +638,17 @@ class Fields:
         if len(values) > limit:
             self.wrong(name, f"must have at most {limit} entries")
             return None
-        found = []
+        with contextlib.suppress(ValidationError):
+            return [read(value) for value in values]
         for index, value in enumerate(values):
             try:
-                found.append(read(value))
+                read(value)
             except ValidationError as error:
                 for inner, message in error.errors:
                     self.wrong(f"{name}[{index}]" + (f".{inner}" if isinstance(value, dict) else ""), message)
             if len(self.errors) >= MAX_ERRORS:
                 break
-        return found
+        return None
 
     def done(self, model: T) -> T:
         """The model, or ValidationError with all that was wrong."""
@@ -724,7 +726,7 @@ class Job(NamedTuple):
     def public(self) -> dict[str, Any]:
         """What every reader may see: all but the last three."""
         shown = dict(zip(self._fields[:-3], self, strict=False))
-        shown["metadata"] = json.loads(self.metadata)
+        shown["metadata"] = json.loads(self.metadata) if self.metadata != "{}" else {}
         return shown
 
     def for_agent(self) -> dict[str, Any]:
@@ -791,13 +793,12 @@ class Heartbeat(Model):
 
 
 def fit_line(message: str) -> str:
-    """A log line as it is stored: one line, at most MAX_MESSAGE bytes; a longer one is cut and says so."""
-    if len(message) * 4 > MAX_MESSAGE:
-        raw = message.encode()
-        if len(raw) > MAX_MESSAGE:
-            note = f" [cut: the line had {len(raw)} bytes]"
-            return raw[: MAX_MESSAGE - len(note)].decode(errors="ignore") + note
-    return message
+    """A log line as it is stored: at most MAX_MESSAGE bytes; a longer one is cut and says so."""
+    raw = message.encode()
+    if len(raw) <= MAX_MESSAGE:
+        return message
+    note = f" [cut: the line had {len(raw)} bytes]"
+    return raw[: MAX_MESSAGE - len(note)].decode(errors="ignore") + note
 
 
 def log_line(value: Any) -> list[str | None]:
@@ -806,7 +807,8 @@ def log_line(value: Any) -> list[str | None]:
         message, level, stamp = value.get("message"), value.get("level"), value.get("timestamp")
         level = "info" if level is None else level
         if type(message) is str and level in LEVELS and (stamp is None or (type(stamp) is str and not is_stamp(stamp))):
-            return [fit_line(message), level, stamp and stored_time(stamp)]
+            message = fit_line(message) if len(message) * 4 > MAX_MESSAGE else message
+            return [message, level, stamp and stored_time(stamp)]
     f = Fields(value)
     f.take("message", str, "a string", True)
     f.choice("level", LEVELS)
@@ -1513,16 +1515,18 @@ class Tx(Queries):
         self.effects: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self.opened: dict[int, list[str]] = {}  # key_of() a deployment to ids of jobs that it makes
         self.learned: dict[Any, Any] = {}  # what `recent` learns with the COMMIT
-        self._put_off: list[tuple[str, tuple[Any, ...]]] = []  # (INSERT INTO table, row) that SQLite does not have yet
-        # Of the part that runs: what it learned, where its rows begin in _put_off, whether SQLite has changes of it.
+        self._put_off: dict[str, list[tuple[Any, ...]]] = {}  # INSERT INTO table to rows that SQLite does not have yet
+        # Of the part that runs: what it learned, how many rows were put off before it, whether SQLite has changes of it.
         self._news: dict[Any, Any] = {}
-        self._first, self._is_changed = 0, False
+        self._before: dict[str, int] = {}
+        self._is_changed = False
 
     def part(self, do: Callable[[Tx], T]) -> tuple[T | None, Exception | None]:
         """One caller's work: its value, or the error that has undone it. Raises SQLite's own errors, which end the whole transaction,
         and TryAlone."""
         position, effects = self.position, len(self.effects)
-        self._news, self._first, self._is_changed = {}, len(self._put_off), False
+        self._news, self._is_changed = {}, False
+        self._before = {into: len(rows) for into, rows in self._put_off.items()}
         try:
             value = do(self)
         except Exception as error:
@@ -1530,36 +1534,38 @@ class Tx(Queries):
                 raise
             if self._is_changed or isinstance(error, sqlite3.IntegrityError):
                 raise TryAlone from error
-            del self.effects[effects:], self._put_off[self._first :]
+            del self.effects[effects:]
+            for into, rows in self._put_off.items():
+                del rows[self._before.get(into, 0) :]
             self.position = position
             return None, error
         self.learned.update(self._news)
         return value, None
 
-    def flush(self) -> None:
-        """Gives SQLite the rows that were put off."""
-        self._is_changed = self._is_changed or len(self._put_off) > self._first
-        groups: dict[str, list[tuple[Any, ...]]] = {}
-        for into, row in self._put_off:
-            groups.setdefault(into, []).append(row)
-        self._put_off.clear()
-        self._first = 0
-        for into, rows in groups.items():
-            while rows:  # by powers of two, so that there are few statements to prepare
-                some = rows[: 1 << min(5, len(rows).bit_length() - 1)]
-                self._db.execute(insert(into, len(some[0]), len(some)), tuple(itertools.chain.from_iterable(some)))
-                del rows[: len(some)]
+    def flush(self, sql: str = "") -> None:
+        """Gives SQLite the rows that were put off; with `sql`, those of the tables that it names."""
+        for into, rows in self._put_off.items():
+            if rows and into.rpartition(" ")[2] in sql or not sql:
+                self._is_changed = self._is_changed or len(rows) > self._before.get(into, 0)
+                self._before[into] = 0
+                self._insert(into, rows)
+
+    def _insert(self, into: str, rows: list[tuple[Any, ...]]) -> None:
+        while rows:  # by powers of two, so that there are few statements to prepare
+            some = rows[: 1 << min(5, len(rows).bit_length() - 1)]
+            self._db.execute(insert(into, len(some[0]), len(some)), tuple(itertools.chain.from_iterable(some)))
+            del rows[: len(some)]
 
     def one(self, sql: str, *values: Any) -> Any:
-        self.flush()
+        self.flush(sql)
         return super().one(sql, *values)
 
     def rows(self, sql: str, *values: Any) -> list[Any]:
-        self.flush()
+        self.flush(sql)
         return super().rows(sql, *values)
 
     def _do(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        self.flush()
+        self.flush(sql)
         self._is_changed = True
         return self._db.execute(sql, values)
 
@@ -1587,11 +1593,11 @@ class Tx(Queries):
 
     def add(self, table: str, *row: Any) -> None:
         """A row with all columns, in their order."""
-        self._put_off.append((f"INSERT INTO {table}", row))
+        self._put_off.setdefault(f"INSERT INTO {table}", []).append(row)
 
     def put(self, table: str, *row: Any) -> None:
         """As add(); it replaces the row with the same key."""
-        self._put_off.append((f"INSERT OR REPLACE INTO {table}", row))
+        self._put_off.setdefault(f"INSERT OR REPLACE INTO {table}", []).append(row)
 
     def change_job(self, job: Job, **columns: Any) -> Job | None:
         """The job with these columns, if it still has the status and the attempt that `job` says; else None."""
@@ -1614,6 +1620,7 @@ class Tx(Queries):
 
     def each(self, table: str, column: str, key: str, values: Iterable[tuple[str, str]]) -> None:
         """Writes a column in many rows: (value, key)."""
+        self.flush(table)
         self._is_changed = True
         self._db.executemany(f"UPDATE {table} SET {column} = ? WHERE {key} = ?", values)
 
@@ -3478,6 +3485,7 @@ class Request:
     digest: str = ""  # SHA-256 of the token
     known: Principal | None = None  # who the token was when it was looked at last
     principal: Principal = NOBODY  # who asks
+    granted: Any = None  # the Route that this principal may call
 
     def turn_to(self, method: str, path: str, query_text: str) -> None:
         self.method, self.path, self.query_text, self.route = method, path, query_text, None
@@ -3714,16 +3722,21 @@ class Dispatcher:
         known = self._auth.find(request.digest) if request.digest else None
         if known is None or known != request.known:
             self._identify(request)
-        principal = request.principal
+        if request.granted is not route:
+            self._check_rights(request.principal, route)
+            request.granted = route
+        if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
+            self._writes.add(request.principal.name, "writes came with this token")
+
+    @staticmethod
+    def _check_rights(principal: Principal, route: Route) -> None:
         if not principal.may(route.scope):
             raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {principal.scope}")
         if principal.app and not route.for_app:
             raise Forbidden(f"this token is for the app {principal.app} alone")
-        if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
-            self._writes.add(principal.name, "writes came with this token")
 
     def _identify(self, request: Request) -> None:
-        request.known = None
+        request.known = request.granted = None
         request.principal = self._auth.principal(
             request.headers, request.address, lambda: is_from_here(request.peer, request.headers)
         )
