@@ -133,7 +133,9 @@ T = TypeVar("T")
 class DeployBotError(Exception):
     """What a caller can be told. `str(error)` says what is wrong and, where it can, what to do next; `more` is for programs."""
 
-    more: Mapping[str, Any] = {}
+    def __init__(self, detail: str, **more: Any):
+        super().__init__(detail)
+        self.more = more
 
 
 class Malformed(DeployBotError):
@@ -144,9 +146,9 @@ class ValidationError(DeployBotError):
     """Fields are wrong. `errors` is [(field, message)], every wrong field at once."""
 
     def __init__(self, errors: list[tuple[str, str]]):
-        super().__init__("; ".join(f"{field}: {message}" for field, message in errors))
+        said = [{"field": field, "message": message} for field, message in errors]
+        super().__init__("; ".join(f"{field}: {message}" for field, message in errors), errors=said)
         self.errors = errors
-        self.more = {"errors": [{"field": field, "message": message} for field, message in errors]}
 
 
 class NotFound(DeployBotError):
@@ -155,10 +157,6 @@ class NotFound(DeployBotError):
 
 class Conflict(DeployBotError):
     """The state does not allow it. A gap in a log brings `next_offset`."""
-
-    def __init__(self, detail: str, **more: Any):
-        super().__init__(detail)
-        self.more = more
 
 
 class Unauthorized(DeployBotError):
@@ -175,10 +173,6 @@ class TooLarge(DeployBotError):
 
 class TooMany(DeployBotError):
     """More calls than the limit; `retry_after`: seconds until there is room again."""
-
-    def __init__(self, detail: str, retry_after: int):
-        super().__init__(detail)
-        self.more = {"retry_after": retry_after}
 
 
 class Unavailable(DeployBotError):
@@ -226,21 +220,20 @@ def quantity(text: str, units: Mapping[str, float], words: str) -> float:
     return float(match[1]) * units[match[2]]
 
 
-def duration(text: str) -> float:
-    """Seconds. Raises ValueError."""
-    return quantity(text, TIMES, "a duration such as 200ms, 30s, 5m, 2h or 3d")
-
-
 def size(text: str) -> int:
     """Bytes. Raises ValueError."""
     return math.ceil(quantity(text, SIZES, "a size such as 512KiB, 10MiB or 1GiB"))
 
 
-def port(text: str) -> int:
-    """A TCP port; 0 lets the system choose. Raises ValueError."""
-    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or int(text) > 65535:
-        raise ValueError("must be a port from 0 to 65535")
+def whole(text: str, most: int = 999_999_999, words: str = "a whole number, 0 or more") -> int:
+    """Raises ValueError."""
+    if not re.fullmatch("[0-9]+", text) or len(text) > len(str(most)) or int(text) > most:
+        raise ValueError(f"must be {words}")
     return int(text)
+
+
+duration = functools.partial(quantity, units=TIMES, words="a duration such as 200ms, 30s, 5m, 2h or 3d")  # seconds
+port = functools.partial(whole, most=65535, words="a port from 0 to 65535")  # 0 lets the system choose
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -260,13 +253,6 @@ def flag(text: str) -> bool:
     return one_of("true", "false", "1", "0", "yes", "no", "")(text) in ("true", "1", "yes")
 
 
-def whole(text: str) -> int:
-    """Raises ValueError."""
-    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
-        raise ValueError("must be a whole number, 0 or more")
-    return int(text)
-
-
 def optional_path(text: str) -> pathlib.Path | None:
     return pathlib.Path(text) if text else None
 
@@ -279,43 +265,34 @@ def networks(text: str) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",") if word.strip())
 
 
+def bearer(token: str) -> str:
+    """A token that a header can carry (RFC 6750, 2.1). Raises ValueError."""
+    if not re.fullmatch(r"[!-~]+", token):
+        raise ValueError("a token must be of visible ASCII characters, without blanks")
+    return token
+
+
 class Option(NamedTuple):
-    name: str  # the flag --a-b, the variable DEPLOYBOT_A_B and the field a_b of Config
-    parse: Callable[[str], Any]
-    default: str
+    field: str  # a_b of Config
+    name: str  # the flag --a-b; a secret has none
+    variable: str  # DEPLOYBOT_A_B
+    parse: Callable[[str], Any]  # raises ValueError
+    default: str | None  # None: a secret
     help: str
-
-    @property
-    def field(self) -> str:
-        return self.name.replace("-", "_")
-
-    @property
-    def variable(self) -> str:
-        return "DEPLOYBOT_" + self.field.upper()
 
 
 def option(parse: Callable[[str], Any], default: str, help: str) -> Any:
     return dataclasses.field(metadata={"option": (parse, default, help)})
 
 
-def secret(help: str) -> Any:
-    return dataclasses.field(default=None, repr=False, metadata={"secret": help})
+def secret(help: str, parse: Callable[[str], str] = bearer) -> Any:
+    return dataclasses.field(default=None, repr=False, metadata={"option": (parse, None, help)})
 
 
-def options_of(config: Any) -> list[Option]:
-    found = [(field.name, field.metadata.get("option")) for field in dataclasses.fields(config)]
-    return [Option(name.replace("_", "-"), *option) for name, option in found if option]
-
-
-def secrets_of(config: Any) -> dict[str, str]:
-    found = {field.name: field.metadata.get("secret", "") for field in dataclasses.fields(config)}
-    return {name: help for name, help in found.items() if help}
-
-
-def check_token(token: str) -> None:
-    """What a header can carry (RFC 6750, 2.1). Raises ValueError."""
-    if not re.fullmatch(r"[!-~]+", token):
-        raise ValueError("a token must be of visible ASCII characters, without blanks")
+def options_of(config: Any, secrets: bool) -> list[Option]:
+    names = [(one.name, one.metadata["option"]) for one in dataclasses.fields(config)]
+    found = [Option(name, name.replace("_", "-"), "DEPLOYBOT_" + name.upper(), *rest) for name, rest in names]
+    return [option for option in found if (option.default is None) is secrets]
 
 
 def credential(variable: str, env: Mapping[str, str]) -> str:
@@ -362,7 +339,7 @@ class Config:
     tls_cert: pathlib.Path | None = option(optional_path, "", "PEM file of the certificate and its chain; read again on SIGHUP")
     tls_key: pathlib.Path | None = option(optional_path, "", "PEM file of its key")
     open: bool = option(flag, "false", "requests from this machine need no token; never behind a proxy")
-    webhook_secret: str | None = secret("what GitHub signs its pushes with; two, comma separated, while you change it")
+    webhook_secret: str | None = secret("what GitHub signs its pushes with; two, comma separated, while you change it", str)
     token: str | None = secret("for everything; without it the first start makes one and writes admin.token beside the database")
     agent_token: str | None = secret("for enrolment: an agent registers with it, then uses a secret of its own")
     read_token: str | None = secret("for reading alone")
@@ -372,7 +349,7 @@ class Config:
         """From flags and environment. Raises StartError with every problem."""
         values: dict[str, Any] = {}
         problems: list[str] = []
-        for option in options_of(cls):
+        for option in options_of(cls, secrets=False):
             given = flags.get(option.field)
             source = f"--{option.name}" if given is not None else option.variable
             text = given if given is not None else env.get(option.variable) or option.default  # empty is not set
@@ -382,13 +359,12 @@ class Config:
                 values[option.field] = option.parse(text)
             except ValueError as error:
                 problems.append(f"{source}: {text!r} {error}")
-        for name in secrets_of(cls):
+        for option in options_of(cls, secrets=True):
             try:
-                values[name] = read_secret("DEPLOYBOT_" + name.upper(), env)
-                if values[name] and name != "webhook_secret":
-                    check_token(values[name])
+                if value := read_secret(option.variable, env):
+                    values[option.field] = option.parse(value)
             except (ValueError, OSError) as error:
-                problems.append(f"DEPLOYBOT_{name.upper()}: {error}")
+                problems.append(f"{option.variable}: {error}")
         if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
             problems.append("--tls-cert and --tls-key belong together: set both or none")
         if problems:
@@ -396,7 +372,8 @@ class Config:
         return cls(**values)
 
 
-OPTIONS, SECRETS = options_of(Config), secrets_of(Config)
+OPTIONS = options_of(Config, secrets=False)
+SECRETS = {option.field: option for option in options_of(Config, secrets=True)}
 
 
 # == Models ============================================================================================================
@@ -2183,7 +2160,7 @@ class RateLimit:
                 self._minutes.pop(next(iter(self._minutes)))
             self._minutes[key] = end, count + 1
         if count >= self._limit:
-            raise TooMany(f"more than {self._limit} {what} in a minute", math.ceil(end - now))
+            raise TooMany(f"more than {self._limit} {what} in a minute", retry_after=math.ceil(end - now))
 
 
 def network_of(address: str) -> str:
@@ -2413,8 +2390,7 @@ def first_token(path: pathlib.Path) -> str:
     try:
         if path.exists():
             token = path.read_text(encoding="utf-8").strip()
-            check_token(token)
-            return token
+            return bearer(token)
         token = new_secret()
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(token + "\n")
@@ -4597,7 +4573,7 @@ OTHER_VERBS = {
 def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
     """What all verbs share: every option, and the FILE of those that take one."""
     verbs = "".join(f"  {name:<26}{help}\n" for name, help in OTHER_VERBS.items())
-    secret_lines = "".join(f"  DEPLOYBOT_{name.upper():<16}{help}\n" for name, help in SECRETS.items())
+    secret_lines = "".join(f"  {secret.variable:<26}{secret.help}\n" for secret in SECRETS.values())
     parser = argparse.ArgumentParser(
         prog=f"deploybot.py {verb}".strip(),
         description=description,
@@ -4689,7 +4665,7 @@ def look_at_database(config: Config) -> Iterator[Finding]:
 
 def look_at_files(config: Config) -> Iterator[Finding]:
     folder = config.db.parent
-    secret = [os.environ.get(f"DEPLOYBOT_{name.upper()}_FILE") or "" for name in SECRETS]
+    secret = [os.environ.get(f"{secret.variable}_FILE") or "" for secret in SECRETS.values()]
     for path in filter(os.path.exists, [str(config.db), str(folder / "admin.token"), str(config.tls_key or ""), *secret]):
         mode = os.stat(path).st_mode & 0o777
         yield judged(not mode & 0o027, f"{path} has the mode {mode:o}", f"others can read it, chmod 600 {path}", "FAIL")
@@ -4702,9 +4678,9 @@ def look_at_files(config: Config) -> Iterator[Finding]:
 
 def look_at_settings(config: Config) -> Iterator[Finding]:
     """Whether secrets are set and long enough; never what they are."""
-    for name, purpose in SECRETS.items():
-        value = secrets_in(getattr(config, name))
-        what = f"DEPLOYBOT_{name.upper()} is {'set' if value else 'not set'} ({purpose})"
+    for secret in SECRETS.values():
+        value = secrets_in(getattr(config, secret.field))
+        what = f"{secret.variable} is {'set' if value else 'not set'} ({secret.help})"
         yield judged(min(map(len, value), default=99) >= SHORT_SECRET, what, "short, take openssl rand -hex 32")
     if config.open:
         yield "warn", "--open: who is on this machine may do everything; never behind a proxy"
