@@ -277,22 +277,23 @@ class Option(NamedTuple):
     name: str  # the flag --a-b; a secret has none
     variable: str  # DEPLOYBOT_A_B
     parse: Callable[[str], Any]  # raises ValueError
-    default: str | None  # None: a secret
+    default: str
     help: str
+    is_secret: bool
 
 
 def option(parse: Callable[[str], Any], default: str, help: str) -> Any:
-    return dataclasses.field(metadata={"option": (parse, default, help)})
+    return dataclasses.field(metadata={"option": (parse, default, help, False)})
 
 
 def secret(help: str, parse: Callable[[str], str] = bearer) -> Any:
-    return dataclasses.field(default=None, repr=False, metadata={"option": (parse, None, help)})
+    return dataclasses.field(default=None, repr=False, metadata={"option": (parse, "", help, True)})
 
 
 def options_of(config: Any, secrets: bool) -> list[Option]:
     names = [(one.name, one.metadata["option"]) for one in dataclasses.fields(config)]
     found = [Option(name, name.replace("_", "-"), "DEPLOYBOT_" + name.upper(), *rest) for name, rest in names]
-    return [option for option in found if (option.default is None) is secrets]
+    return [option for option in found if option.is_secret is secrets]
 
 
 def credential(variable: str, env: Mapping[str, str]) -> str:
@@ -379,7 +380,6 @@ SECRETS = {option.field: option for option in options_of(Config, secrets=True)}
 # == Models ============================================================================================================
 # Owns the shapes: what comes from outside becomes a model here, or one ValidationError. Ignores where it came from.
 
-
 Status = enum.StrEnum("Status", ["PENDING", "RUNNING", "SUCCESS", "FAILED", "CANCELLED"])
 ENDED = frozenset((Status.SUCCESS, Status.FAILED, Status.CANCELLED))
 # Why a job ended as it did, where that says more than its status.
@@ -389,32 +389,22 @@ Reason = enum.StrEnum(
 # What a route asks for (ANY: whoever has a token), and the last four are roles that a principal has.
 Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
 ROLES = (Scope.ADMIN, Scope.OPERATOR, Scope.VIEWER, Scope.AGENT)
-# What each role may call, beside what is public; an admin may call all.
+# What each role may call, beside what is public and what takes any token; an admin may call all.
 GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPERATOR}, Scope.AGENT: {Scope.AGENT}}
 
 LEVELS = ("debug", "info", "warning", "error")
 ENDED_WORDS = ("success", "failed", "cancelled")
-DEFAULT_REASON = {"failed": "exit_code", "cancelled": "cancelled"}
 AGENT_REASONS = ("exit_code", "fetch_failed", "timeout", "health_check", "rejected", "agent_crashed", "cancelled")
 
-REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?!\.{1,2}\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,99}", re.ASCII)
-HOST = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)(?:\.[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)*")
-APP = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
-ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
-ID_START = re.compile(r"[0-9a-f-]{1,36}", re.ASCII)
-SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", re.ASCII)
-SESSION = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 OUR_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII)
 # What git-check-ref-format(1) refuses, and a leading `-`, which a program could take for an option.
 BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.lock(?:/|$)|^@$")
 
-
 NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 ONE_KIND = bytes.maketrans(b"{}", b"[]")
-
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -471,15 +461,18 @@ def load_json(body: bytes) -> Any:
     return value
 
 
-def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]:
-    return lambda text: None if pattern.fullmatch(text) else "must be " + words
+def matches(pattern: str | re.Pattern[str], words: str) -> Callable[[str], str | None]:
+    """A check of a text: what is wrong with it, or None."""
+    form = re.compile(pattern)
+    return lambda text: None if form.fullmatch(text) else "must be " + words
 
 
+LABEL = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 is_commit = matches(COMMIT, "40 or 64 hex digits in lower case")
 is_id = matches(ID, "a job's id")
-is_repo = matches(REPO, "owner/name")
-is_host = matches(HOST, "a host name as in RFC 1123")
-is_app = matches(APP, "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
+is_repo = matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?!\.{1,2}\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,99}", "owner/name")
+is_host = matches(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*", "a host name as in RFC 1123")
+is_app = matches("[a-z0-9][a-z0-9._-]{0,63}", "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
 
 
 def is_ref(text: str) -> str | None:
@@ -739,7 +732,7 @@ class Registration(Model):
     hostname: str = field(Fields.text, is_host, required=True, fold=True)
     capabilities: dict[str, Any] = field(Fields.mapping, MAX_METADATA)
     slots: int = field(Fields.integer, 1, 64, default=1)
-    token_sha256: str | None = field(Fields.text, matches(SHA256, "64 hex digits in lower case"))
+    token_sha256: str | None = field(Fields.text, matches("[0-9a-f]{64}", "64 hex digits in lower case"))
 
 
 def held_job(value: Any) -> tuple[str, int]:
@@ -751,7 +744,7 @@ def held_job(value: Any) -> tuple[str, int]:
 @dataclasses.dataclass(slots=True)
 class Heartbeat(Model):
     status: str = field(Fields.choice, ("online", "offline"), required=True)
-    session: str | None = field(Fields.text, matches(SESSION, "a session that a registration answered"))
+    session: str | None = field(Fields.text, matches("[0-9a-f-]{1,64}", "a session that a registration answered"))
     running: frozenset[tuple[str, int]] | None = field(Fields.items, MAX_RUNNING, held_job, then=frozenset)  # None: not said
     wait: int = field(Fields.integer, 0, MAX_WAIT, default=0)  # seconds
 
@@ -799,7 +792,8 @@ class Result(Model):
     rolled_back_to: str | None = field(Fields.text, is_commit)
 
     def __post_init__(self) -> None:
-        self.reason = None if self.status == "success" else self.reason or DEFAULT_REASON.get(self.status)
+        default = "exit_code" if self.status == "failed" else self.status
+        self.reason = None if self.status == "success" else self.reason or default
 
 
 @dataclasses.dataclass(slots=True)
@@ -836,14 +830,8 @@ class Event:
     def log_lines(self) -> Iterator[dict[str, Any]]:
         first = self.position - self.lines + 1
         for i, (message, level, stamp) in enumerate(json.loads(self.data)):
-            yield {
-                "position": first + i,
-                "attempt": self.attempt,
-                "offset": self.offset + i,
-                "message": message,
-                "level": level,
-                "timestamp": stamp,
-            }
+            place = {"position": first + i, "attempt": self.attempt, "offset": self.offset + i}
+            yield {**place, "message": message, "level": level, "timestamp": stamp}
 
 
 EVENT_FIELDS = tuple(field.name for field in dataclasses.fields(Event))[:-1]
@@ -877,8 +865,7 @@ class Principal(NamedTuple):
         return cls(f"agent:{host}", Scope.AGENT, host, is_own=True)
 
     def may(self, scope: Scope) -> bool:
-        open_to_all = scope in (Scope.PUBLIC, Scope.ANY)
-        return open_to_all or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
+        return self.scope is Scope.ADMIN or scope in (Scope.PUBLIC, Scope.ANY, *GRANTS.get(self.scope, ()))
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -894,11 +881,17 @@ class Principal(NamedTuple):
             raise Forbidden(f"this token is for the app {self.app} alone")
 
 
+is_token_name = matches("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")
+
+
+is_token_name = matches("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")
+
+
 @dataclasses.dataclass(slots=True)
 class TokenRequest(Model):
     strict = True
     role: str = field(Fields.choice, ROLES, required=True)
-    name: str | None = field(Fields.text, matches(TOKEN_NAME, "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @"))
+    name: str | None = field(Fields.text, is_token_name)
     host: str | None = field(Fields.text, is_host, fold=True)
     app: str | None = field(Fields.text, is_app)
     expires_in: int | None = field(Fields.integer, 60, 10 * 365 * 86400)  # seconds
@@ -928,9 +921,7 @@ class Token(NamedTuple):
     last_used_at: str | None
 
     def public(self) -> dict[str, Any]:
-        shown = self._asdict()
-        del shown["sha256"], shown["parent"]
-        return shown
+        return {name: value for name, value in self._asdict().items() if name not in ("sha256", "parent")}
 
     def principal(self) -> Principal:
         """A signed-in browser acts in the name of the token that it signed in with."""
@@ -941,11 +932,7 @@ class Token(NamedTuple):
 class Clock:
     """Time, so that a test can hold it. Durations are measured on `monotonic`; what is stored and shown is `stamp`."""
 
-    def now(self) -> float:
-        return time.time()
-
-    def monotonic(self) -> float:
-        return time.monotonic()
+    now, monotonic = staticmethod(time.time), staticmethod(time.monotonic)
 
     def stamp(self, ago: float = 0.0) -> str:
         return rfc3339(max(0.0, self.now() - ago))
@@ -961,19 +948,11 @@ class TimeOrderedIds:
 
     def __init__(self, clock: Clock, last: str | None):
         self._clock = clock
-        self._last = int(last.replace("-", "")[:12], 16) if last else 0  # milliseconds
-        self._count = 0xFFF
+        self._last = int((last or "0").replace("-", "")[:12] + "fff", 16)  # milliseconds and count, as one number
 
     def __call__(self) -> str:
-        now = self._clock.ms()
-        if now > self._last:
-            self._last, self._count = now, 0
-        elif self._count < 0xFFF:
-            self._count += 1
-        else:
-            self._last, self._count = self._last + 1, 0
-        low = (2 << 62) | secrets.randbits(62)
-        return self.layout(self._last, self._count, low)
+        self._last = max(self._last + 1, self._clock.ms() << 12)  # a count that is full goes on in the next millisecond
+        return self.layout(self._last >> 12, self._last & 0xFFF, (2 << 62) | secrets.randbits(62))
 
     @staticmethod
     def layout(milliseconds: int, count: int = 0, low: int = 0) -> str:
@@ -4106,7 +4085,7 @@ def list_jobs(api: Controller, request: Request) -> Answer:
         "app": visible_app(f, request.principal),
         "repo": f.text("repo", is_repo),
     }
-    starts = f.text("id", matches(ID_START, "the start of a job's id"), fold=True)
+    starts = f.text("id", matches("[0-9a-f-]{1,36}", "the start of a job's id"), fold=True)
     before = f.text("before", is_id)
     limit = f.done(f.integer("limit", 1, 1000)) or 100
     with api.store.read() as db:
