@@ -522,7 +522,7 @@ class Fields:
         self.prefix, self.quotes = prefix, quotes  # quotes: an error brings the value along
         if not isinstance(data, dict):
             raise ValidationError([(prefix.rstrip(".") or "body", "must be an object")])
-        self.data = data
+        self.data: Any = data
         if known is not None and not data.keys() <= known:
             for name in sorted(data.keys() - known)[:MAX_ERRORS]:
                 self.wrong(name[:100], "is not known" + nearest(name[:100], sorted(known)))
@@ -985,8 +985,7 @@ def command(value: Any) -> list[str] | str:
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str) and "\0" not in word for word in words) or not words[0].strip():
         raise ValueError("must be a command: a list of strings, or one string for sh -c")
-    if not "".join(words).isascii():
-        "".join(words).encode()  # a lone surrogate is a ValueError
+    "".join(words).encode()  # a lone surrogate is a ValueError
     return value
 
 
@@ -1040,16 +1039,14 @@ def app_without_entry(repo: str, name: str | None) -> App:
 
 
 class Located(dict[str, Any]):
-    """A mapping of apps.yaml that knows where it stands. Raises AppsError for a key that stands twice."""
+    """A mapping of apps.yaml that knows where it stands. `items`: (key, line, value). Raises AppsError for a key that stands twice."""
 
-    def __init__(self, pairs: Iterable[tuple[str, Any]], line: int, lines: Iterable[tuple[str, int]]):
-        super().__init__(pairs)
-        self.line = line
-        self.lines: dict[str, int] = {}
-        for key, at in lines:
-            if key in self.lines:
+    def __init__(self, line: int, items: Iterable[tuple[str, int, Any]]):
+        self.line, self.lines = line, dict[str, int]()
+        for key, at, value in items:
+            if key in self:
                 raise AppsError([(at, f"{key}: stands here for the second time")])
-            self.lines[key] = at
+            self[key], self.lines[key] = value, at
 
     def line_of(self, key: str) -> int:
         return self.lines.get(key, self.line)
@@ -1061,23 +1058,19 @@ def parse_json(text: str) -> Any:
         raise RecursionError
     json.loads(text, parse_int=small_integer)
     ends = [match.start() for match in re.finditer("\n", text)]
-    spans, starts = [], []  # of objects, in the order in which they end: that of the calls of an object_pairs_hook
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[{}]', text):
-        if token[0] == "{":
-            starts.append(token.start())
-        elif token[0] == "}":
-            spans.append((starts.pop(), token.end()))
-    following = iter(spans)
+
+    def numbered(found: re.Match[str]) -> str:
+        """A key has its line in front; each object begins with a key that is its line alone; other strings stay."""
+        line = bisect.bisect_left(ends, found.start()) + 1
+        if found[0][0] == "{":
+            return f'{{"{line}": 0{found[2] or ","}'
+        return f'"{line} {found[0][1:]}' if found[1] else found[0]
 
     def located(pairs: list[tuple[str, Any]]) -> Located:
-        at, end = next(following)
-        line, lines = bisect.bisect_left(ends, at) + 1, []
-        for key, _ in pairs:
-            match = re.compile(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:").search(text, at, end)
-            at = match.end() if match else at
-            lines.append((key, bisect.bisect_left(ends, match.start()) + 1 if match else line))
-        return Located(pairs, line, lines)
+        (start, _), *items = [(key.partition(" "), value) for key, value in pairs]
+        return Located(int(start[0]), [(key, int(line), value) for (line, _, key), value in items])
 
+    text = re.sub(r'"(?:[^"\\]|\\.)*"(\s*:)?|\{(\s*\})?', numbered, text)
     return json.loads(text, parse_int=small_integer, object_pairs_hook=located)
 
 
@@ -1098,9 +1091,8 @@ def located_loader(yaml: Any) -> Any:
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     raise AppsError([(key.start_mark.line + 1, "a key must be a word")])
-            lines = [(key.value, key.start_mark.line + 1) for key, _ in node.value]
-            pairs = [(key.value, self.construct_object(value, deep=True)) for key, value in node.value]
-            return Located(pairs, node.start_mark.line + 1, lines)
+            found = [(key, self.construct_object(value, deep=True)) for key, value in node.value]
+            return Located(node.start_mark.line + 1, [(key.value, key.start_mark.line + 1, value) for key, value in found])
 
     Loader.add_constructor("tag:yaml.org,2002:map", Loader.located)
     return Loader
@@ -1143,67 +1135,56 @@ def parse_apps_text(text: str) -> Any:
         raise AppsError([(1, "is nested too deeply")]) from None
 
 
-class AppReader:
-    """Reads the document of apps.yaml; gathers every mistake with its line. `folder`: what its paths are relative to."""
+def signing_secrets(path: pathlib.Path, shown: str) -> tuple[str, ...]:
+    """The secrets in that file, a line each. Raises ValueError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{shown[:80]}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{shown[:80]} is not UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{shown[:80]} is empty")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
-        self.problems: list[tuple[int, str]] = []
 
-    def read(self, document: Any) -> tuple[App, ...]:
-        if document is None:
-            return ()
-        if not isinstance(document, Located):
-            raise AppsError([(1, "must be a mapping with the key 'apps'")])
-        f = Fields(document, {"apps"})
-        entries = f.take("apps", list, "a list", False) or []
-        self._gather(document, f)
-        apps = [self._app(entry, document) for entry in entries]
-        names = set()
-        for entry, app in zip(entries, apps, strict=True):
-            if app and app.name in names:
-                self.problems.append((entry.line_of("name"), f"name: {app.name} stands here twice"))
-            names.add(app and app.name)
-        if self.problems:
-            raise AppsError(sorted(self.problems))
-        return tuple(app for app in apps if app)
+def read_app(f: Fields, folder: pathlib.Path) -> App:
+    """`folder`: what its paths are relative to."""
+    app = App.read(f)
+    if app.deploy and (app.build or app.activate):
+        f.wrong("deploy", "stands instead of build and activate; keep one form")
+    if app.webhook_secret_file:
+        app.webhook_secrets = f.read("webhook_secret_file", lambda file: signing_secrets(folder / file, file)) or ()
+    return app
 
-    def _gather(self, entry: Located, f: Fields) -> bool:
-        self.problems += [(entry.line_of(name), f"{name}: {message}") for name, message in f.errors]
-        return bool(f.errors)
 
-    def _app(self, entry: Any, document: Located) -> App | None:
+def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
+    """Of a document of parse_apps_text(). Raises AppsError with every mistake and its line."""
+    if not isinstance(document, Located):
+        raise AppsError([(1, "must be a mapping with the key 'apps'")])
+    apps: dict[str, App] = {}
+    parts = [Fields(document, {"apps"})]
+    for entry in parts[0].take("apps", list, "a list", False) or []:
         if not isinstance(entry, Located):
-            self.problems.append((document.line_of("apps"), "apps: each must be a mapping with name, repo and hosts"))
-            return None
-        f = Fields(entry, readers(App).keys(), quotes=True)
-        app = App.read(f)
-        if app.deploy and (app.build or app.activate):
-            f.wrong("deploy", "stands instead of build and activate; keep one form")
-        app.webhook_secrets = f.read("webhook_secret_file", self._secrets) or () if app.webhook_secret_file else ()
-        return None if self._gather(entry, f) else app
-
-    def _secrets(self, file: str) -> tuple[str, ...]:
-        """The secrets in that file, a line each."""
-        try:
-            text = (self.folder / file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{file[:80]}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"{file[:80]} is not UTF-8") from None
-        found = tuple(line.strip() for line in text.splitlines() if line.strip())
-        if not found:
-            raise ValueError(f"{file[:80]} is empty")
-        return found
+            parts[0].wrong("apps", "each must be a mapping with name, repo and hosts")
+            continue
+        parts.append(f := Fields(entry, readers(App).keys(), quotes=True))
+        app = read_app(f, folder)
+        if not f.errors and apps.setdefault(app.name, app) is not app:
+            f.wrong("name", f"{app.name} stands here twice")
+    problems = [(f.data.line_of(name), f"{name}: {message}") for f in parts for name, message in f.errors]
+    if problems:
+        raise AppsError(sorted(problems))
+    return tuple(apps.values())
 
 
 def read_apps(path: pathlib.Path) -> tuple[App, ...]:
     """The apps of that file. Raises AppsError, with every mistake, and OSError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        document = parse_apps_text(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise AppsError([(error.object[: error.start].count(b"\n") + 1, "is not UTF-8")]) from None
-    return AppReader(path.parent).read(parse_apps_text(text))
+    return () if document is None else apps_in(document, path.parent)
 
 
 class Apps:
