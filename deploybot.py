@@ -4522,39 +4522,7 @@ def run(daemon: Daemon, signals: int) -> None:
             notify("WATCHDOG=1")
 
 
-OTHER_VERBS = {
-    "backup FILE": "write a copy of the database, also while the controller runs",
-    "restore FILE": "put a backup in the place of the database; the controller must be stopped",
-    "doctor": "check the database, the settings and the machine, and say what to do",
-    "check-apps FILE": "say whether FILE would be taken as apps.yaml",
-}
-
-
-def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
-    """What all verbs share: every option, and the FILE of those that take one."""
-    verbs = "".join(f"  {name:<26}{help}\n" for name, help in OTHER_VERBS.items())
-    secret_lines = "".join(f"  {secret.variable:<26}{secret.help}\n" for secret in SECRETS.values())
-    parser = argparse.ArgumentParser(
-        prog=f"deploybot.py {verb}".strip(),
-        description=description,
-        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n\n\nOther verbs:\n{verbs}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"deploybot {VERSION}")
-    if verb in ("backup", "restore"):
-        parser.add_argument("file", metavar="FILE", type=pathlib.Path)
-    for option in OPTIONS:
-        more: dict[str, Any] = {"metavar": option.field.upper()}
-        if option.parse is flag:
-            more = {"action": "store_const", "const": "true"}
-        parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
-    given = vars(parser.parse_args(arguments))
-    return Config.load(given, os.environ), given.get("file", pathlib.Path())
-
-
-def serve(arguments: list[str]) -> int:
-    config, _ = parse("", "The deployment controller. SIGHUP reads apps.yaml again, SIGTERM stops.", arguments)
+def serve(config: Config, _: pathlib.Path) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormat(config.log_format == "json"))
     log.addHandler(handler)
@@ -4576,22 +4544,18 @@ def told(path: pathlib.Path, schema: int, jobs: int, agents: int) -> str:
     return f"{path}: {path.stat().st_size / MIB:.1f} MiB, {jobs} jobs, {agents} agents, schema {schema}"
 
 
-def backup(arguments: list[str]) -> int:
-    config, file = parse("backup", "Write a copy of the database to FILE, also while the controller runs.", arguments)
+def backup(config: Config, file: pathlib.Path) -> int:
     print(told(file, *copy_database(config.db, file)))
     return 0
 
 
-def restore(arguments: list[str]) -> int:
-    config, file = parse("restore", "Put a backup in the place of the database.", arguments)
+def restore(config: Config, file: pathlib.Path) -> int:
     os.umask(0o077)
     kept = config.db.with_name(f"{config.db.name}.before-restore-{Clock().stamp().replace(':', '')}")
     facts = restore_database(file, config.db, kept)
     print(told(config.db, *facts) + (f"\nwhat was there before is kept as {kept}" if kept.exists() else ""))
-    print(
-        "Now start the controller: jobs that waited are cancelled, agents register anew, those that still run go on.\n"
-        "Tokens and secrets of hosts are as they were then: see ctl.py token list, ctl.py hosts."
-    )
+    print("Now start the controller: jobs that waited are cancelled, agents register anew, those that still run go on.")
+    print("Tokens and secrets of hosts are as they were then: see ctl.py token list, ctl.py hosts.")
     return 0
 
 
@@ -4666,45 +4630,75 @@ def look_at_tls(config: Config) -> Iterator[Finding]:
     yield judged(days >= 14, f"{config.tls_cert} is good for {days} days", "renew it, then SIGHUP", level)
 
 
-def found(look: Callable[[Config], Iterator[Finding]], config: Config) -> Iterator[Finding]:
-    try:
-        yield from look(config)
-    except StartError as error:
-        yield from (("FAIL", line) for line in error.problems)
-    except (OSError, ValueError) as error:
-        yield "FAIL", str(error)
+def findings(config: Config) -> Iterator[Finding]:
+    for look in (look_at_database, look_at_files, look_at_settings, look_at_tls):
+        try:
+            yield from look(config)
+        except StartError as error:
+            yield from (("FAIL", line) for line in error.problems)
+        except (OSError, ValueError) as error:
+            yield "FAIL", str(error)
 
 
-def doctor(arguments: list[str]) -> int:
+def doctor(config: Config, _: pathlib.Path) -> int:
     """1 where something has to be mended."""
-    config, _ = parse("doctor", "Check the database, the settings and the machine, and say what to do.", arguments)
-    looks = (look_at_database, look_at_files, look_at_settings, look_at_tls)
-    findings = [finding for look in looks for finding in found(look, config)]
-    print(*(f"{level:<5}{text}" for level, text in findings), sep="\n")
-    return int(any(level == "FAIL" for level, _ in findings))
+    found = list(findings(config))
+    print(*(f"{level:<5}{text}" for level, text in found), sep="\n")
+    return int(any(level == "FAIL" for level, _ in found))
 
 
-def check_apps(arguments: list[str]) -> int:
+def check_apps(_: Config, file: pathlib.Path) -> int:
     """Says every mistake of a file, with its line; 0 where it has none."""
-    parser = argparse.ArgumentParser(prog="deploybot.py check-apps", description="Say whether FILE would be taken as apps.yaml.")
-    parser.add_argument("file", metavar="FILE", type=pathlib.Path)
-    path = parser.parse_args(arguments).file
-    apps = apps_of(path)
+    apps = apps_of(file)
     for app in apps:
         when = "on push" if app.deploy_on_push else "when asked"
         print(f"{app.name}: {app.repo} to {', '.join(app.hosts)}, {when}")
-    print(f"{path} is good: {len(apps)} app{'' if len(apps) == 1 else 's'}")
+    print(f"{file} is good: {len(apps)} app{'' if len(apps) == 1 else 's'}")
     return 0
 
 
-VERBS = {"serve": serve, "backup": backup, "restore": restore, "doctor": doctor, "check-apps": check_apps}
+# Name to what it does, the argument that it takes, and what --help says.
+VERBS: dict[str, tuple[Callable[[Config, pathlib.Path], int], str, str]] = {
+    "serve": (serve, "", "The deployment controller. SIGHUP reads apps.yaml again, SIGTERM stops."),
+    "backup": (backup, "FILE", "Write a copy of the database to FILE, also while the controller runs."),
+    "restore": (restore, "FILE", "Put a backup in the place of the database; the controller must be stopped."),
+    "doctor": (doctor, "", "Check the database, the settings and the machine, and say what to do."),
+    "check-apps": (check_apps, "FILE", "Say whether FILE would be taken as apps.yaml."),
+}
+
+
+def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
+    """Every option, also from the environment, but for check-apps, which reads none; and FILE where the verb takes one."""
+    _, takes, description = VERBS[verb]
+    options, env = ([], {}) if verb == "check-apps" else (OPTIONS, os.environ)
+    secret_lines = "".join(f"  {secret.variable:<26}{secret.help}\n" for secret in SECRETS.values())
+    verbs = "".join(f"  {f'{name} {file}':<26}{help}\n" for name, (_, file, help) in VERBS.items() if name != "serve")
+    parser = argparse.ArgumentParser(
+        prog=f"deploybot.py {verb}".removesuffix(" serve"),
+        description=description,
+        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n\n\nOther verbs:\n{verbs}"
+        if options
+        else "",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"deploybot {VERSION}")
+    if takes:
+        parser.add_argument("file", metavar=takes, type=pathlib.Path)
+    for option in options:
+        more: dict[str, Any] = {"metavar": option.field.upper()}
+        if option.parse is flag:
+            more = {"action": "store_const", "const": "true"}
+        parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
+    given = vars(parser.parse_args(arguments))
+    return Config.load(given, env), given.get("file", pathlib.Path())
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes: 0 done, 1 refused or could not start, 2 wrong use."""
-    verb, rest = (VERBS[arguments[0]], arguments[1:]) if arguments and arguments[0] in VERBS else (serve, arguments)
+    verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else ("serve", arguments)
     try:
-        return verb(rest)
+        return VERBS[verb][0](*parse(verb, rest))
     except StartError as error:
         for line in error.problems:
             print(f"deploybot.py: {line}", file=sys.stderr)
