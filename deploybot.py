@@ -3987,36 +3987,11 @@ class Server(http.server.ThreadingHTTPServer):
 # Owns the API: thin functions, then one table that shows every call and who may make it. Ignores how they are served.
 
 
-class Controller:
-    """What the routes act on: all parts, built and recovered. Raises StartError."""
-
-    def __init__(self, config: Config, apps: Apps, store: Store, tokens: Mapping[str, Principal], clock: Clock, pulse: float):
-        self.config, self.apps, self.store, self.clock, self.pulse = config, apps, store, clock, pulse
-        self.started = clock.monotonic()
-        self.queue, self.metrics, self.hub = JobQueue(), Metrics(), EventHub(store.position)
-        with database_errors(config.db):
-            self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
-            self.jobs.recover()
-            self.auth = Auth(tokens, config.open, self.jobs.by_secret.get, store, clock)
-        self.connections: Callable[[], int] = lambda: 0
-
-
 def job_id(request: Request) -> str:
     """The id in the path, in its one spelling. Raises NotFound."""
     if not ID.fullmatch(request.params[0]):
         raise NotFound(f"no job {request.params[0][:100]}")
     return request.params[0]
-
-
-def register_agent(api: Controller, request: Request) -> Answer:
-    asked = Registration.parse(request.json())
-    secret = None
-    if asked.token_sha256 is None and request.principal.scope is Scope.AGENT and request.principal.host is None:
-        secret = new_secret()  # for an agent that makes none: it is told this once
-    agent = api.jobs.register(asked, request.principal, secret)
-    shown = {name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")}
-    told = {"token": secret} if secret else {}
-    return {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -4030,24 +4005,10 @@ def nothing_to_do(interval: int) -> Response:
     return answer(200, {"acknowledged": True, "job": None, "cancel": [], "interval": interval})
 
 
-def heartbeat(api: Controller, request: Request) -> Answer:
-    beat = heartbeat_of(request.body)
-    job, stops, interval = api.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
-    if job is None and not stops:
-        return nothing_to_do(interval)
-    body = {"acknowledged": True, "job": job.for_agent() if job else None, "cancel": stops, "interval": interval}
-    return answer(200, body, functools.partial(api.jobs.delivered, job) if job else None)
-
-
 def answer_with(text: str, status: int = 200, **more: Any) -> Response:
     """`text`: the public JSON of a job."""
     rest = "," + dump(more)[1:] if more else "}"
     return Response(status, f'{{"job":{text}{rest}\n'.encode())
-
-
-def create_job(api: Controller, request: Request) -> Answer:
-    job, created, warning = api.jobs.submit(JobRequest.parse(request.json()), request.principal)
-    return answer_with(api.jobs.text(job), 201, created=created, **({"warning": warning} if warning else {}))
 
 
 def visible_app(f: Fields, principal: Principal) -> str | None:
@@ -4058,141 +4019,18 @@ def visible_app(f: Fields, principal: Principal) -> str | None:
     return app or principal.app
 
 
-def list_jobs(api: Controller, request: Request) -> Answer:
-    f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
-    equal = {
-        "status": f.choice("status", Status),
-        "host": f.text("host", is_host, fold=True),
-        "app": visible_app(f, request.principal),
-        "repo": f.text("repo", is_repo),
-    }
-    starts = f.text("id", matches("[0-9a-f-]{1,36}", "the start of a job's id"), fold=True)
-    before = f.text("before", is_id)
-    limit = f.done(f.integer("limit", 1, 1000)) or 100
-    with api.store.read() as db:
-        jobs = db.jobs({name: value for name, value in equal.items() if value}, starts, before, limit + 1)
-    more = len(jobs) > limit
-    return {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None}
-
-
-def visible_job(api: Controller, request: Request) -> tuple[Job, str]:
-    job, text = api.jobs.job(job_id(request))
-    request.principal.sees(job.app)
-    return job, text
-
-
-def cancel_job(api: Controller, request: Request) -> Answer:
-    return answer_with(api.jobs.text(api.jobs.cancel(job_id(request), request.principal)))
-
-
-def retry_job(api: Controller, request: Request) -> Answer:
-    job, created = api.jobs.retry(job_id(request), request.principal)
-    return answer_with(api.jobs.text(job), 201, created=created)
-
-
-def append_logs(api: Controller, request: Request) -> Answer:
-    upload = LogUpload.parse(request.json())
-    next_offset, cancel = api.jobs.append_logs(job_id(request), upload, request.principal)
-    return {"next_offset": next_offset, "cancel": cancel}
-
-
-def log_text(api: Controller, job: str, after: int | None) -> Iterator[bytes]:
-    while after is not None:
-        lines, after = api.jobs.log_lines(job, after, 1000)
-        if lines:
-            yield "".join(line["message"] + "\n" for line in lines).encode()
-
-
-def read_logs(api: Controller, request: Request) -> Answer:
-    f = request.query((), ("after", "limit"))
-    after = f.integer("after", 0, 1 << 53) or 0
-    limit = f.done(f.integer("limit", 1, 10_000)) or 1000
-    if "text/plain" in request.headers.get("accept", ""):
-        return Response(200, log_text(api, visible_job(api, request)[0].id, after), "text/plain; charset=utf-8")
-    lines, following = api.jobs.log_lines(visible_job(api, request)[0].id, after, limit)
-    return {"lines": lines, "next": following}
-
-
-def report_result(api: Controller, request: Request) -> Answer:
-    job = api.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)
-    return answer_with(api.jobs.text(job))
-
-
-def on_host(action: str, **columns: Any) -> Callable[[Controller, Request], Answer]:
-    """A route that changes these columns of the host's agent."""
-    return lambda api, request: {"host": api.jobs.change_host(request.params[0].lower(), request.principal, action, **columns)}
-
-
-def create_token(api: Controller, request: Request) -> Answer:
-    token, secret = api.auth.create(TokenRequest.parse(request.json()).check(), request.principal)
-    return answer(201, {"token": token.public(), "secret": secret})
-
-
-def who_asks(api: Controller, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
-    who = principal or request.principal
-    expires_at = api.auth.expiry(who)
-    shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": expires_at}
-    return answer(200, shown, headers=(("Set-Cookie", cookie),) if cookie else ())
-
-
 def cookie_of(request: Request, secret: str, seconds: int) -> str:
     """RFC 6265. SameSite: no other site's page brings it along; HttpOnly: no script reads it."""
     secure = "; Secure" if request.secure else ""
     return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
 
 
-def sign_in(api: Controller, request: Request) -> Answer:
-    f = Fields(request.json(), {"token"})
-    text = f.done(f.text("token", lambda text: None if text.strip() else "must not be empty", required=True))
-    token, secret = api.auth.sign_in(text.strip(), request.address)
-    return who_asks(api, request, token.principal(), cookie_of(request, secret, SESSION_LIFETIME))
-
-
-def sign_out(api: Controller, request: Request) -> Answer:
-    with contextlib.suppress(Unauthorized):  # it ran out already
-        api.auth.sign_out(api.auth.principal(request.headers, request.address, lambda: False))
-    return Response(200, b"{}\n", headers=(("Set-Cookie", cookie_of(request, "", 0)),))
-
-
-def list_audit(api: Controller, request: Request) -> Answer:
-    f = request.query(("who", "action"), ("limit", "before"))
-    equal = {name: f.text(name, lambda text: None if len(text) <= 200 else "is too long") for name in ("who", "action")}
-    before = f.integer("before", 1, 1 << 53)
-    limit = f.done(f.integer("limit", 1, 1000)) or 100
-    with api.store.read() as db:
-        rows = db.audit({name: value for name, value in equal.items() if value}, before, limit + 1)
-    return {"audit": rows[:limit], "next": rows[limit - 1]["id"] if len(rows) > limit else None}
-
-
 def app_shown(app: App, releases: Mapping[tuple[str, str], tuple[str, str | None, str]]) -> dict[str, Any]:
     """Commands stay here: they may hold what readers should not see."""
-    hosts = []
-    for host in app.hosts:
-        job, commit, at = releases.get((app.name, host), (None, None, None))
-        hosts.append({"hostname": host, "commit": commit, "job_id": job, "deployed_at": at})
+    running = [(host, *releases.get((app.name, host), (None, None, None))) for host in app.hosts]
+    hosts = [{"hostname": host, "commit": commit, "job_id": job, "deployed_at": at} for host, job, commit, at in running]
     shown = {name: getattr(app, name) for name in ("name", "repo", "clone_url", "deploy_on_push", "branches")}
     return {**shown, "hosts": hosts}
-
-
-def list_apps(api: Controller, request: Request) -> Answer:
-    with api.store.read() as db:
-        releases = db.releases()
-    only = request.principal.app
-    return {"apps": [app_shown(app, releases) for app in api.apps.all if only in (None, app.name)]}
-
-
-def reload_apps(api: Controller, request: Request) -> Answer:
-    try:
-        found = read_apps(api.apps.path)
-    except OSError as error:
-        raise Unavailable(f"{api.apps.path} cannot be read: {error.strerror}; the mapping in force stays") from None
-
-    def do(tx: Tx) -> None:
-        tx.audited(api.clock.stamp(), request.principal, "reload", str(api.apps.path), f"{len(found)} apps")
-        tx.after(api.apps.put, found)
-
-    api.store.write(do)
-    return {"apps": len(found), "message": f"{api.apps.path} is in force"}
 
 
 def frame(event: Event, epoch: str) -> bytes:
@@ -4208,93 +4046,11 @@ def frame(event: Event, epoch: str) -> bytes:
     return event.frame
 
 
-def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None, principal: Principal) -> Iterator[bytes]:
-    """The body of a stream: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
-    yield f"retry: 2000\nid: {api.jobs.epoch}-{position}\n\n".encode()  # who loses us before the first event comes back here
-    if gap:
-        yield f"event: gap\ndata: {dump({'detail': gap})}\n\n".encode()
-    for reached, events in api.jobs.follow(wanted, position, api.pulse):
-        if not api.auth.still(principal):  # revoked meanwhile
-            return
-        frames = b"".join(frame(event, api.jobs.epoch) for event in events)
-        yield frames or f": nothing new\nid: {api.jobs.epoch}-{reached}\n\n".encode()
-        if wanted.job_id is not None:
-            for event in events:
-                status = json.loads(event.data)["status"] if event.kind == "job" else None
-                if status in ENDED:
-                    yield f"event: end\ndata: {dump({'job_id': event.job_id, 'status': status})}\n\n".encode()
-                    return
-
-
-def stream_logs(api: Controller, request: Request) -> Answer:
-    f = request.query(("host", "app", "job_id"), ("tail",))
-    wanted = EventFilter(f.text("host", is_host, fold=True), visible_app(f, request.principal), f.text("job_id", is_id))
-    tail = f.done(f.integer("tail", 0, 1000))
-    if wanted.job_id is not None:
-        request.principal.sees(api.jobs.job(wanted.job_id)[0].app)
-    position, gap = api.jobs.stream_start(wanted, request.headers.get("last-event-id"), 50 if tail is None else tail)
-    if position is None:
-        return Response(204)
-    # nginx would gather a stream in its buffer: X-Accel-Buffering says not to
-    chunks = sse(api, wanted, position, gap, request.principal)
-    return Response(200, chunks, "text/event-stream", (("X-Accel-Buffering", "no"),))
-
-
-def webhook_secrets(api: Controller) -> set[str]:
-    """Of the controller and of the apps."""
-    return {*secrets_in(api.config.webhook_secret), *(one for app in api.apps.all for one in app.webhook_secrets)}
-
-
-def admit_webhook(api: Controller, request: Request) -> None:
-    """Refuses what cannot be signed well, before 25 MiB of it are read."""
-    if not webhook_secrets(api):
-        raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
-    if not re.fullmatch(r"sha256=[0-9a-f]{64}", request.headers.get("x-hub-signature-256", "")):
-        raise Unauthorized("X-Hub-Signature-256 is missing or malformed: is a secret set in GitHub's settings?")
-
-
-def github_webhook(api: Controller, request: Request) -> Answer:
-    signature = request.headers["x-hub-signature-256"]
-    signers = signers_of(request.body, signature, webhook_secrets(api))
-    if not signers:
-        api.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
-        raise Unauthorized("X-Hub-Signature-256 does not match the body: is the secret in GitHub's settings the same?")
-    kind = request.headers.get("x-github-event", "push")
-    if kind != "push":
-        message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
-        return {"received": True, "jobs_created": [], "message": message}
-    push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
-    delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or signature}"[:300]  # the id is not signed
-    made, message = api.jobs.push(push, delivery, signature, signers, request.address)
-    api.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
-    return {"received": True, "jobs_created": made, "message": message}
-
-
-def health(api: Controller, request: Request) -> Answer:
-    status, database = 200, "ok"
-    try:
-        with api.store.read() as db:
-            db.meta("epoch")
-    except Unavailable as error:
-        status, database = 503, str(error)
-    uptime = round(api.clock.monotonic() - api.started, 3)
-    shown = {"status": "ok" if status == 200 else "error", "version": VERSION, "uptime": uptime, "database": database}
-    return answer(status, shown)
-
-
-def metrics(api: Controller, request: Request) -> Answer:
-    uptime = api.clock.monotonic() - api.started
-    gauges = {**api.jobs.gauges(), "deploybot_http_connections": api.connections(), "deploybot_uptime_seconds": uptime}
-    return Response(200, api.metrics.text(gauges).encode(), "text/plain; version=0.0.4; charset=utf-8")
-
-
 def asset(name: str) -> str:
     """A file from inside this one, else from beside it. Raises NotFound, which says what is missing."""
     path = pathlib.Path(__file__).resolve().parent / name
-    if name in ASSETS:
-        return ASSETS[name]
     try:
-        return path.read_text(encoding="utf-8")
+        return ASSETS[name] if name in ASSETS else path.read_text(encoding="utf-8")
     except OSError:
         raise NotFound(f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes") from None
 
@@ -4305,53 +4061,259 @@ POLICY = (
 )
 
 
-def page(name: str) -> Callable[[Controller, Request], Answer]:
-    """A page whose one script and one style carry a nonce; nothing else may run or load."""
+class Controller:
+    """What the routes act on: all parts, built and recovered. Raises StartError."""
 
-    def show(api: Controller, request: Request) -> Answer:
-        nonce = secrets.token_urlsafe(16)
+    def __init__(self, config: Config, apps: Apps, store: Store, tokens: Mapping[str, Principal], clock: Clock, pulse: float):
+        self.config, self.apps, self.store, self.clock, self.pulse = config, apps, store, clock, pulse
+        self.started = clock.monotonic()
+        self.queue, self.metrics, self.hub = JobQueue(), Metrics(), EventHub(store.position)
+        with database_errors(config.db):
+            self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
+            self.jobs.recover()
+            self.auth = Auth(tokens, config.open, self.jobs.by_secret.get, store, clock)
+        self.connections: Callable[[], int] = lambda: 0
+
+    def register_agent(self, request: Request) -> Answer:
+        asked = Registration.parse(request.json())
+        enrols = request.principal.scope is Scope.AGENT and request.principal.host is None
+        secret = new_secret() if enrols and asked.token_sha256 is None else None  # for an agent that makes none: told this once
+        agent = self.jobs.register(asked, request.principal, secret)
+        shown = {name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")}
+        told = {"token": secret} if secret else {}
+        return {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told}
+
+    def heartbeat(self, request: Request) -> Answer:
+        beat = heartbeat_of(request.body)
+        job, stops, interval = self.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
+        if job is None and not stops:
+            return nothing_to_do(interval)
+        body = {"acknowledged": True, "job": job.for_agent() if job else None, "cancel": stops, "interval": interval}
+        return answer(200, body, functools.partial(self.jobs.delivered, job) if job else None)
+
+    def create_job(self, request: Request) -> Answer:
+        job, created, warning = self.jobs.submit(JobRequest.parse(request.json()), request.principal)
+        return answer_with(self.jobs.text(job), 201, created=created, **({"warning": warning} if warning else {}))
+
+    def list_jobs(self, request: Request) -> Answer:
+        f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
+        status, host = f.choice("status", Status), f.text("host", is_host, fold=True)
+        equal = {"status": status, "host": host, "app": visible_app(f, request.principal), "repo": f.text("repo", is_repo)}
+        starts = f.text("id", matches("[0-9a-f-]{1,36}", "the start of a job's id"), fold=True)
+        before = f.text("before", is_id)
+        limit = f.done(f.integer("limit", 1, 1000)) or 100
+        with self.store.read() as db:
+            jobs = db.jobs({name: value for name, value in equal.items() if value}, starts, before, limit + 1)
+        more = len(jobs) > limit
+        return {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None}
+
+    def visible_job(self, request: Request) -> tuple[Job, str]:
+        job, text = self.jobs.job(job_id(request))
+        request.principal.sees(job.app)
+        return job, text
+
+    def cancel_job(self, request: Request) -> Answer:
+        return answer_with(self.jobs.text(self.jobs.cancel(job_id(request), request.principal)))
+
+    def retry_job(self, request: Request) -> Answer:
+        job, created = self.jobs.retry(job_id(request), request.principal)
+        return answer_with(self.jobs.text(job), 201, created=created)
+
+    def append_logs(self, request: Request) -> Answer:
+        upload = LogUpload.parse(request.json())
+        next_offset, cancel = self.jobs.append_logs(job_id(request), upload, request.principal)
+        return {"next_offset": next_offset, "cancel": cancel}
+
+    def log_text(self, job: str, after: int | None) -> Iterator[bytes]:
+        while after is not None:
+            lines, after = self.jobs.log_lines(job, after, 1000)
+            if lines:
+                yield "".join(line["message"] + "\n" for line in lines).encode()
+
+    def read_logs(self, request: Request) -> Answer:
+        f = request.query((), ("after", "limit"))
+        after = f.integer("after", 0, 1 << 53) or 0
+        limit = f.done(f.integer("limit", 1, 10_000)) or 1000
+        if "text/plain" in request.headers.get("accept", ""):
+            return Response(200, self.log_text(self.visible_job(request)[0].id, after), "text/plain; charset=utf-8")
+        lines, following = self.jobs.log_lines(self.visible_job(request)[0].id, after, limit)
+        return {"lines": lines, "next": following}
+
+    def report_result(self, request: Request) -> Answer:
+        job = self.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)
+        return answer_with(self.jobs.text(job))
+
+    def create_token(self, request: Request) -> Answer:
+        token, secret = self.auth.create(TokenRequest.parse(request.json()).check(), request.principal)
+        return answer(201, {"token": token.public(), "secret": secret})
+
+    def who_asks(self, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
+        who = principal or request.principal
+        expires_at = self.auth.expiry(who)
+        shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": expires_at}
+        return answer(200, shown, headers=(("Set-Cookie", cookie),) if cookie else ())
+
+    def sign_in(self, request: Request) -> Answer:
+        f = Fields(request.json(), {"token"})
+        text = f.done(f.text("token", lambda text: None if text.strip() else "must not be empty", required=True))
+        token, secret = self.auth.sign_in(text.strip(), request.address)
+        return self.who_asks(request, token.principal(), cookie_of(request, secret, SESSION_LIFETIME))
+
+    def sign_out(self, request: Request) -> Answer:
+        with contextlib.suppress(Unauthorized):  # it ran out already
+            self.auth.sign_out(self.auth.principal(request.headers, request.address, lambda: False))
+        return Response(200, b"{}\n", headers=(("Set-Cookie", cookie_of(request, "", 0)),))
+
+    def list_audit(self, request: Request) -> Answer:
+        f = request.query(("who", "action"), ("limit", "before"))
+        equal = {name: f.text(name, lambda text: None if len(text) <= 200 else "is too long") for name in ("who", "action")}
+        before = f.integer("before", 1, 1 << 53)
+        limit = f.done(f.integer("limit", 1, 1000)) or 100
+        with self.store.read() as db:
+            rows = db.audit({name: value for name, value in equal.items() if value}, before, limit + 1)
+        return {"audit": rows[:limit], "next": rows[limit - 1]["id"] if len(rows) > limit else None}
+
+    def list_apps(self, request: Request) -> Answer:
+        with self.store.read() as db:
+            releases = db.releases()
+        only = request.principal.app
+        return {"apps": [app_shown(app, releases) for app in self.apps.all if only in (None, app.name)]}
+
+    def reload_apps(self, request: Request) -> Answer:
+        try:
+            found = read_apps(self.apps.path)
+        except OSError as error:
+            raise Unavailable(f"{self.apps.path} cannot be read: {error.strerror}; the mapping in force stays") from None
+
+        def do(tx: Tx) -> None:
+            tx.audited(self.clock.stamp(), request.principal, "reload", str(self.apps.path), f"{len(found)} apps")
+            tx.after(self.apps.put, found)
+
+        self.store.write(do)
+        return {"apps": len(found), "message": f"{self.apps.path} is in force"}
+
+    def sse(self, wanted: EventFilter, position: int, gap: str | None, principal: Principal) -> Iterator[bytes]:
+        """The body of a stream: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+        yield f"retry: 2000\nid: {self.jobs.epoch}-{position}\n\n".encode()  # who loses us before the first event comes back here
+        if gap:
+            yield f"event: gap\ndata: {dump({'detail': gap})}\n\n".encode()
+        for reached, events in self.jobs.follow(wanted, position, self.pulse):
+            if not self.auth.still(principal):  # revoked meanwhile
+                return
+            frames = b"".join(frame(event, self.jobs.epoch) for event in events)
+            yield frames or f": nothing new\nid: {self.jobs.epoch}-{reached}\n\n".encode()
+            if wanted.job_id is not None:
+                for event in events:
+                    status = json.loads(event.data)["status"] if event.kind == "job" else None
+                    if status in ENDED:
+                        yield f"event: end\ndata: {dump({'job_id': event.job_id, 'status': status})}\n\n".encode()
+                        return
+
+    def stream_logs(self, request: Request) -> Answer:
+        f = request.query(("host", "app", "job_id"), ("tail",))
+        wanted = EventFilter(f.text("host", is_host, fold=True), visible_app(f, request.principal), f.text("job_id", is_id))
+        tail = f.done(f.integer("tail", 0, 1000))
+        if wanted.job_id is not None:
+            request.principal.sees(self.jobs.job(wanted.job_id)[0].app)
+        position, gap = self.jobs.stream_start(wanted, request.headers.get("last-event-id"), 50 if tail is None else tail)
+        if position is None:
+            return Response(204)
+        chunks = self.sse(wanted, position, gap, request.principal)
+        return Response(200, chunks, "text/event-stream", (("X-Accel-Buffering", "no"),))  # nginx would gather it in its buffer
+
+    def webhook_secrets(self) -> set[str]:
+        """Of the controller and of the apps."""
+        return {*secrets_in(self.config.webhook_secret), *(one for app in self.apps.all for one in app.webhook_secrets)}
+
+    def admit_webhook(self, request: Request) -> None:
+        """Refuses what cannot be signed well, before 25 MiB of it are read."""
+        if not self.webhook_secrets():
+            raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
+        if not re.fullmatch(r"sha256=[0-9a-f]{64}", request.headers.get("x-hub-signature-256", "")):
+            raise Unauthorized("X-Hub-Signature-256 is missing or malformed: is a secret set in GitHub's settings?")
+
+    def github_webhook(self, request: Request) -> Answer:
+        signature = request.headers["x-hub-signature-256"]
+        signers = signers_of(request.body, signature, self.webhook_secrets())
+        if not signers:
+            self.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
+            raise Unauthorized("X-Hub-Signature-256 does not match the body: is the secret in GitHub's settings the same?")
+        kind = request.headers.get("x-github-event", "push")
+        if kind != "push":
+            message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
+            return {"received": True, "jobs_created": [], "message": message}
+        push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
+        delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or signature}"[:300]  # the id is not signed
+        made, message = self.jobs.push(push, delivery, signature, signers, request.address)
+        self.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
+        return {"received": True, "jobs_created": made, "message": message}
+
+    def health(self, request: Request) -> Answer:
+        status, said, database = 200, "ok", "ok"
+        try:
+            with self.store.read() as db:
+                db.meta("epoch")
+        except Unavailable as error:
+            status, said, database = 503, "error", str(error)
+        uptime = round(self.clock.monotonic() - self.started, 3)
+        return answer(status, {"status": said, "version": VERSION, "uptime": uptime, "database": database})
+
+    def scrape(self, request: Request) -> Answer:
+        uptime = self.clock.monotonic() - self.started
+        gauges = {**self.jobs.gauges(), "deploybot_http_connections": self.connections(), "deploybot_uptime_seconds": uptime}
+        return Response(200, self.metrics.text(gauges).encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def on_host(action: str, **columns: Any) -> Callable[[Controller, Request], Answer]:
+    """A route that changes these columns of the host's agent."""
+    return lambda api, request: {"host": api.jobs.change_host(request.params[0].lower(), request.principal, action, **columns)}
+
+
+def file(name: str, content_type: str = "text/html; charset=utf-8") -> Callable[[Controller, Request], Response]:
+    """A page's one script and one style carry a nonce; nothing else may run or load."""
+
+    def show(api: Controller, request: Request) -> Response:
+        nonce, text = secrets.token_urlsafe(16), asset(name)
         headers = (("Content-Security-Policy", POLICY.format(nonce)), ("Referrer-Policy", "no-referrer"))
-        return Response(200, asset(name).replace("{{nonce}}", nonce).encode(), "text/html; charset=utf-8", headers)
+        if not name.endswith(".html"):
+            return Response(200, text.encode(), content_type)
+        return Response(200, text.replace("{{nonce}}", nonce).encode(), content_type, headers)
 
     return show
 
 
-def file(name: str, content_type: str) -> Callable[[Controller, Request], Response]:
-    return lambda api, request: Response(200, asset(name).encode(), content_type)
-
-
 ROUTES = [
-    Route("POST", "/v1/agents/register", Scope.AGENT, register_agent),
-    Route("POST", "/v1/agents/{id}/heartbeat", Scope.AGENT, heartbeat),
-    Route("POST", "/v1/jobs", Scope.OPERATOR, create_job, for_app=True),
-    Route("GET", "/v1/jobs", Scope.VIEWER, list_jobs, for_app=True),
-    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, lambda api, r: answer_with(visible_job(api, r)[1]), for_app=True),
-    Route("POST", "/v1/jobs/{id}/cancel", Scope.OPERATOR, cancel_job, for_app=True),
-    Route("POST", "/v1/jobs/{id}/retry", Scope.OPERATOR, retry_job, for_app=True),
-    Route("POST", "/v1/jobs/{id}/logs", Scope.AGENT, append_logs),
-    Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, read_logs, for_app=True),
-    Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, report_result),
-    Route("GET", "/v1/logs/stream", Scope.VIEWER, stream_logs, for_app=True),
+    Route("POST", "/v1/agents/register", Scope.AGENT, Controller.register_agent),
+    Route("POST", "/v1/agents/{id}/heartbeat", Scope.AGENT, Controller.heartbeat),
+    Route("POST", "/v1/jobs", Scope.OPERATOR, Controller.create_job, for_app=True),
+    Route("GET", "/v1/jobs", Scope.VIEWER, Controller.list_jobs, for_app=True),
+    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, lambda api, r: answer_with(api.visible_job(r)[1]), for_app=True),
+    Route("POST", "/v1/jobs/{id}/cancel", Scope.OPERATOR, Controller.cancel_job, for_app=True),
+    Route("POST", "/v1/jobs/{id}/retry", Scope.OPERATOR, Controller.retry_job, for_app=True),
+    Route("POST", "/v1/jobs/{id}/logs", Scope.AGENT, Controller.append_logs),
+    Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, Controller.read_logs, for_app=True),
+    Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, Controller.report_result),
+    Route("GET", "/v1/logs/stream", Scope.VIEWER, Controller.stream_logs, for_app=True),
     Route("GET", "/v1/hosts", Scope.VIEWER, lambda api, _: {"hosts": api.jobs.hosts()}),
     Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, on_host("host.drain", drained=1)),
     Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, on_host("host.resume", drained=0)),
     Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, on_host("host.reset", token_sha256=None, session="")),
     Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, lambda api, r: api.jobs.remove_host(r.params[0].lower(), r.principal)),
-    Route("GET", "/v1/apps", Scope.VIEWER, list_apps, for_app=True),
-    Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
-    Route("POST", "/v1/tokens", Scope.ADMIN, create_token),
+    Route("GET", "/v1/apps", Scope.VIEWER, Controller.list_apps, for_app=True),
+    Route("POST", "/v1/reload", Scope.ADMIN, Controller.reload_apps),
+    Route("POST", "/v1/tokens", Scope.ADMIN, Controller.create_token),
     Route("GET", "/v1/tokens", Scope.ADMIN, lambda api, _: {"tokens": [token.public() for token in api.auth.tokens()]}),
     Route("DELETE", "/v1/tokens/{id}", Scope.ADMIN, lambda api, r: {"token": api.auth.revoke(r.params[0], r.principal).public()}),
-    Route("GET", "/v1/session", Scope.ANY, who_asks, for_app=True),
-    Route("POST", "/v1/session", Scope.PUBLIC, sign_in, 4 * KIB),
-    Route("DELETE", "/v1/session", Scope.PUBLIC, sign_out),
-    Route("GET", "/v1/audit", Scope.ADMIN, list_audit),
-    Route("POST", "/v1/webhooks/github", Scope.PUBLIC, github_webhook, MAX_PUSH, admit_webhook),
-    Route("GET", "/health", Scope.PUBLIC, health),
-    Route("GET", "/metrics", Scope.VIEWER, metrics),
-    Route("GET", "/", Scope.PUBLIC, page("www/dashboard.html")),
-    Route("GET", "/docs", Scope.PUBLIC, page("www/docs.html")),
-    Route("GET", "/redoc", Scope.PUBLIC, page("www/docs.html")),
+    Route("GET", "/v1/session", Scope.ANY, Controller.who_asks, for_app=True),
+    Route("POST", "/v1/session", Scope.PUBLIC, Controller.sign_in, 4 * KIB),
+    Route("DELETE", "/v1/session", Scope.PUBLIC, Controller.sign_out),
+    Route("GET", "/v1/audit", Scope.ADMIN, Controller.list_audit),
+    Route("POST", "/v1/webhooks/github", Scope.PUBLIC, Controller.github_webhook, MAX_PUSH, Controller.admit_webhook),
+    Route("GET", "/health", Scope.PUBLIC, Controller.health),
+    Route("GET", "/metrics", Scope.VIEWER, Controller.scrape),
+    Route("GET", "/", Scope.PUBLIC, file("www/dashboard.html")),
+    Route("GET", "/docs", Scope.PUBLIC, file("www/docs.html")),
+    Route("GET", "/redoc", Scope.PUBLIC, file("www/docs.html")),
     Route("GET", "/openapi.json", Scope.PUBLIC, file("openapi.json", "application/json")),
     Route("GET", "/agent.py", Scope.PUBLIC, file("agent.py", "text/x-python; charset=utf-8")),
     Route("GET", "/ctl.py", Scope.PUBLIC, file("ctl.py", "text/x-python; charset=utf-8")),
