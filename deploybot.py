@@ -2070,14 +2070,11 @@ class Metrics:
             return sorted(self._counts.items())
 
     def text(self, gauges: Mapping[str, float]) -> str:
-        counts = self._add_up()
         lines: list[str] = []
-        for name, group in itertools.groupby(counts, key=lambda item: item[0][0]):
-            lines.append(f"# HELP {name} {METRICS[name]}")
-            lines.append(f"# TYPE {name} counter")
-            lines += [f"{name}{{{labels}}} {value}" if labels else f"{name} {value}" for (_, labels), value in group]
-        for name, value in gauges.items():
-            lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} gauge", f"{name} {value:.15g}"]
+        samples = [*self._add_up(), *(((name, ""), value) for name, value in gauges.items())]
+        for name, group in itertools.groupby(samples, key=lambda sample: sample[0][0]):
+            lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} {'gauge' if name in gauges else 'counter'}"]
+            lines += [f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}" for (_, labels), value in group]
         return "\n".join(lines) + "\n"
 
 
@@ -2189,22 +2186,20 @@ class Auth:
 
     def find(self, digest: str) -> Principal | None:
         """Whose token has this SHA-256, if it counts now; to ask is to use it."""
-        principal = self._configured.get(digest) or self._of_host(digest)  # as nearly always
-        if principal is None and (principal := self._known(digest)):
+        principal = self._known(digest)
+        if principal and principal.digest:
             self._used.add(digest)
         return principal
 
     def _known(self, digest: str) -> Principal | None:
-        principal = self._configured.get(digest) or self._of_host(digest)
-        if principal is not None:
-            return principal
-        token = self._tokens.get(digest)
-        return token.principal() if token and self._counts(token) else None
+        principal = self._configured.get(digest) or self._of_host(digest)  # as nearly always
+        if principal is None and (token := self._tokens.get(digest)) and self._counts(token):
+            principal = token.principal()
+        return principal
 
     def _counts(self, token: Token) -> bool:
-        if token.expires_at is not None and token.expires_at <= self._clock.stamp():
-            return False
-        return token.parent is None or self._known(token.parent) is not None
+        in_time = token.expires_at is None or token.expires_at > self._clock.stamp()
+        return in_time and (token.parent is None or self._known(token.parent) is not None)
 
     def still(self, principal: Principal) -> bool:
         """Whether the token that was good when a long call began still is."""
@@ -2328,8 +2323,7 @@ def is_loopback(address: str) -> bool:
         return True
     with contextlib.suppress(ValueError):
         found = ipaddress.ip_address(name)
-        mapped = getattr(found, "ipv4_mapped", None)
-        return (mapped or found).is_loopback
+        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
     return False
 
 
@@ -2365,8 +2359,7 @@ def first_token(path: pathlib.Path) -> str:
 
 
 def signature_of(secret: str, body: bytes) -> str:
-    """As GitHub puts it into X-Hub-Signature-256:
-    https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries"""
+    """X-Hub-Signature-256: https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries"""
     return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
 
 
@@ -2405,30 +2398,23 @@ class Push(NamedTuple):
     def parse(cls, data: Any) -> Push:
         f = Fields(data)
         ref = f.take("ref", str, "a string", True) or ""
-        repository = Fields(f.take("repository", dict, "an object", True) or {}, prefix="repository.")
+        about, head = f.take("repository", dict, "an object", True) or {}, data.get("head_commit")
+        repository = Fields(about, prefix="repository.")
         repo = repository.text("full_name", is_repo, required=True)
         f.errors += repository.errors
         branch = ref.removeprefix("refs/heads/") if ref.startswith("refs/heads/") else None
         commit = None if f.boolean("deleted") else f.text("after", matches(COMMIT, "a commit"), required=True)
         if commit and ref.startswith("refs/tags/"):  # `after` may be the tag's own object
-            tagged = said(data.get("head_commit"), "id", 64)
+            tagged = said(head, "id", 64)
             commit = tagged if COMMIT.fullmatch(tagged) else commit
-        at = data.get("repository", {}).get("pushed_at") if isinstance(data.get("repository"), dict) else None
+        if commit and set(commit) == {"0"}:
+            commit = None
         if branch is not None and is_ref(branch):
             f.wrong("ref", "must be a ref as git names them")
-        return f.done(
-            cls(
-                repo,
-                branch,
-                None if commit is None or set(commit) == {"0"} else commit,
-                said(data.get("head_commit"), "message", 1000),
-                said(data.get("pusher"), "name", 100),
-                said(data.get("repository"), "default_branch", 255) or None,
-                ref[:255],
-                said(data, "before", 64),
-                at if type(at) is int else None,
-            )
-        )
+        message, pusher, before = said(head, "message", 1000), said(data.get("pusher"), "name", 100), said(data, "before", 64)
+        at = about.get("pushed_at")
+        default = said(about, "default_branch", 255) or None
+        return f.done(cls(repo, branch, commit, message, pusher, default, ref[:255], before, at if type(at) is int else None))
 
     def is_older(self, newest: tuple[int | None, str] | None) -> bool:
         """Than the newest push that was taken of this ref: GitHub's deliveries come in any order."""
@@ -2448,13 +2434,8 @@ class Push(NamedTuple):
         return any(fnmatch.fnmatchcase(self.branch, pattern) for pattern in app.branches)  # * matches a slash, too
 
     def request(self, app: App, host: str) -> JobRequest:
-        metadata = {
-            "app": app.name,
-            "branch": self.branch,
-            "commit_message": self.message,
-            "pusher": self.pusher,
-            "trigger": "github_webhook",
-        }
+        said = {"branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
+        metadata = {"app": app.name, **said, "trigger": "github_webhook"}
         return JobRequest(self.repo, self.commit or "", host, app.name, metadata)
 
 
@@ -3233,17 +3214,15 @@ class Jobs:
 
     def stream_start(self, wanted: EventFilter, last_id: str | None, tail: int) -> tuple[int | None, str | None]:
         """(position to read after, what a gap says or None). Position None: a stream of one job was read to its end."""
-        head = self.hub.head
+        head, end = self.hub.head, math.inf  # end: position of the end of the one job
         with self.store.read() as db:
-            ended = wanted.job_id is not None and db.job(wanted.job_id).status in ENDED
+            if wanted.job_id is not None and db.job(wanted.job_id).status in ENDED:
+                end = db.last_position_of(wanted.job_id, "job")
             position, gap = self._resume(last_id, head)
             if position is not None:
-                over = ended and wanted.job_id is not None and position >= db.last_position_of(wanted.job_id, "job")
-                return (None if over else position), None
+                return (position if position < end else None), None
             start = tail_start(db.recent_chunks(wanted, tail), tail, head)
-            if ended and wanted.job_id is not None:  # also without a tail, its reader learns the end
-                start = min(start, db.last_position_of(wanted.job_id, "job") - 1)
-        return start, gap
+        return int(min(start, end - 1)), gap  # also without a tail, the reader of a job that has ended learns its end
 
     def _resume(self, last_id: str | None, head: int) -> tuple[int | None, str | None]:
         """The position of a Last-Event-ID, or None and, where events are gone, what to say."""
@@ -3287,8 +3266,7 @@ class Jobs:
             db.job(job_id)
             events, more = first_of(db.log_events(job_id, after), PAGE_BYTES)
         lines = [line for event in events for line in event.after(after).log_lines()]
-        more = more or len(lines) > limit
-        return lines[:limit], lines[:limit][-1]["position"] if more else None
+        return lines[:limit], lines[:limit][-1]["position"] if more or len(lines) > limit else None
 
     # -- small parts that the use cases share ------------------------------------------------------------------------
 
