@@ -138,10 +138,6 @@ class DeployBotError(Exception):
         self.more = more
 
 
-class Malformed(DeployBotError):
-    """The input cannot be parsed at all."""
-
-
 class ValidationError(DeployBotError):
     """Fields are wrong. `errors` is [(field, message)], every wrong field at once."""
 
@@ -151,32 +147,19 @@ class ValidationError(DeployBotError):
         self.errors = errors
 
 
-class NotFound(DeployBotError):
-    """No such thing."""
+def named(name: str, meaning: str) -> type[DeployBotError]:
+    """One that is no more than its name."""
+    return type(name, (DeployBotError,), {"__doc__": meaning})
 
 
-class Conflict(DeployBotError):
-    """The state does not allow it. A gap in a log brings `next_offset`."""
-
-
-class Unauthorized(DeployBotError):
-    """No token, or none that counts."""
-
-
-class Forbidden(DeployBotError):
-    """The token counts, but not for this."""
-
-
-class TooLarge(DeployBotError):
-    """More bytes than the limit."""
-
-
-class TooMany(DeployBotError):
-    """More calls than the limit; `retry_after`: seconds until there is room again."""
-
-
-class Unavailable(DeployBotError):
-    """Cannot be done now, and may be in RETRY_AFTER seconds."""
+Malformed = named("Malformed", "the input cannot be parsed at all")
+NotFound = named("NotFound", "no such thing")
+Conflict = named("Conflict", "the state does not allow it; a gap in a log brings `next_offset`")
+Unauthorized = named("Unauthorized", "no token, or none that counts")
+Forbidden = named("Forbidden", "the token counts, but not for this")
+TooLarge = named("TooLarge", "more bytes than the limit")
+TooMany = named("TooMany", "more calls than the limit; `retry_after`: seconds until there is room again")
+Unavailable = named("Unavailable", "cannot be done now, and may be in RETRY_AFTER seconds")
 
 
 class StartError(DeployBotError):
