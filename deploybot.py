@@ -455,6 +455,7 @@ is_commit = matches(COMMIT, "40 or 64 hex digits in lower case")
 is_id = matches(ID, "a job's id")
 is_repo = matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?!\.{1,2}\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,99}", "owner/name")
 is_host = matches(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*", "a host name as in RFC 1123")
+is_token_name = matches("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")
 is_app = matches("[a-z0-9][a-z0-9._-]{0,63}", "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
 
 
@@ -516,13 +517,10 @@ class Fields:
     def take(self, name: str, kind: type, words: str, required: bool) -> Any:
         """The value if it is there and of that type; else None, and an error where that is wrong."""
         value = self.data.get(name)
-        if value is None:
-            if required:
-                self.wrong(name, "is required")
-        elif type(value) is not kind:
-            self.wrong(name, f"must be {words}")
-        else:
+        if type(value) is kind:
             return value
+        if value is not None or required:
+            self.wrong(name, "is required" if value is None else f"must be {words}")
         return None
 
     def text(self, name: str, check: Callable[[str], str | None], required: bool = False, fold: bool = False) -> Any:
@@ -574,10 +572,9 @@ class Fields:
     def items(self, name: str, limit: int, read: Callable[[Any], T], required: bool = False) -> list[T] | None:
         """A list of objects, each read by `read`, which raises ValidationError."""
         values = self.take(name, list, "a list", required)
-        if values is None:
-            return None
-        if len(values) > limit:
-            self.wrong(name, f"must have at most {limit} entries")
+        if values is None or len(values) > limit:
+            if values:
+                self.wrong(name, f"must have at most {limit} entries")
             return None
         found = []
         for index, value in enumerate(values):
@@ -858,16 +855,10 @@ class Principal(NamedTuple):
             raise Forbidden("an enrolment token may only register: go on with the host's own secret, or with register's `token`")
         raise Forbidden(f"this token belongs to {self.host}, not to {host}")
 
-    def sees(self, app: str) -> None:
+    def sees(self, app: str | None) -> None:
         """Raises Forbidden."""
         if self.app not in (None, app):
             raise Forbidden(f"this token is for the app {self.app} alone")
-
-
-is_token_name = matches("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")
-
-
-is_token_name = matches("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")
 
 
 @dataclasses.dataclass(slots=True)
@@ -1081,20 +1072,12 @@ def located_loader(yaml: Any) -> Any:
     return Loader
 
 
-def pyyaml() -> Any:
+def parse_yaml(text: str, otherwise: tuple[int, str]) -> Any:
+    """Raises AppsError; where there is no PyYAML, with that (line, message)."""
     try:
         import yaml
     except ImportError:
-        return None
-    return yaml
-
-
-def parse_yaml(text: str) -> Any:
-    """Raises AppsError, also where there is no PyYAML."""
-    yaml = pyyaml()
-    if yaml is None:
-        error = "reading YAML needs the package PyYAML (apt install python3-yaml, or pip install PyYAML); JSON works without"
-        raise AppsError([(1, error)])
+        raise AppsError([otherwise]) from None
     try:
         return yaml.load(text, located_loader(yaml))  # a SafeLoader
     except yaml.reader.ReaderError as error:
@@ -1105,44 +1088,33 @@ def parse_yaml(text: str) -> Any:
 
 def parse_apps_text(text: str) -> Any:
     """The document of a JSON or YAML text, its mappings Located. Raises AppsError."""
+    needed = "reading YAML needs the package PyYAML (apt install python3-yaml, or pip install PyYAML); JSON works without"
     try:
         if text.lstrip()[:1] not in ("{", "["):
-            return parse_yaml(text) if text.strip() else None
+            return parse_yaml(text, (1, needed)) if text.strip() else None
         try:
             return parse_json(text)
-        except ValueError as mistake:
-            if pyyaml():  # YAML's own flow style begins like JSON
-                return parse_yaml(text)
-            raise AppsError([(getattr(mistake, "lineno", 1), getattr(mistake, "msg", str(mistake)))]) from None
+        except ValueError as mistake:  # YAML's own flow style begins like JSON
+            return parse_yaml(text, (getattr(mistake, "lineno", 1), getattr(mistake, "msg", str(mistake))))
     except RecursionError:
         raise AppsError([(1, "is nested too deeply")]) from None
 
 
-def signing_secrets(path: pathlib.Path, shown: str) -> tuple[str, ...]:
+def signing_secrets(folder: pathlib.Path, file: str) -> tuple[str, ...]:
     """The secrets in that file, a line each. Raises ValueError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = (folder / file).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"{shown[:80]}: {error.strerror}") from None
+        raise ValueError(f"{file[:80]}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{shown[:80]} is not UTF-8") from None
+        raise ValueError(f"{file[:80]} is not UTF-8") from None
     if not text.strip():
-        raise ValueError(f"{shown[:80]} is empty")
+        raise ValueError(f"{file[:80]} is empty")
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def read_app(f: Fields, folder: pathlib.Path) -> App:
-    """`folder`: what its paths are relative to."""
-    app = App.read(f)
-    if app.deploy and (app.build or app.activate):
-        f.wrong("deploy", "stands instead of build and activate; keep one form")
-    if app.webhook_secret_file:
-        app.webhook_secrets = f.read("webhook_secret_file", lambda file: signing_secrets(folder / file, file)) or ()
-    return app
-
-
 def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
-    """Of a document of parse_apps_text(). Raises AppsError with every mistake and its line."""
+    """Of a document of parse_apps_text(); `folder`: what its paths are relative to. Raises AppsError with every mistake and its line."""
     if not isinstance(document, Located):
         raise AppsError([(1, "must be a mapping with the key 'apps'")])
     apps: dict[str, App] = {}
@@ -1152,7 +1124,11 @@ def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
             parts[0].wrong("apps", "each must be a mapping with name, repo and hosts")
             continue
         parts.append(f := Fields(entry, readers(App).keys(), quotes=True))
-        app = read_app(f, folder)
+        app = App.read(f)
+        if app.deploy and (app.build or app.activate):
+            f.wrong("deploy", "stands instead of build and activate; keep one form")
+        if app.webhook_secret_file:
+            app.webhook_secrets = f.read("webhook_secret_file", functools.partial(signing_secrets, folder)) or ()
         if not f.errors and apps.setdefault(app.name, app) is not app:
             f.wrong("name", f"{app.name} stands here twice")
     problems = [(f.data.line_of(name), f"{name}: {message}") for f in parts for name, message in f.errors]
@@ -2122,15 +2098,11 @@ class Auth:
     asks no database; those made over the API stand in `tokens` as well."""
 
     def __init__(
-        self,
-        configured: Mapping[str, Principal],
-        open_mode: bool,
-        of_host: Callable[[str], Principal | None],
-        store: Store,
-        clock: Clock,
+        self, given: Mapping[str, Principal], is_open: bool, of_host: Callable[[str], Principal | None], store: Store, clock: Clock
     ):
-        self._configured = {sha256(token): principal for token, principal in configured.items()}
-        self._open, self._of_host, self._store, self._clock = open_mode, of_host, store, clock
+        """`given`: token to principal, as configured; `of_host`: SHA-256 of a host's own secret to principal."""
+        self._configured = {sha256(token): principal for token, principal in given.items()}
+        self._open, self._of_host, self._store, self._clock = is_open, of_host, store, clock
         self._failed = RateLimit(MAX_FAILED_SIGN_INS, clock)
         self._new_id = TimeOrderedIds(clock, None)
         # By SHA-256. Changed after a commit alone, by the thread that holds Store._writer; read without a lock.
@@ -2227,8 +2199,7 @@ class Auth:
 
         def do(tx: Tx) -> None:
             for older in sorted(one for one in self._tokens.values() if one.parent == parent)[: 1 - MAX_SESSIONS]:
-                with contextlib.suppress(NotFound):  # it has just ended
-                    self._remove(tx, older, by, "session.end")
+                self._remove(tx, older, by, "session.end")
             self._add(tx, token, by, "session.create", "")
 
         self._store.write(do)
@@ -2248,21 +2219,21 @@ class Auth:
     def revoke(self, token_id: str, by: Principal) -> Token:
         """Raises NotFound."""
         token = next((token for token in list(self._tokens.values()) if token.id == token_id), None)
-        if token is None:
+        if token is None or not self._store.write(lambda tx: self._remove(tx, token, by, "token.revoke")):
             raise NotFound(f"no token {token_id[:100]}")
-        self._store.write(lambda tx: self._remove(tx, token, by, "token.revoke"))
         return token
 
     def sign_out(self, by: Principal) -> None:
         token = self._tokens.get(by.digest)
         if token and token.parent:
-            with contextlib.suppress(NotFound):  # it has just ended
-                self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
+            self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
 
-    def _remove(self, tx: Tx, token: Token, by: Principal, action: str) -> None:
-        if not self._delete(tx, token):
-            raise NotFound(f"no token {token.id}")
-        tx.audited(self._clock.stamp(), by, action, token.name)
+    def _remove(self, tx: Tx, token: Token, by: Principal, action: str) -> bool:
+        """False where it has just ended."""
+        is_there = self._delete(tx, token) > 0
+        if is_there:
+            tx.audited(self._clock.stamp(), by, action, token.name)
+        return is_there
 
     def _delete(self, tx: Tx, token: Token) -> int:
         """With the sign-ins made with it."""
@@ -2469,17 +2440,6 @@ def in_words(job: Job) -> str:
         return f"running (attempt {job.attempt})"
     code = f" {job.exit_code}" if job.reason == Reason.EXIT_CODE and job.exit_code is not None else ""
     return f"{job.status} ({job.reason}{code})" if job.reason and job.reason != job.status else job.status
-
-
-def tail_start(chunks: Iterable[tuple[int, int]], tail: int, head: int) -> int:
-    """The position after which the last `tail` lines follow; `chunks`: (position, lines), newest first."""
-    missing, start = tail, head
-    for position, lines in chunks:
-        if missing <= 0:
-            break
-        start = position - min(lines, missing)
-        missing -= lines
-    return start
 
 
 class Jobs:
@@ -3204,7 +3164,10 @@ class Jobs:
             position, gap = self._resume(last_id, head)
             if position is not None:
                 return (position if position < end else None), None
-            start = tail_start(db.recent_chunks(wanted, tail), tail, head)
+            start = head
+            for position, lines in db.recent_chunks(wanted, tail):
+                if tail > 0:
+                    start, tail = position - min(lines, tail), tail - lines
         return int(min(start, end - 1)), gap  # also without a tail, the reader of a job that has ended learns its end
 
     def _resume(self, last_id: str | None, head: int) -> tuple[int | None, str | None]:
@@ -3221,12 +3184,14 @@ class Jobs:
 
     def follow(self, wanted: EventFilter, position: int, pulse: float) -> Iterator[tuple[int, list[Event]]]:
         """(position reached, wanted events up to there), for ever; no events after `pulse` seconds of silence.
-        Reads the hub, and the database where it is behind the hub. Ends when the controller stops."""
+        Reads the hub, and the database, about READ_BYTES at once, where it is behind the hub. Ends when the controller stops."""
         told = time.monotonic()
         while True:
-            events = self.hub.since(position, max(0.0, told + pulse - time.monotonic()))
+            events, head = self.hub.since(position, max(0.0, told + pulse - time.monotonic())), self.hub.head
             if events is None:
-                reached, events = self._read_events(wanted, position, self.hub.head)
+                with self.store.read() as db:
+                    events, more = first_of(db.events(wanted, position, head))
+                reached = events[-1].position if more else head
             else:
                 reached = events[-1].position if events else position
             events = [event.after(position) for event in events if wanted.wants(event)]
@@ -3236,12 +3201,6 @@ class Jobs:
                 told = time.monotonic()
             if self.hub.closed and position >= self.hub.head:
                 return
-
-    def _read_events(self, wanted: EventFilter, after: int, until: int) -> tuple[int, list[Event]]:
-        """About READ_BYTES of events from the database, and the position up to which that is all."""
-        with self.store.read() as db:
-            found, more = first_of(db.events(wanted, after, until))
-        return found[-1].position if more else until, found
 
     def log_lines(self, job_id: str, after: int, limit: int) -> tuple[list[dict[str, Any]], int | None]:
         """Lines after that position and, where there are more, the position to go on from. A page ends early at PAGE_BYTES."""
@@ -3974,24 +3933,15 @@ def answer_with(text: str, status: int = 200, **more: Any) -> Response:
 
 def visible_app(f: Fields, principal: Principal) -> str | None:
     """The app that a reader asks for; with the token of one app, that one. Raises Forbidden."""
-    app = f.text("app", is_app)
-    if app is not None:
-        principal.sees(app)
-    return app or principal.app
+    app: str | None = f.text("app", is_app) or principal.app
+    principal.sees(app)
+    return app
 
 
 def cookie_of(request: Request, secret: str, seconds: int) -> str:
     """RFC 6265. SameSite: no other site's page brings it along; HttpOnly: no script reads it."""
     secure = "; Secure" if request.secure else ""
     return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
-
-
-def app_shown(app: App, releases: Mapping[tuple[str, str], tuple[str, str | None, str]]) -> dict[str, Any]:
-    """Commands stay here: they may hold what readers should not see."""
-    running = [(host, *releases.get((app.name, host), (None, None, None))) for host in app.hosts]
-    hosts = [{"hostname": host, "commit": commit, "job_id": job, "deployed_at": at} for host, job, commit, at in running]
-    shown = {name: getattr(app, name) for name in ("name", "repo", "clone_url", "deploy_on_push", "branches")}
-    return {**shown, "hosts": hosts}
 
 
 def frame(event: Event, epoch: str) -> bytes:
@@ -4137,8 +4087,13 @@ class Controller:
     def list_apps(self, request: Request) -> Answer:
         with self.store.read() as db:
             releases = db.releases()
-        only = request.principal.app
-        return {"apps": [app_shown(app, releases) for app in self.apps.all if only in (None, app.name)]}
+        shown: list[dict[str, Any]] = []
+        for app in [app for app in self.apps.all if request.principal.app in (None, app.name)]:
+            running = [(host, *releases.get((app.name, host), (None, None, None))) for host in app.hosts]
+            hosts = [{"hostname": host, "commit": commit, "job_id": job, "deployed_at": at} for host, job, commit, at in running]
+            fields = ("name", "repo", "clone_url", "deploy_on_push", "branches")  # no commands: they may hold secrets
+            shown.append({**{name: getattr(app, name) for name in fields}, "hosts": hosts})
+        return {"apps": shown}
 
     def reload_apps(self, request: Request) -> Answer:
         try:
@@ -4293,10 +4248,9 @@ class LogFormat(logging.Formatter):
         self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
+        at, message = rfc3339(record.created), record.getMessage()
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
-        at = rfc3339(record.created)
         if self._as_json:
             return json.dumps({"time": at, "level": record.levelname, "message": message})
         shown = "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in message)
@@ -4413,15 +4367,6 @@ class Daemon(Controller):
         log.info("stopped")
 
 
-def signal_pipe() -> int:
-    """From now on signals are bytes that this descriptor brings: a handler does nothing but write."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: os.write(writer, bytes([number])))
-    return reader
-
-
 def watchdog(env: Mapping[str, str]) -> float:
     """Seconds within which systemd wants a sign of life of this process; infinite where it wants none (sd_watchdog_enabled(3))."""
     allowed = env.get("WATCHDOG_USEC", "")
@@ -4453,7 +4398,10 @@ def serve(config: Config, _: pathlib.Path) -> int:
     os.umask(0o077)  # the database holds commands, which may hold secrets
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each agent that waits holds a connection
-    signals = signal_pipe()
+    signals, writer = os.pipe()  # a handler does nothing but write its number, which run() reads
+    os.set_blocking(writer, False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: os.write(writer, bytes([number])))
     daemon = Daemon(config)
     daemon.start()
     notify("READY=1")
@@ -4574,8 +4522,7 @@ def check_apps(_: Config, file: pathlib.Path) -> int:
     """Says every mistake of a file, with its line; 0 where it has none."""
     apps = apps_of(file)
     for app in apps:
-        when = "on push" if app.deploy_on_push else "when asked"
-        print(f"{app.name}: {app.repo} to {', '.join(app.hosts)}, {when}")
+        print(f"{app.name}: {app.repo} to {', '.join(app.hosts)}, {'on push' if app.deploy_on_push else 'when asked'}")
     print(f"{file} is good: {len(apps)} app{'' if len(apps) == 1 else 's'}")
     return 0
 
