@@ -793,7 +793,7 @@ class Event:
     frame: bytes | None = None  # in memory alone: what the readers of a stream get, written by the first of them
 
     def row(self) -> tuple[Any, ...]:
-        return tuple([getattr(self, name) for name in EVENT_FIELDS])
+        return tuple([getattr(self, name) for name in self.__slots__[:-1]])
 
     def size(self) -> int:
         """About the bytes of its frame: each line brings its names along."""
@@ -812,9 +812,6 @@ class Event:
         for i, (message, level, stamp) in enumerate(json.loads(self.data)):
             place = {"position": first + i, "attempt": self.attempt, "offset": self.offset + i}
             yield {**place, "message": message, "level": level, "timestamp": stamp}
-
-
-EVENT_FIELDS = tuple(field.name for field in dataclasses.fields(Event))[:-1]
 
 
 class EventFilter(NamedTuple):
@@ -1232,7 +1229,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 )
 
 JOB_COLUMNS = ", ".join(f'"{name}"' for name in Job._fields)
-EVENT_COLUMNS = ", ".join(f'"{name}"' for name in EVENT_FIELDS)
+EVENT_COLUMNS = ", ".join(f'"{name}"' for name in Event.__slots__[:-1])
 AUDIT_COLUMNS = ("id", "at", "who", "address", "action", "target", "detail")
 
 
