@@ -241,9 +241,10 @@ def optional_path(text: str) -> pathlib.Path | None:
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Networks = tuple[Network, ...]
 
 
-def networks(text: str) -> tuple[Network, ...]:
+def networks(text: str) -> Networks:
     """Addresses and networks with commas between them. Raises ValueError."""
     return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",") if word.strip())
 
@@ -317,9 +318,7 @@ class Config:
     retention_days: int = option(whole, "90", "ended jobs, logs and audit rows are removed after so long; 0: never")
     log_limit: int = option(size, "10MiB", "what is kept of the log of one job")
     rate_limit: int = option(whole, "0", "writes a minute that one token may make, agents' calls aside; 0: no limit")
-    trusted_proxy: tuple[Network, ...] = option(
-        networks, "", "addresses or networks of proxies: their X-Forwarded-For and -Proto count"
-    )
+    trusted_proxy: Networks = option(networks, "", "addresses or networks of proxies: their X-Forwarded-For and -Proto count")
     tls_cert: pathlib.Path | None = option(optional_path, "", "PEM file of the certificate and its chain; read again on SIGHUP")
     tls_key: pathlib.Path | None = option(optional_path, "", "PEM file of its key")
     open: bool = option(flag, "false", "requests from this machine need no token; never behind a proxy")
@@ -672,8 +671,7 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Agent:
-    """A registered agent: a row of `agents`, in the order of its columns, and below what is in memory alone.
-    `last_heartbeat` is written every FLUSH_INTERVAL."""
+    """A registered agent: a row of `agents`, in the order of its columns, and below what is in memory alone."""
 
     id: str
     hostname: str
@@ -683,7 +681,7 @@ class Agent:
     drained: int
     token_sha256: str | None
     registered_at: str
-    last_heartbeat: str
+    last_heartbeat: str  # written every FLUSH_INTERVAL
     contact: float = 0.0  # monotonic
     online: bool = True  # what it last said of itself
     told: frozenset[tuple[str, int]] = frozenset()  # (job id, attempt) that the last answer named as to be stopped
@@ -965,7 +963,7 @@ def is_pattern(text: str) -> str | None:
 
 
 def seconds(value: Any) -> int:
-    found = duration(value if isinstance(value, str) else str(value))
+    found = duration(str(value))
     if not 1 <= found <= MAX_TIMEOUT:
         raise ValueError("must be from 1s to 7d")
     return int(found)
@@ -1149,9 +1147,6 @@ class Apps:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.all: tuple[App, ...] = ()
-
-    def put(self, apps: tuple[App, ...]) -> None:
-        self.all = apps
 
     def named(self, name: str) -> App | None:
         return next((app for app in self.all if app.name == name), None)
@@ -1594,8 +1589,7 @@ def schema_of(db: sqlite3.Connection, path: pathlib.Path, whole: bool) -> int:
 def examine(path: pathlib.Path) -> tuple[int, int, int]:
     """(schema, jobs, agents) of a database, whose daemon may run. Raises StartError where it is not whole."""
     with database_errors(path), contextlib.closing(connect(path, "ro")) as db:
-        counts = "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)"
-        return schema_of(db, path, True), *Queries(db).one(counts)
+        return schema_of(db, path, True), *Queries(db).one("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)")
 
 
 def sync(path: pathlib.Path) -> None:
@@ -2187,8 +2181,7 @@ class Auth:
         if not by.may(Scope.VIEWER):
             raise Forbidden(f"a token of the role {by.scope} cannot sign in")
         asked = TokenRequest(by.scope, None, None, by.app, SESSION_LIFETIME)
-        secret = new_secret()
-        used = self._tokens.get(sha256(text))
+        secret, used = new_secret(), self._tokens.get(sha256(text))
         parent = used.parent if used and used.parent else sha256(text)
         token = self._token(asked, sha256(secret), parent, by.name)
         if (ends := self.expiry(by)) is not None:
@@ -2242,13 +2235,11 @@ class Auth:
         tx.after(forget)
         return tx.remove("tokens", "parent", token.sha256) + tx.remove("tokens", "sha256", token.sha256)
 
-    def sweep(self) -> None:
-        """Every FLUSH_INTERVAL: which tokens were used, and an end for the sign-ins that ran out."""
-        if self._clock.monotonic() - self._flushed >= FLUSH_INTERVAL:
-            self._flushed = self._clock.monotonic()
-            self.flush()
-
-    def flush(self) -> None:
+    def sweep(self, every: float = FLUSH_INTERVAL) -> None:
+        """Every so many seconds: which tokens were used, and an end for the sign-ins that ran out."""
+        if self._clock.monotonic() - self._flushed < every:
+            return
+        self._flushed = self._clock.monotonic()
         used, self._used = self._used, set()
         at = self._clock.stamp()
         over = [token for token in list(self._tokens.values()) if token.parent and not self._counts(token)]
@@ -4100,7 +4091,7 @@ class Controller:
 
         def do(tx: Tx) -> None:
             tx.audited(self.clock.stamp(), request.principal, "reload", str(self.apps.path), f"{len(found)} apps")
-            tx.after(self.apps.put, found)
+            tx.after(setattr, self.apps, "all", found)
 
         self.store.write(do)
         return {"apps": len(found), "message": f"{self.apps.path} is in force"}
@@ -4298,7 +4289,7 @@ class Daemon(Controller):
     def __init__(self, config: Config, clock: Clock | None = None, pulse: float = PULSE):
         apps = Apps(config.apps)
         if config.apps.exists():
-            apps.put(apps_of(config.apps))
+            apps.all = apps_of(config.apps)
         else:
             log.warning("%s is not there: no push deploys anything until it is, and is reloaded", config.apps)
         store = Store(config.db, lambda: notify(f"EXTEND_TIMEOUT_USEC={MIGRATION_LIMIT * 1_000_000}"))
@@ -4330,7 +4321,7 @@ class Daemon(Controller):
         except StartError as error:
             log.error("%s: the certificate in force stays", error)
         try:
-            self.apps.put(apps_of(self.config.apps))
+            self.apps.all = apps_of(self.config.apps)
             log.info("%s is in force: %d apps", self.config.apps, len(self.apps.all))
         except StartError as error:
             for problem in error.problems:
@@ -4359,7 +4350,7 @@ class Daemon(Controller):
         self.server.stop()
         with contextlib.suppress(Unavailable):
             self.jobs.flush_contacts()
-            self.auth.flush()
+            self.auth.sweep(every=0)
         self.store.close()
         log.info("stopped")
 
@@ -4498,19 +4489,17 @@ def look_at_tls(config: Config) -> Iterator[Finding]:
     yield judged(days >= 14, f"{config.tls_cert} is good for {days} days", "renew it, then SIGHUP", level)
 
 
-def findings(config: Config) -> Iterator[Finding]:
-    for look in (look_at_database, look_at_files, look_at_settings, look_at_tls):
-        try:
-            yield from look(config)
-        except StartError as error:
-            yield from (("FAIL", line) for line in error.problems)
-        except (OSError, ValueError) as error:
-            yield "FAIL", str(error)
-
-
 def doctor(config: Config, _: pathlib.Path) -> int:
     """1 where something has to be mended."""
-    found = list(findings(config))
+    found: list[Finding] = []
+    for look in (look_at_database, look_at_files, look_at_settings, look_at_tls):
+        try:
+            for finding in look(config):
+                found.append(finding)
+        except StartError as error:
+            found += [("FAIL", line) for line in error.problems]
+        except (OSError, ValueError) as error:
+            found.append(("FAIL", str(error)))
     print(*(f"{level:<5}{text}" for level, text in found), sep="\n")
     return int(any(level == "FAIL" for level, _ in found))
 
