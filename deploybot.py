@@ -241,10 +241,9 @@ def optional_path(text: str) -> pathlib.Path | None:
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Networks = tuple[Network, ...]
 
 
-def networks(text: str) -> Networks:
+def networks(text: str) -> tuple[Network, ...]:
     """Addresses and networks with commas between them. Raises ValueError."""
     return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",") if word.strip())
 
@@ -318,10 +317,11 @@ class Config:
     retention_days: int = option(whole, "90", "ended jobs, logs and audit rows are removed after so long; 0: never")
     log_limit: int = option(size, "10MiB", "what is kept of the log of one job")
     rate_limit: int = option(whole, "0", "writes a minute that one token may make, agents' calls aside; 0: no limit")
-    trusted_proxy: Networks = option(networks, "", "addresses or networks of proxies: their X-Forwarded-For and -Proto count")
+    trusted_proxy: tuple[Network, ...] = option(networks, "", "addresses or networks of proxies whose X-Forwarded-For/-Proto count")
     tls_cert: pathlib.Path | None = option(optional_path, "", "PEM file of the certificate and its chain; read again on SIGHUP")
     tls_key: pathlib.Path | None = option(optional_path, "", "PEM file of its key")
     open: bool = option(flag, "false", "requests from this machine need no token; never behind a proxy")
+    replicated: bool = option(flag, "false", "Litestream replicates the database, and makes all of its checkpoints")
     webhook_secret: str | None = secret("what GitHub signs its pushes with; two, comma separated, while you change it", str)
     token: str | None = secret("for everything; without it the first start makes one and writes admin.token beside the database")
     agent_token: str | None = secret("for enrolment: an agent registers with it, then uses a secret of its own")
@@ -385,7 +385,7 @@ STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)
 # What git-check-ref-format(1) refuses, and a leading `-`, which a program could take for an option.
 BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.lock(?:/|$)|^@$")
 
-NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
+NO_MARK = bytes(set(range(256)) - set(b'[]{}"'))
 ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
@@ -422,8 +422,9 @@ def is_too_deep(body: bytes) -> bool:
     """More than MAX_DEPTH levels of nesting; what is no JSON may be called so, too."""
     if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
         return False
-    outside = body.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2]  # of strings
-    brackets = b"".join(outside).translate(ONE_KIND, NO_BRACKET)
+    if b"\\" in body:
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    brackets = b"".join(body.translate(ONE_KIND, NO_MARK).split(b'"')[::2])  # outside of strings
     for _ in range(MAX_DEPTH):  # each round takes the innermost level away
         brackets = brackets.replace(b"[]", b"")
     return brackets != b""
@@ -470,9 +471,15 @@ def lower(text: str) -> str:
     return text.lower() if text.isascii() else text
 
 
+@functools.lru_cache(maxsize=256)  # what happens together has one time
+def stamp_of(milliseconds: int) -> str:
+    at = datetime.datetime.fromtimestamp(milliseconds // 1000, datetime.UTC)
+    return f"{at.isoformat()[:19]}.{milliseconds % 1000:03d}Z"
+
+
 def rfc3339(seconds: float) -> str:
     """`2026-11-23T13:13:37.123Z` of a Unix time."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
+    return stamp_of(round(seconds * 1e6) // 1000)
 
 
 def unix_time(stamp: str) -> float:
@@ -1671,9 +1678,9 @@ class Work:
 class Store:
     """The database. Raises StartError where it cannot be used, Unavailable where it cannot be used now."""
 
-    def __init__(self, path: pathlib.Path, lasts: Callable[[], None] = lambda: None):
-        """`lasts` is called before what may take minutes."""
-        self.path, self._lasts = path, lasts
+    def __init__(self, path: pathlib.Path, lasts: Callable[[], None] = lambda: None, replicated: bool = False):
+        """`lasts` is called before what may take minutes. `replicated`: checkpoints are left to Litestream."""
+        self.path, self._lasts, self._replicated = path, lasts, replicated
         with database_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock_file = lock_database(path)
@@ -1683,8 +1690,8 @@ class Store:
             self._prepare()
             self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
             for _ in range(READERS):
-                reader = connect(path)
-                reader.execute("PRAGMA query_only = ON")
+                reader = connect(path, "ro")
+                reader.executescript("PRAGMA query_only = ON; PRAGMA schema_version")  # the second opens the WAL, see close()
                 self._readers.put(reader)
             self.position = Queries(self._db).last_position()
         # Jobs and ends of logs that were written last, oldest first: job id to (job, its public JSON), ("log", job id) to (attempt,
@@ -1707,6 +1714,7 @@ class Store:
             log.warning("%s is brought to schema %d; as it was, it is kept as %s", self.path, len(MIGRATIONS), kept)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # what a client was told is done survives a power cut
+        self._db.execute(f"PRAGMA wal_autocheckpoint = {0 if self._replicated else 1000}")
         for number in range(version, len(MIGRATIONS)):
             self._migrate(number)
 
@@ -1809,6 +1817,8 @@ class Store:
 
     def close(self) -> None:
         """After the last write. Readers that still work are waited for."""
+        if self._replicated:  # the last one to close writes the WAL back and removes it, unless it may only read
+            self._db.close()
         for _ in range(READERS):
             with contextlib.suppress(queue.Empty):
                 self._readers.get(timeout=1.0).close()
@@ -2774,7 +2784,7 @@ class Jobs:
     def text(self, job: Job) -> str:
         """Its public JSON, which nearly always is there."""
         known = self.store.recent.get(job.id)
-        return known[1] if known and known[0] == job else dump(job.public())
+        return known[1] if known and known[0] is job else dump(job.public())
 
     def submit(self, asked: JobRequest, principal: Principal) -> tuple[Job, bool, str | None]:
         """(job, whether it was made now, a warning or None)."""
@@ -2822,7 +2832,7 @@ class Jobs:
             app=app.name,
             status=Status.PENDING,
             attempt=0,
-            metadata=dump(asked.metadata),
+            metadata=dump(asked.metadata) if asked.metadata else "{}",
             spec=app.spec,
             timeout=asked.timeout or app.timeout,
             retries=app.retries if asked.retries is None else asked.retries,
@@ -4292,7 +4302,7 @@ class Daemon(Controller):
             apps.all = apps_of(config.apps)
         else:
             log.warning("%s is not there: no push deploys anything until it is, and is reloaded", config.apps)
-        store = Store(config.db, lambda: notify(f"EXTEND_TIMEOUT_USEC={MIGRATION_LIMIT * 1_000_000}"))
+        store = Store(config.db, lambda: notify(f"EXTEND_TIMEOUT_USEC={MIGRATION_LIMIT * 1_000_000}"), config.replicated)
         super().__init__(config, apps, store, tokens_of(config), clock or Clock(), pulse)
         self._swept = self.started
         writes = RateLimit(config.rate_limit, self.clock) if config.rate_limit else None
@@ -4441,6 +4451,12 @@ def look_at_database(config: Config) -> Iterator[Finding]:
         yield "ok", "a controller runs on it"
     schema, jobs, agents = examine(config.db)
     yield "ok", told(config.db, schema, jobs, agents)
+    if config.replicated:
+        version = tuple(map(int, SQLITE.split(".")))
+        mended = version >= (3, 51, 3) or (3, 50, 7) <= version < (3, 51) or (3, 44, 6) <= version < (3, 45)
+        yield judged(mended, f"SQLite {SQLITE} beside Litestream's", "has the WAL-reset bug, update both (docs/capacity.md)")
+        waits = sum(path.stat().st_size for path in folder.glob(f"{config.db.name}-wal")) // MIB
+        yield judged(waits < 1024, f"{waits} MiB of the WAL wait for Litestream", "see that it runs: systemctl status litestream")
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     enough = files == resource.RLIM_INFINITY or files >= 2 * (agents + SPARE_FILES)
     yield judged(enough, f"{files} descriptors for {agents} agents", "raise LimitNOFILE= of the unit, or ulimit -Hn")
@@ -4485,8 +4501,7 @@ def look_at_tls(config: Config) -> Iterator[Finding]:
     end = re.search(rb"Z(?:\x17\r|\x18\x0f)(\d+)Z", der)  # the second of two times, without its century up to 2049 (RFC 5280)
     last = datetime.datetime.strptime(f"20{end[1].decode() if end else ''}"[-14:] + "+0000", "%Y%m%d%H%M%S%z")
     days = int((last.timestamp() - time.time()) // 86400)
-    level = "warn" if days >= 0 else "FAIL"
-    yield judged(days >= 14, f"{config.tls_cert} is good for {days} days", "renew it, then SIGHUP", level)
+    yield judged(days >= 14, f"{config.tls_cert} is good for {days} days", "renew it, then SIGHUP", "warn" if days >= 0 else "FAIL")
 
 
 def doctor(config: Config, _: pathlib.Path) -> int:

@@ -486,24 +486,136 @@ def test_a_spool_outlives_its_agent_less_a_line_that_it_was_writing(tmp_path):
     assert messages(second.batch(0)) == ["kept", "[deploybot] after"]
 
 
-def test_output_past_the_limit_is_dropped_and_one_line_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(agent, "OUTPUT_LIMIT", 1 << 20)
-    spool = agent.Spool(tmp_path / "log")
+def acknowledge(spool):
+    """All that is there, as a controller does that takes everything."""
+    taken = []
+    while spool._position < spool._end:
+        batch = spool.batch(1)
+        taken += messages(batch)
+        spool.seek(spool.offset + len(batch))
+    return taken
+
+
+def test_output_past_the_limit_is_dropped_until_the_controller_is_back_and_one_line_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "SPOOL_LIMIT", 1 << 20)
+    monkeypatch.setattr(agent, "SPOOL_ANEW", 1 << 19)
+    spool = agent.Spool(tmp_path / "log", words=("hunter2000",))
     for _ in range(300):
         spool.write(b"x" * 8191 + b"\n")
+    spool.write(b"and then hunter")
     spool.say("the agent itself is still heard")
+    assert (tmp_path / "log").stat().st_size < (1 << 20) + 10_000
+    *output, dropped, said = acknowledge(spool)
+    assert set(output) == {"x" * 8191} and said == "[deploybot] the agent itself is still heard"
+    assert dropped == "[deploybot] 1 MiB wait for the controller: output is not kept from here until it is back"
+    spool.write(b"2000")
+    spool.write(b"2000\nwhole again\n")
     spool.close()
-    lines = [json.loads(line)["message"] for line in (tmp_path / "log").read_text().splitlines()]
-    assert len("".join(lines[:-2])) == (1 << 20) - 128
-    assert lines[-2:] == ["[deploybot] output past 1 MiB is not kept", "[deploybot] the agent itself is still heard"]
+    assert acknowledge(spool) == ["whole again"] and b"2000" not in (tmp_path / "log").read_bytes()
 
 
-def test_pauses_double_up_to_a_limit_with_jitter():
-    backoff = agent.Backoff(chance=lambda: 1.0)
-    assert [backoff.next() for _ in range(7)] == [0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
-    assert backoff.next(at_least=60) == 60
+def test_a_file_that_has_grown_and_is_acknowledged_is_begun_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "SPOOL_ANEW", 1 << 20)
+    spool, largest, taken = agent.Spool(tmp_path / "log"), 0, []
+    for number in range(2900):
+        spool.write(b"%01999d\n" % number)
+        largest = max(largest, (tmp_path / "log").stat().st_size)
+        if number % 100 == 99:
+            taken += acknowledge(spool)
+    assert list(map(int, taken)) == list(range(2900)) and spool.offset == 2900
+    assert (1 << 20) <= largest < (1 << 20) + 300_000
+    begun = spool._first
+    assert 2000 < begun < 2900
+    spool.write(b"one more\n")
+    spool.seek(begun + 1)  # of a controller that was restored
+    assert int(messages(spool.batch(1))[0]) == begun + 1
+    second = agent.Spool(tmp_path / "log")  # of an agent that was killed
+    assert second.offset == begun and acknowledge(second)[-1] == "one more" and second.offset == 2901
+    second.seek(begun - 5)
+    [bridge, first, *_] = messages(second.batch(1))
+    assert bridge.startswith("[deploybot] 5 line(s) are missing here") and int(first) == begun
+    acknowledge(second)
+    monkeypatch.setattr(agent, "SPOOL_ANEW", 0)
+    second.write(b"again\n")
+    second.seek(second._first - 1)
+    [bridge, last] = messages(second.batch(1))
+    assert bridge.startswith("[deploybot] 1 line(s) are missing here") and last == "again"
+
+
+def test_a_script_is_held_back_while_the_controller_takes_lines_and_not_while_it_is_away(tmp_path):
+    clock, line = Clock(), b"x" * 1023 + b"\n"
+    spool = agent.Spool(tmp_path / "log", clock, clock)
+    clock.time += 3600  # of silence before the first line are none in which the controller was away
+    assert spool.room(0)
+    spool.write(line * (agent.HELD_FROM // 1024))
+    assert not spool.room(0)
+    clock.time += agent.HELD_FOR - 1
+    spool.seek(1)  # slow as it is, it is there
+    clock.time += agent.HELD_FOR - 1
+    assert not spool.room(0)
+    clock.time += 1
+    assert spool.room(0)
+    spool.seek(2)
+    assert not spool.room(0)
+    acknowledge(spool)
+    assert spool.room(0)
+
+
+def test_a_file_that_has_grown_is_acknowledged_whole_before_a_script_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "SPOOL_ANEW", 1 << 20)
+    spool = agent.Spool(tmp_path / "log")
+    spool.write(b"x\n" * 20_000)
+    assert not spool.room(0)  # less than HELD_FROM
+    spool.seek(19_999)
+    assert not spool.room(0)
+    acknowledge(spool)
+    assert spool.room(0)
+
+
+def test_lines_that_a_full_disk_takes_half_of_spoil_none_that_follow(tmp_path):
+    spool = agent.Spool(tmp_path / "log")
+    spool.write(b"one\n")
+    whole = spool._writer
+
+    class Full:
+        def write(self, data):
+            return whole.write(data[: data.index(b"\n") + 9])
+
+        def __getattr__(self, name):
+            return getattr(whole, name)
+
+    spool._writer = Full()
+    spool.write(b"two\nthree\n")
+    spool._writer = whole
+    spool.write(b"four\n")
+    spool.close()
+    assert acknowledge(spool) == ["one", "four"]
+
+
+@pytest.mark.parametrize("first", [0.5, 8.0])
+def test_pauses_lie_in_a_window_that_doubles_up_to_a_limit(first):
+    backoff = agent.Backoff(first, chance=lambda: 1.0)
+    assert [backoff.next() for _ in range(6)] == [min(15.0, first * 2**number) for number in range(6)]
+    assert backoff.next(at_least=60) == 75  # more than all the others that were told so
     backoff.reset()
-    assert agent.Backoff(chance=lambda: 0.0).next() == 0.25 == backoff.next() / 2
+    assert backoff.next() == first
+    assert agent.Backoff(first, chance=lambda: 0.0).next() == 0.0
+
+
+@pytest.mark.parametrize("away", [0.1, 2.0, 8.0, 60.0])
+def test_ten_thousand_agents_that_lose_the_controller_at_once_come_back_spread(away):
+    """No second with more than the 2,000 that a controller takes, and nobody later than the longest pause."""
+    seed = random.randrange(1 << 32)
+    print("seed", seed)
+    chance, returns = random.Random(seed), []
+    for _ in range(10_000):
+        backoff, now = agent.Backoff(agent.RETURN_FIRST, chance.random), 0.0
+        while (now := now + max(agent.IDLE_PAUSE, backoff.next())) < away:
+            pass
+        returns.append(now - away)
+    assert max(returns) <= agent.BACKOFF_LIMIT
+    assert max(sum(second <= moment < second + 1 for moment in returns) for second in range(16)) <= 2000
+    assert sorted(returns)[5000] < agent.RETURN_FIRST
 
 
 # Secrets in the output
@@ -587,10 +699,12 @@ def test_secrets_in_the_pieces_that_a_line_goes_up_in(tmp_path):
     assert b"hunt" not in (tmp_path / "log").read_bytes()
 
 
-def test_the_limit_of_the_output_cuts_no_secret_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(agent, "OUTPUT_LIMIT", 1 << 20)
+def test_the_limit_of_the_spool_cuts_no_secret_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "SPOOL_LIMIT", 1 << 20)
     spool = agent.Spool(tmp_path / "log", words=("hunter2000",))
-    spool.write(b"x" * ((1 << 20) - 9) + b"hunter2000")
+    for piece in (b"x" * (1 << 20), b"y hunter2", b"000 z"):
+        spool.write(piece)
+    assert spool._dropping
     spool.close()
     assert b"hunt" not in (tmp_path / "log").read_bytes() and b"***" in (tmp_path / "log").read_bytes()
 
@@ -1479,6 +1593,25 @@ def test_a_cancel_in_activate_goes_the_way_back(host):
     assert (result["status"], result["rolled_back_to"], host.read()) == ("cancelled", first, "one\n")
 
 
+def test_a_cancel_ends_a_script_that_is_held_back(host, monkeypatch):
+    monkeypatch.setattr(agent, "HELD_FROM", 1 << 20)
+    monkeypatch.setattr(agent, "HELD_FOR", 60.0)
+    stop, begun = agent.Stop(), time.monotonic()
+    logs = host.machine.workdir / ".agent/jobs"
+    held = stop_when(lambda: sum(path.stat().st_size for path in logs.glob("*.log")) >= agent.HELD_FROM, stop, "cancelled")
+    assert host.deploy(build="yes " + "x" * 999, stop=stop)["status"] == "cancelled"
+    held.join()
+    assert time.monotonic() - begun < 20
+
+
+def test_the_last_words_of_a_script_that_was_held_back_are_kept(host, monkeypatch):
+    monkeypatch.setattr(agent, "HELD_FROM", 10_000)
+    monkeypatch.setattr(agent, "HELD_FOR", 60.0)
+    stored = f"until [ $(cat {host.machine.workdir}/.agent/jobs/*.log | wc -c) -gt 10000 ]; do sleep 0.01; done"
+    assert host.deploy(build=f"seq 1000; {stored}; echo the last words")["status"] == "success"
+    assert host.output.endswith("\n1000\nthe last words")
+
+
 def test_what_a_successful_script_leaves_running_stays_and_holds_nobody_up(host, tmp_path, variables, monkeypatch):
     monkeypatch.setattr(agent, "DRAIN", 0.1)
     variables["PIDS"] = str(tmp_path / "pids")
@@ -1602,7 +1735,7 @@ def test_old_tracking_files_go(host, monkeypatch):
 
 
 class Scripted:
-    """Answers requests by a function of (path, body, token); keeps what was asked."""
+    """Answers requests by a function of (path, body, token), a status of None by cutting the connection; keeps what was asked."""
 
     def __init__(self, answer):
         asked = self.asked = []
@@ -1621,6 +1754,9 @@ class Scripted:
                 token = (self.headers["Authorization"] or "").removeprefix("Bearer ")
                 asked.append((self.path, body, token))
                 status, answered, headers = answer(self.path, body, token)
+                if status is None:
+                    self.close_connection = True
+                    return
                 data = answered if isinstance(answered, bytes) else json.dumps(answered).encode()
                 kind = "application/json" if status < 300 else "application/problem+json"
                 self.send_response(status)
@@ -1732,7 +1868,7 @@ class Lone:
 
     def __init__(self, host, url="http://127.0.0.1:1", **config):
         self.config = agent.Config(url, "h", host.machine.workdir, "file", **config)
-        self.agent = agent.Agent(self.config, host.machine, lambda: agent.Backoff(chance=lambda: 0.0))
+        self.agent = agent.Agent(self.config, host.machine, lambda first: agent.Backoff(first, chance=lambda: 0.0))
 
     def take(self, data):
         self.agent._take(data)
@@ -2005,6 +2141,140 @@ def test_a_gap_is_closed_from_the_spool(host, lone, scripted):
     one.agent._take(host.job(build="for i in 1 2 3 4; do echo $i; sleep 0.12; done"))
     until(lambda: not one.agent._holding())
     assert lost and [line for line in stored if line.isdigit()] == ["1", "2", "3", "4"]
+
+
+def test_a_slow_controller_holds_the_script_back_and_loses_no_line(host, lone, scripted, monkeypatch):
+    """Each of its answers comes when the script is as far ahead as it may be."""
+    for name, size in (("HELD_FROM", 1 << 18), ("SPOOL_ANEW", 1 << 20), ("SPOOL_LIMIT", 1 << 21)):
+        monkeypatch.setattr(agent, name, size)
+    stored, ahead = [], []
+
+    def answer(path, body, token):
+        if path.endswith("result"):
+            return 200, {"job": {}}, {}
+        [run] = one.agent._holding()
+        until(lambda: run.ended.is_set() or not run.spool.room(0))
+        ahead.append(run.spool._end - run.spool._position)
+        assert body["offset"] == len(stored)
+        stored.extend(line["message"] for line in body["lines"])
+        return 200, {"next_offset": len(stored), "cancel": False}, {}
+
+    one = lone(scripted(answer).url)
+    one.agent._take(host.job(build="seq -f %0999.0f 1 6000"))
+    until(lambda: not one.agent._holding())
+    assert [int(line) for line in stored if line.isdigit()] == list(range(1, 6001))
+    assert max(ahead) < agent.HELD_FROM + 2 * agent.PIPE_BYTES
+
+
+class Pauses(threading.Event):
+    """In place of what wakes the heart: keeps how long it means to pause."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def wait(self, timeout=None):
+        self.asked.append(timeout)
+        return super().wait(timeout)
+
+
+def beats(server):
+    return [body for path, body, _ in server.asked if path.endswith("heartbeat")]
+
+
+def welcoming(heartbeat, elsewhere=(200, {}, {})):
+    """An answer of a controller that registers all; the rest as given, the heartbeat by its body."""
+
+    def answer(path, body, token):
+        if path.endswith("register"):
+            return 200, {"id": "a1", "session": "s"}, {}
+        return heartbeat(body) if path.endswith("heartbeat") else elsewhere
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "pause"),
+    [
+        ((None, {}, {}), 2.0),  # a controller that was killed cuts all parked calls in one moment
+        ((503, {"detail": "stopping"}, {"Retry-After": "3"}), 5.0),
+        ((404, {"detail": "unknown"}, {}), 2.0),
+        ((200, {"interval": 7.5}, {}), 7.5),
+    ],
+)
+def test_how_long_the_heart_pauses_before_it_comes_back(lone, scripted, answer, pause):
+    server = scripted(welcoming(lambda body: answer))
+    one = lone(server.url).agent
+    one._backoff = lambda first: agent.Backoff(first, chance=lambda: 0.25)
+    one._nudge = pauses = Pauses()
+    heart = threading.Thread(target=one._beat, daemon=True)
+    heart.start()
+    until(lambda: pauses.asked)
+    one._silent.set()
+    one._hurry()
+    heart.join(5)
+    assert pauses.asked == [pause] and len(beats(server)) == 1 and not heart.is_alive()
+
+
+def test_a_heart_that_is_interrupted_looks_again_at_once(lone, scripted):
+    """Whether that comes before or after it began its call: the controller was not lost."""
+    over, server = threading.Event(), scripted(welcoming(lambda body: (200, {"interval": 300 * over.wait(20)}, {})))
+    one = lone(server.url).agent
+    one._nudge = pauses = Pauses()
+    heart = threading.Thread(target=one._beat, daemon=True)
+    heart.start()
+    until(lambda: len(beats(server)) == 1)
+    one._heart.interrupt()
+    until(lambda: len(beats(server)) == 2)
+    over.set()
+    until(lambda: pauses.asked)
+    one._silent.set()
+    one._hurry()
+    heart.join(5)
+    assert pauses.asked == [300.0]
+
+
+def test_a_connection_that_was_hung_up_while_nothing_was_asked_is_not_used_again(scripted):
+    controller = agent.Controller(scripted(lambda *asked: (200, {}, {})).url, lambda: None)
+    for _ in range(20):
+        controller.call("POST", "/", {})
+        controller.interrupt(patience=0.01)
+        controller.resume()
+    controller.close()
+
+
+def test_a_signal_ends_a_pause_that_the_controller_asked_for(lone, scripted):
+    server = scripted(welcoming(lambda body: (200, {"interval": 300}, {})))
+    one, codes = lone(server.url).agent, []
+    one._nudge = pauses = Pauses()
+    main = threading.Thread(target=lambda: codes.append(one.run()), daemon=True)
+    main.start()
+    until(lambda: pauses.asked)
+    one.events.put("signal")
+    main.join(20)
+    assert codes == [agent.EXIT_DONE] and beats(server)[-1]["status"] == "offline"
+
+
+def test_a_job_that_ends_in_a_pause_is_reported_at_once_and_does_not_end_the_pause(host, lone, scripted, tmp_path):
+    go = tmp_path / "go"
+    data = host.job(build=f"until [ -e {go} ]; do sleep 0.02; done")
+
+    def heartbeat(body):
+        return 200, {"interval": 300} if body["running"] else {"job": data}, {}
+
+    server = scripted(welcoming(heartbeat))
+    one = lone(server.url).agent
+    one._nudge = pauses = Pauses()
+    heart = threading.Thread(target=one._beat, daemon=True)
+    heart.start()
+    until(lambda: 300.0 in pauses.asked)
+    go.touch()
+    until(lambda: not one._holding())
+    assert [path for path, *_ in server.asked if path.endswith("result")] and not pauses.is_set()
+    one._silent.set()
+    one._hurry()
+    heart.join(5)
+    assert len(beats(server)) == 2
 
 
 # What is tracked, and what is fenced off
@@ -2319,6 +2589,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import agent
 agent.Machine = functools.partial(agent.Machine, grace={GRACE})
 agent.BACKOFF_LIMIT = 0.5
+agent.HELD_FROM, agent.HELD_FOR = 1 << 20, 0.5
 sys.exit(agent.main())
 """
 
@@ -2507,7 +2778,7 @@ def test_nothing_runs_on_and_every_byte_is_stored_once(site, how):
 
 
 def test_the_script_goes_on_while_the_controller_is_away(site):
-    """More than 1 MiB waits on disk; answers that get lost on the way make no line come twice."""
+    """Held back at first, then more than 1 MiB waits on disk; answers that get lost on the way make no line come twice."""
     wait = 'echo begun\nuntil [ -e "$GO" ]; do sleep 0.02; done'
     script_app(site, {"run": f'#!/bin/sh\n{wait}\nseq -f %030.0f 1 20000\ntouch "$GO.done"\n'})
     site.variables["GO"] = str(site.tmp_path / "go")

@@ -399,7 +399,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(db, tmp_path):
         subprocess.run(["umount", db.parent], check=True)
 
 
-@pytest.mark.parametrize("statement", ["INSERT", "SAVEPOINT", "COMMIT", "BEGIN"])
+@pytest.mark.parametrize("statement", ["INSERT", "COMMIT", "BEGIN"])
 def test_a_write_that_meets_damage_is_told_to_try_later(db, statement):
     """As with every other fault of the database, the whole batch: a transaction that met damage is not committed."""
     store = Store(db)
@@ -415,7 +415,10 @@ def test_a_write_that_meets_damage_is_told_to_try_later(db, statement):
             return getattr(real, name)
 
     store._db = Damaged()
-    job = deploybot.NO_JOB._replace(id="x")
+    job = deploybot.NO_JOB._replace(
+        **{"id": "x", "repo": "o/n", "ref": "main", "host": "web-01", "app": "web", "status": "pending", "metadata": "{}"},
+        **{"attempt": 0, "retries": 0, "timeout": 60, "created_at": "", "created_by": "me", "spec": "{}", "queued_at": ""},
+    )
     with pytest.raises(Unavailable, match="malformed"):
         store.write(lambda tx: tx.add("jobs", *job))
     store._db = real
@@ -809,6 +812,32 @@ def test_an_old_sqlite_is_told(doctor, monkeypatch):
     doctor.complains("FAIL", "too old", "3.37")
     with pytest.raises(StartError, match="too old"):
         Store(doctor.folder / "new.db")
+
+
+@pytest.mark.parametrize("version, mended", [
+    ("3.40.1", False), ("3.44.5", False), ("3.44.6", True), ("3.45.0", False), ("3.50.6", False), ("3.50.7", True), ("3.51.0", False),
+    ("3.51.2", False), ("3.51.3", True), ("3.53.0", True),
+])  # fmt: skip
+def test_doctor_knows_the_sqlites_with_which_two_may_not_checkpoint(doctor, monkeypatch, version, mended):
+    monkeypatch.setattr(deploybot, "SQLITE", version)
+    assert doctor.says()[1]["warn"] == [], "the controller alone writes and checkpoints"
+    doctor.flags = ["--replicated"]
+    if mended:
+        assert doctor.says()[1]["warn"] == []
+    else:
+        doctor.complains("warn", f"SQLite {version}", "WAL-reset bug")
+
+
+def test_doctor_sees_a_wal_that_litestream_does_not_write_back(doctor, monkeypatch):
+    monkeypatch.setattr(deploybot, "SQLITE", "3.53.0")
+    monkeypatch.setattr(deploybot, "examine", lambda path: (len(MIGRATIONS), 0, 0))  # SQLite would make a real WAL of it
+    wal = pathlib.Path(f"{doctor.db}-wal")
+    with open(wal, "wb") as file:
+        file.truncate(2**30)
+    wal.chmod(0o600)
+    assert doctor.says()[1]["warn"] == [], "where nobody replicates, it is written back by the next commit"
+    doctor.flags = ["--replicated"]
+    doctor.complains("warn", "1024 MiB", "systemctl status litestream")
 
 
 def test_doctor_counts_the_free_disk(doctor, monkeypatch):

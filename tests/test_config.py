@@ -28,7 +28,7 @@ def test_defaults_are_those_of_the_readme():
     assert (config.log_level, config.log_format, config.open) == ("INFO", "plain", False)
     assert (config.agent_timeout, config.lost_after, config.pending_expiry) == (60, 600, 86400)
     assert (config.retention_days, config.log_limit, config.rate_limit) == (90, 10 * 1024 * 1024, 0)
-    assert (config.trusted_proxy, config.tls_cert, config.tls_key) == ((), None, None)
+    assert (config.trusted_proxy, config.tls_cert, config.tls_key, config.replicated) == ((), None, None, False)
     assert (config.token, config.agent_token, config.read_token, config.webhook_secret) == (None,) * 4
 
 

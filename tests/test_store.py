@@ -123,6 +123,36 @@ def test_wal_and_full_are_in_force(store, path):
     again.close()
 
 
+@pytest.mark.parametrize("replicated", [True, False])
+def test_whether_it_ever_writes_the_wal_back(path, replicated):
+    """A first database, and one that is opened and closed without a read; 1,000 pages are SQLite's own threshold."""
+    wal, sizes = path.with_name(f"{path.name}-wal"), []
+    for pages in (3000, 0):
+        made = Store(path, replicated=replicated)
+        for number in range(pages // 30):
+            made.write(lambda tx, number=number: tx.put("meta", f"name {number}", "x" * 4096 * 30))
+        sizes.append(wal.stat().st_size)
+        made.close()
+        sizes.append(wal.stat().st_size if wal.exists() else None)
+    if replicated:
+        assert sizes[0] > 3000 * 4096 and set(sizes) == {sizes[0]}
+    else:
+        assert 0 < sizes[0] < 1100 * 4096 and sizes[1:] == [None, 0, None]
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT count(*) FROM meta WHERE name LIKE 'name %'").fetchone()[0] == 100
+
+
+def test_readers_can_neither_write_nor_checkpoint(store):
+    store.write(add(1))
+    with store.read() as db:
+        for statement in ("DELETE FROM jobs", "PRAGMA user_version = 7"):
+            with pytest.raises(sqlite3.OperationalError, match="readonly"):
+                db._db.execute(statement)
+        assert db._db.execute("PRAGMA query_only").fetchone()[0] == 1
+        with contextlib.suppress(sqlite3.OperationalError):  # SQLite says it is read-only, or that it did nothing
+            assert db._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[2] in (-1, 0)
+
+
 def test_positions_go_on_after_a_restart(store, path):
     store.write(add(1))
     store.close()

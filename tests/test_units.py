@@ -135,6 +135,7 @@ class Service:
             "DEPLOYBOT_HOST": "127.0.0.1",
             "DEPLOYBOT_PORT": "0",
             "NOTIFY_SOCKET": str(folder / "notify"),
+            "PYTHONPATH": str(ROOT),  # in place of the working directory, which is one that nobody may write to
             "CREDENTIALS_DIRECTORY": str(folder / "credentials"),
             **more,
         }
@@ -142,12 +143,12 @@ class Service:
         self.process = None
 
     def start(self):
-        python, program = shlex.split(one("ExecStart"))
-        assert (python, program) == ("/usr/bin/python3", "/usr/local/lib/deploybot/deploybot.py")
+        assert shlex.split(one("ExecStart")) == ["/usr/bin/python3", "-m", "deploybot"]
+        assert one("WorkingDirectory") == "/usr/local/lib/deploybot"
         (self.folder / "cwd").chmod(0o500)
         with open(self.folder / "log", "wb") as log:
             self.process = subprocess.Popen(
-                [*self.nobody_writes(), sys.executable, "-B", ROOT / "deploybot.py"],
+                [*self.nobody_writes(), sys.executable, "-B", "-m", "deploybot"],
                 cwd=self.folder / "cwd",
                 env=self.environment,
                 stdin=subprocess.DEVNULL,

@@ -1,0 +1,22 @@
+-- Sends the requests of a file one after another, over and over: `wrk -s load.lua URL -- FILE [PAUSE]`.
+-- PAUSE: milliseconds, on average, that a connection waits before each request. The file holds each request behind a line with its length, so that wrk has nothing to compute.
+local requests, at = {}, 0
+
+function init(args)
+    local file = assert(io.open(args[1], "rb"))
+    while true do
+        local length = file:read("*l")
+        if not length then break end
+        requests[#requests + 1] = file:read(tonumber(length))
+    end
+    file:close()
+    local pause = tonumber(args[2] or 0)
+    if pause > 0 then
+        function delay() return pause * (0.5 + math.random()) end
+    end
+end
+
+function request()
+    at = at % #requests + 1
+    return requests[at]
+end
