@@ -260,23 +260,18 @@ class Option(NamedTuple):
     name: str  # the flag --a-b; a secret has none
     variable: str  # DEPLOYBOT_A_B
     parse: Callable[[str], Any]  # raises ValueError
-    default: str
+    default: str | None  # None: a secret
     help: str
-    is_secret: bool
 
 
-def option(parse: Callable[[str], Any], default: str, help: str) -> Any:
-    return dataclasses.field(metadata={"option": (parse, default, help, False)})
-
-
-def secret(help: str, parse: Callable[[str], str] = bearer) -> Any:
-    return dataclasses.field(default=None, repr=False, metadata={"option": (parse, "", help, True)})
+def option(parse: Callable[[str], Any], default: str | None, help: str) -> Any:
+    return dataclasses.field(repr=default is not None, metadata={"option": (parse, default, help)})
 
 
 def options_of(config: Any, secrets: bool) -> list[Option]:
     names = [(one.name, one.metadata["option"]) for one in dataclasses.fields(config)]
     found = [Option(name, name.replace("_", "-"), "DEPLOYBOT_" + name.upper(), *rest) for name, rest in names]
-    return [option for option in found if option.is_secret is secrets]
+    return [option for option in found if (option.default is None) is secrets]
 
 
 def credential(variable: str, env: Mapping[str, str]) -> str:
@@ -322,10 +317,12 @@ class Config:
     tls_key: pathlib.Path | None = option(optional_path, "", "PEM file of its key")
     open: bool = option(flag, "false", "requests from this machine need no token; never behind a proxy")
     replicated: bool = option(flag, "false", "Litestream replicates the database, and makes all of its checkpoints")
-    webhook_secret: str | None = secret("what GitHub signs its pushes with; two, comma separated, while you change it", str)
-    token: str | None = secret("for everything; without it the first start makes one and writes admin.token beside the database")
-    agent_token: str | None = secret("for enrolment: an agent registers with it, then uses a secret of its own")
-    read_token: str | None = secret("for reading alone")
+    webhook_secret: str | None = option(str, None, "what GitHub signs its pushes with; two, comma separated, while you change it")
+    token: str | None = option(
+        bearer, None, "for everything; without it the first start makes one and writes admin.token beside the database"
+    )
+    agent_token: str | None = option(bearer, None, "for enrolment: an agent registers with it, then uses a secret of its own")
+    read_token: str | None = option(bearer, None, "for reading alone")
 
     @classmethod
     def load(cls, flags: Mapping[str, str | None], env: Mapping[str, str]) -> Config:
@@ -335,7 +332,7 @@ class Config:
         for option in options_of(cls, secrets=False):
             given = flags.get(option.field)
             source = f"--{option.name}" if given is not None else option.variable
-            text = given if given is not None else env.get(option.variable) or option.default  # empty is not set
+            text = given if given is not None else env.get(option.variable) or option.default or ""  # empty is not set
             if option.parse is optional_path and given is None:
                 text = text or credential(option.variable, env)
             try:
@@ -344,8 +341,8 @@ class Config:
                 problems.append(f"{source}: {text!r} {error}")
         for option in options_of(cls, secrets=True):
             try:
-                if value := read_secret(option.variable, env):
-                    values[option.field] = option.parse(value)
+                value = read_secret(option.variable, env)
+                values[option.field] = value and option.parse(value)
             except (ValueError, OSError) as error:
                 problems.append(f"{option.variable}: {error}")
         if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
@@ -857,10 +854,11 @@ class Principal(NamedTuple):
             raise Forbidden("an enrolment token may only register: go on with the host's own secret, or with register's `token`")
         raise Forbidden(f"this token belongs to {self.host}, not to {host}")
 
-    def sees(self, app: str | None) -> None:
-        """Raises Forbidden."""
-        if self.app not in (None, app):
+    def sees(self, app: str | None) -> str | None:
+        """That app, or the only one that it may see, where none is named. Raises Forbidden."""
+        if self.app not in (None, app or self.app):
             raise Forbidden(f"this token is for the app {self.app} alone")
+        return app or self.app
 
 
 @dataclasses.dataclass(slots=True)
@@ -1024,9 +1022,6 @@ class Located(dict[str, Any]):
                 raise AppsError([(at, f"{key}: stands here for the second time")])
             self[key], self.lines[key] = value, at
 
-    def line_of(self, key: str) -> int:
-        return self.lines.get(key, self.line)
-
 
 def parse_json(text: str) -> Any:
     """Its objects know their lines. Raises AppsError, and ValueError for what is no JSON."""
@@ -1133,7 +1128,7 @@ def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
             app.webhook_secrets = f.read("webhook_secret_file", functools.partial(signing_secrets, folder)) or ()
         if not f.errors and apps.setdefault(app.name, app) is not app:
             f.wrong("name", f"{app.name} stands here twice")
-    problems = [(f.data.line_of(name), f"{name}: {message}") for f in parts for name, message in f.errors]
+    problems = [(f.data.lines.get(name, f.data.line), f"{name}: {message}") for f in parts for name, message in f.errors]
     if problems:
         raise AppsError(sorted(problems))
     return tuple(apps.values())
@@ -2271,12 +2266,10 @@ class Auth:
 def is_loopback(address: str) -> bool:
     name = re.sub(r":[0-9]*\Z", "", address) if address.startswith("[") or address.count(":") == 1 else address
     name = name.strip("[]").lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
     with contextlib.suppress(ValueError):
         found = ipaddress.ip_address(name)
         return (getattr(found, "ipv4_mapped", None) or found).is_loopback
-    return False
+    return name == "localhost" or name.endswith(".localhost")
 
 
 def is_from_here(peer: str, headers: Mapping[str, str]) -> bool:
@@ -2295,8 +2288,7 @@ def first_token(path: pathlib.Path) -> str:
     """The admin token in that file; without the file, one is made, 0600 from its first moment. Raises StartError."""
     try:
         if path.exists():
-            token = path.read_text(encoding="utf-8").strip()
-            return bearer(token)
+            return bearer(path.read_text(encoding="utf-8").strip())
         token = new_secret()
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(token + "\n")
@@ -2323,8 +2315,7 @@ def secrets_in(setting: str | None) -> tuple[str, ...]:
 def signers_of(body: bytes, signature: str, known: Iterable[str]) -> frozenset[str]:
     """Those of the secrets that the body was signed with; all are tried, so the time tells nothing."""
     given = signature.encode("utf-8", "replace")
-    tried = [(secret, hmac.compare_digest(signature_of(secret, body).encode(), given)) for secret in known]
-    return frozenset(secret for secret, is_it in tried if is_it)
+    return frozenset(secret for secret in known if hmac.compare_digest(signature_of(secret, body).encode(), given))
 
 
 def said(data: Any, name: str, limit: int) -> str:
@@ -2364,8 +2355,7 @@ class Push(NamedTuple):
         if branch is not None and is_ref(branch):
             f.wrong("ref", "must be a ref as git names them")
         message, pusher, before = said(head, "message", 1000), said(data.get("pusher"), "name", 100), said(data, "before", 64)
-        at = about.get("pushed_at")
-        default = said(about, "default_branch", 255) or None
+        default, at = said(about, "default_branch", 255) or None, about.get("pushed_at")
         return f.done(cls(repo, branch, commit, message, pusher, default, ref[:255], before, at if type(at) is int else None))
 
     def is_older(self, newest: tuple[int | None, str] | None) -> bool:
@@ -3929,13 +3919,6 @@ def answer_with(text: str, status: int = 200, **more: Any) -> Response:
     return Response(status, f'{{"job":{text}{rest}\n'.encode())
 
 
-def visible_app(f: Fields, principal: Principal) -> str | None:
-    """The app that a reader asks for; with the token of one app, that one. Raises Forbidden."""
-    app: str | None = f.text("app", is_app) or principal.app
-    principal.sees(app)
-    return app
-
-
 def cookie_of(request: Request, secret: str, seconds: int) -> str:
     """RFC 6265. SameSite: no other site's page brings it along; HttpOnly: no script reads it."""
     secure = "; Secure" if request.secure else ""
@@ -4007,7 +3990,12 @@ class Controller:
     def list_jobs(self, request: Request) -> Answer:
         f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
         status, host = f.choice("status", Status), f.text("host", is_host, fold=True)
-        equal = {"status": status, "host": host, "app": visible_app(f, request.principal), "repo": f.text("repo", is_repo)}
+        equal = {
+            "status": status,
+            "host": host,
+            "app": request.principal.sees(f.text("app", is_app)),
+            "repo": f.text("repo", is_repo),
+        }
         starts = f.text("id", matches("[0-9a-f-]{1,36}", "the start of a job's id"), fold=True)
         before = f.text("before", is_id)
         limit = f.done(f.integer("limit", 1, 1000)) or 100
@@ -4125,7 +4113,9 @@ class Controller:
 
     def stream_logs(self, request: Request) -> Answer:
         f = request.query(("host", "app", "job_id"), ("tail",))
-        wanted = EventFilter(f.text("host", is_host, fold=True), visible_app(f, request.principal), f.text("job_id", is_id))
+        wanted = EventFilter(
+            f.text("host", is_host, fold=True), request.principal.sees(f.text("app", is_app)), f.text("job_id", is_id)
+        )
         tail = f.done(f.integer("tail", 0, 1000))
         if wanted.job_id is not None:
             request.principal.sees(self.jobs.job(wanted.job_id)[0].app)
@@ -4187,11 +4177,10 @@ def file(name: str, content_type: str = "text/html; charset=utf-8") -> Callable[
     """A page's one script and one style carry a nonce; nothing else may run or load."""
 
     def show(api: Controller, request: Request) -> Response:
-        nonce, text = secrets.token_urlsafe(16), asset(name)
-        headers = (("Content-Security-Policy", POLICY.format(nonce)), ("Referrer-Policy", "no-referrer"))
-        if not name.endswith(".html"):
-            return Response(200, text.encode(), content_type)
-        return Response(200, text.replace("{{nonce}}", nonce).encode(), content_type, headers)
+        nonce = secrets.token_urlsafe(16)
+        page = (("Content-Security-Policy", POLICY.format(nonce)), ("Referrer-Policy", "no-referrer"))
+        text = asset(name).replace("{{nonce}}", nonce)
+        return Response(200, text.encode(), content_type, page if name.endswith(".html") else ())
 
     return show
 
@@ -4259,8 +4248,7 @@ def tokens_of(config: Config) -> dict[str, Principal]:
     """Token to principal: the configured ones; without an admin's, the one in admin.token, which a closed first start makes."""
     path = config.db.parent / "admin.token"
     admin = config.token or (first_token(path) if not config.open or path.exists() else None)
-    viewer, agent = ("reader", Scope.VIEWER, config.read_token), ("agents", Scope.AGENT, config.agent_token)
-    named = (viewer, agent, ("admin", Scope.ADMIN, admin))
+    named = ("reader", Scope.VIEWER, config.read_token), ("agents", Scope.AGENT, config.agent_token), ("admin", Scope.ADMIN, admin)
     return {token: Principal(name, role) for name, role, token in named if token}
 
 
