@@ -133,56 +133,33 @@ T = TypeVar("T")
 class DeployBotError(Exception):
     """What a caller can be told. `str(error)` says what is wrong and, where it can, what to do next; `more` is for programs."""
 
-    more: Mapping[str, Any] = {}
-
-
-class Malformed(DeployBotError):
-    """The input cannot be parsed at all."""
+    def __init__(self, detail: str, **more: Any):
+        super().__init__(detail)
+        self.more = more
 
 
 class ValidationError(DeployBotError):
     """Fields are wrong. `errors` is [(field, message)], every wrong field at once."""
 
     def __init__(self, errors: list[tuple[str, str]]):
-        super().__init__("; ".join(f"{field}: {message}" for field, message in errors))
+        said = [{"field": field, "message": message} for field, message in errors]
+        super().__init__("; ".join(f"{field}: {message}" for field, message in errors), errors=said)
         self.errors = errors
-        self.more = {"errors": [{"field": field, "message": message} for field, message in errors]}
 
 
-class NotFound(DeployBotError):
-    """No such thing."""
+def named(name: str, meaning: str) -> type[DeployBotError]:
+    """One that is no more than its name."""
+    return type(name, (DeployBotError,), {"__doc__": meaning})
 
 
-class Conflict(DeployBotError):
-    """The state does not allow it. A gap in a log brings `next_offset`."""
-
-    def __init__(self, detail: str, **more: Any):
-        super().__init__(detail)
-        self.more = more
-
-
-class Unauthorized(DeployBotError):
-    """No token, or none that counts."""
-
-
-class Forbidden(DeployBotError):
-    """The token counts, but not for this."""
-
-
-class TooLarge(DeployBotError):
-    """More bytes than the limit."""
-
-
-class TooMany(DeployBotError):
-    """More calls than the limit; `retry_after`: seconds until there is room again."""
-
-    def __init__(self, detail: str, retry_after: int):
-        super().__init__(detail)
-        self.more = {"retry_after": retry_after}
-
-
-class Unavailable(DeployBotError):
-    """Cannot be done now, and may be in RETRY_AFTER seconds."""
+Malformed = named("Malformed", "the input cannot be parsed at all")
+NotFound = named("NotFound", "no such thing")
+Conflict = named("Conflict", "the state does not allow it; a gap in a log brings `next_offset`")
+Unauthorized = named("Unauthorized", "no token, or none that counts")
+Forbidden = named("Forbidden", "the token counts, but not for this")
+TooLarge = named("TooLarge", "more bytes than the limit")
+TooMany = named("TooMany", "more calls than the limit; `retry_after`: seconds until there is room again")
+Unavailable = named("Unavailable", "cannot be done now, and may be in RETRY_AFTER seconds")
 
 
 class StartError(DeployBotError):
@@ -226,21 +203,20 @@ def quantity(text: str, units: Mapping[str, float], words: str) -> float:
     return float(match[1]) * units[match[2]]
 
 
-def duration(text: str) -> float:
-    """Seconds. Raises ValueError."""
-    return quantity(text, TIMES, "a duration such as 200ms, 30s, 5m, 2h or 3d")
-
-
 def size(text: str) -> int:
     """Bytes. Raises ValueError."""
     return math.ceil(quantity(text, SIZES, "a size such as 512KiB, 10MiB or 1GiB"))
 
 
-def port(text: str) -> int:
-    """A TCP port; 0 lets the system choose. Raises ValueError."""
-    if not re.fullmatch(r"[0-9]{1,5}", text, re.ASCII) or int(text) > 65535:
-        raise ValueError("must be a port from 0 to 65535")
+def whole(text: str, most: int = 999_999_999, words: str = "a whole number, 0 or more") -> int:
+    """Raises ValueError."""
+    if not re.fullmatch("[0-9]+", text) or len(text) > len(str(most)) or int(text) > most:
+        raise ValueError(f"must be {words}")
     return int(text)
+
+
+duration = functools.partial(quantity, units=TIMES, words="a duration such as 200ms, 30s, 5m, 2h or 3d")  # seconds
+port = functools.partial(whole, most=65535, words="a port from 0 to 65535")  # 0 lets the system choose
 
 
 def one_of(*words: str) -> Callable[[str], str]:
@@ -260,13 +236,6 @@ def flag(text: str) -> bool:
     return one_of("true", "false", "1", "0", "yes", "no", "")(text) in ("true", "1", "yes")
 
 
-def whole(text: str) -> int:
-    """Raises ValueError."""
-    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
-        raise ValueError("must be a whole number, 0 or more")
-    return int(text)
-
-
 def optional_path(text: str) -> pathlib.Path | None:
     return pathlib.Path(text) if text else None
 
@@ -279,43 +248,30 @@ def networks(text: str) -> tuple[Network, ...]:
     return tuple(ipaddress.ip_network(word.strip()) for word in text.split(",") if word.strip())
 
 
-class Option(NamedTuple):
-    name: str  # the flag --a-b, the variable DEPLOYBOT_A_B and the field a_b of Config
-    parse: Callable[[str], Any]
-    default: str
-    help: str
-
-    @property
-    def field(self) -> str:
-        return self.name.replace("-", "_")
-
-    @property
-    def variable(self) -> str:
-        return "DEPLOYBOT_" + self.field.upper()
-
-
-def option(parse: Callable[[str], Any], default: str, help: str) -> Any:
-    return dataclasses.field(metadata={"option": (parse, default, help)})
-
-
-def secret(help: str) -> Any:
-    return dataclasses.field(default=None, repr=False, metadata={"secret": help})
-
-
-def options_of(config: Any) -> list[Option]:
-    found = [(field.name, field.metadata.get("option")) for field in dataclasses.fields(config)]
-    return [Option(name.replace("_", "-"), *option) for name, option in found if option]
-
-
-def secrets_of(config: Any) -> dict[str, str]:
-    found = {field.name: field.metadata.get("secret", "") for field in dataclasses.fields(config)}
-    return {name: help for name, help in found.items() if help}
-
-
-def check_token(token: str) -> None:
-    """What a header can carry (RFC 6750, 2.1). Raises ValueError."""
+def bearer(token: str) -> str:
+    """A token that a header can carry (RFC 6750, 2.1). Raises ValueError."""
     if not re.fullmatch(r"[!-~]+", token):
         raise ValueError("a token must be of visible ASCII characters, without blanks")
+    return token
+
+
+class Option(NamedTuple):
+    field: str  # a_b of Config
+    name: str  # the flag --a-b; a secret has none
+    variable: str  # DEPLOYBOT_A_B
+    parse: Callable[[str], Any]  # raises ValueError
+    default: str | None  # None: a secret
+    help: str
+
+
+def option(parse: Callable[[str], Any], default: str | None, help: str) -> Any:
+    return dataclasses.field(repr=default is not None, metadata={"option": (parse, default, help)})
+
+
+def options_of(config: Any, secrets: bool) -> list[Option]:
+    names = [(one.name, one.metadata["option"]) for one in dataclasses.fields(config)]
+    found = [Option(name, name.replace("_", "-"), "DEPLOYBOT_" + name.upper(), *rest) for name, rest in names]
+    return [option for option in found if (option.default is None) is secrets]
 
 
 def credential(variable: str, env: Mapping[str, str]) -> str:
@@ -361,33 +317,34 @@ class Config:
     tls_key: pathlib.Path | None = option(optional_path, "", "PEM file of its key")
     open: bool = option(flag, "false", "requests from this machine need no token; never behind a proxy")
     replicated: bool = option(flag, "false", "Litestream replicates the database, and makes all of its checkpoints")
-    webhook_secret: str | None = secret("what GitHub signs its pushes with; two, comma separated, while you change it")
-    token: str | None = secret("for everything; without it the first start makes one and writes admin.token beside the database")
-    agent_token: str | None = secret("for enrolment: an agent registers with it, then uses a secret of its own")
-    read_token: str | None = secret("for reading alone")
+    webhook_secret: str | None = option(str, None, "what GitHub signs its pushes with; two, comma separated, while you change it")
+    token: str | None = option(
+        bearer, None, "for everything; without it the first start makes one and writes admin.token beside the database"
+    )
+    agent_token: str | None = option(bearer, None, "for enrolment: an agent registers with it, then uses a secret of its own")
+    read_token: str | None = option(bearer, None, "for reading alone")
 
     @classmethod
     def load(cls, flags: Mapping[str, str | None], env: Mapping[str, str]) -> Config:
         """From flags and environment. Raises StartError with every problem."""
         values: dict[str, Any] = {}
         problems: list[str] = []
-        for option in options_of(cls):
+        for option in options_of(cls, secrets=False):
             given = flags.get(option.field)
             source = f"--{option.name}" if given is not None else option.variable
-            text = given if given is not None else env.get(option.variable) or option.default  # empty is not set
+            text = given if given is not None else env.get(option.variable) or option.default or ""  # empty is not set
             if option.parse is optional_path and given is None:
                 text = text or credential(option.variable, env)
             try:
                 values[option.field] = option.parse(text)
             except ValueError as error:
                 problems.append(f"{source}: {text!r} {error}")
-        for name in secrets_of(cls):
+        for option in options_of(cls, secrets=True):
             try:
-                values[name] = read_secret("DEPLOYBOT_" + name.upper(), env)
-                if values[name] and name != "webhook_secret":
-                    check_token(values[name])
+                value = read_secret(option.variable, env)
+                values[option.field] = value and option.parse(value)
             except (ValueError, OSError) as error:
-                problems.append(f"DEPLOYBOT_{name.upper()}: {error}")
+                problems.append(f"{option.variable}: {error}")
         if bool(values.get("tls_cert")) != bool(values.get("tls_key")):
             problems.append("--tls-cert and --tls-key belong together: set both or none")
         if problems:
@@ -395,12 +352,12 @@ class Config:
         return cls(**values)
 
 
-OPTIONS, SECRETS = options_of(Config), secrets_of(Config)
+OPTIONS = options_of(Config, secrets=False)
+SECRETS = {option.field: option for option in options_of(Config, secrets=True)}
 
 
 # == Models ============================================================================================================
 # Owns the shapes: what comes from outside becomes a model here, or one ValidationError. Ignores where it came from.
-
 
 Status = enum.StrEnum("Status", ["PENDING", "RUNNING", "SUCCESS", "FAILED", "CANCELLED"])
 ENDED = frozenset((Status.SUCCESS, Status.FAILED, Status.CANCELLED))
@@ -411,29 +368,15 @@ Reason = enum.StrEnum(
 # What a route asks for (ANY: whoever has a token), and the last four are roles that a principal has.
 Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
 ROLES = (Scope.ADMIN, Scope.OPERATOR, Scope.VIEWER, Scope.AGENT)
-# What each role may call, beside what is public; an admin may call all.
-FREE = frozenset((Scope.PUBLIC, Scope.ANY))
-GRANTS = {
-    Scope.PUBLIC: FREE,
-    Scope.VIEWER: FREE | {Scope.VIEWER},
-    Scope.OPERATOR: FREE | {Scope.VIEWER, Scope.OPERATOR},
-    Scope.AGENT: FREE | {Scope.AGENT},
-}
+# What each role may call, beside what is public and what takes any token; an admin may call all.
+GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPERATOR}, Scope.AGENT: {Scope.AGENT}}
 
 LEVELS = ("debug", "info", "warning", "error")
 ENDED_WORDS = ("success", "failed", "cancelled")
-DEFAULT_REASON = {"failed": "exit_code", "cancelled": "cancelled"}
 AGENT_REASONS = ("exit_code", "fetch_failed", "timeout", "health_check", "rejected", "agent_crashed", "cancelled")
 
-REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?!\.{1,2}\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,99}", re.ASCII)
-HOST = re.compile(r"(?=.{1,253}\Z)(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)(?:\.[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?)*")
-APP = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
-COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}", re.ASCII)
-ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.ASCII)
-ID_START = re.compile(r"[0-9a-f-]{1,36}", re.ASCII)
-SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
-TOKEN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", re.ASCII)
-SESSION = re.compile(r"[0-9a-f-]{1,64}", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+ID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 OUR_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", re.ASCII)
 STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII)
 # What git-check-ref-format(1) refuses, and a leading `-`, which a program could take for an option.
@@ -441,7 +384,6 @@ BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.l
 
 NO_MARK = bytes(set(range(256)) - set(b'[]{}"'))
 ONE_KIND = bytes.maketrans(b"{}", b"[]")
-
 
 ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
@@ -500,15 +442,19 @@ def load_json(body: bytes) -> Any:
     return value
 
 
-def matches(pattern: re.Pattern[str], words: str) -> Callable[[str], str | None]:
-    return lambda text: None if pattern.fullmatch(text) else "must be " + words
+def matches(pattern: str | re.Pattern[str], words: str) -> Callable[[str], str | None]:
+    """A check of a text: what is wrong with it, or None."""
+    form = re.compile(pattern)
+    return lambda text: None if form.fullmatch(text) else "must be " + words
 
 
+LABEL = "[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 is_commit = matches(COMMIT, "40 or 64 hex digits in lower case")
 is_id = matches(ID, "a job's id")
-is_repo = matches(REPO, "owner/name")
-is_host = matches(HOST, "a host name as in RFC 1123")
-is_app = matches(APP, "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
+is_repo = matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?!\.{1,2}\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,99}", "owner/name")
+is_host = matches(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*", "a host name as in RFC 1123")
+is_token_name = matches("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")
+is_app = matches("[a-z0-9][a-z0-9._-]{0,63}", "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
 
 
 def is_ref(text: str) -> str | None:
@@ -564,7 +510,7 @@ class Fields:
         self.prefix, self.quotes = prefix, quotes  # quotes: an error brings the value along
         if not isinstance(data, dict):
             raise ValidationError([(prefix.rstrip(".") or "body", "must be an object")])
-        self.data = data
+        self.data: Any = data
         if known is not None and not data.keys() <= known:
             for name in sorted(data.keys() - known)[:MAX_ERRORS]:
                 self.wrong(name[:100], "is not known" + nearest(name[:100], sorted(known)))
@@ -575,13 +521,10 @@ class Fields:
     def take(self, name: str, kind: type, words: str, required: bool) -> Any:
         """The value if it is there and of that type; else None, and an error where that is wrong."""
         value = self.data.get(name)
-        if value is None:
-            if required:
-                self.wrong(name, "is required")
-        elif type(value) is not kind:
-            self.wrong(name, f"must be {words}")
-        else:
+        if type(value) is kind:
             return value
+        if value is not None or required:
+            self.wrong(name, "is required" if value is None else f"must be {words}")
         return None
 
     def text(self, name: str, check: Callable[[str], str | None], required: bool = False, fold: bool = False) -> Any:
@@ -633,10 +576,9 @@ class Fields:
     def items(self, name: str, limit: int, read: Callable[[Any], T], required: bool = False) -> list[T] | None:
         """A list of objects, each read by `read`, which raises ValidationError."""
         values = self.take(name, list, "a list", required)
-        if values is None:
-            return None
-        if len(values) > limit:
-            self.wrong(name, f"must have at most {limit} entries")
+        if values is None or len(values) > limit:
+            if values:
+                self.wrong(name, f"must have at most {limit} entries")
             return None
         with contextlib.suppress(ValidationError):
             return [read(value) for value in values]
@@ -735,8 +677,7 @@ class Job(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Agent:
-    """A registered agent: a row of `agents`, in the order of its columns, and below what is in memory alone.
-    `last_heartbeat` is written every FLUSH_INTERVAL."""
+    """A registered agent: a row of `agents`, in the order of its columns, and below what is in memory alone."""
 
     id: str
     hostname: str
@@ -746,7 +687,7 @@ class Agent:
     drained: int
     token_sha256: str | None
     registered_at: str
-    last_heartbeat: str
+    last_heartbeat: str  # written every FLUSH_INTERVAL
     contact: float = 0.0  # monotonic
     online: bool = True  # what it last said of itself
     told: frozenset[tuple[str, int]] = frozenset()  # (job id, attempt) that the last answer named as to be stopped
@@ -775,7 +716,7 @@ class Registration(Model):
     hostname: str = field(Fields.text, is_host, required=True, fold=True)
     capabilities: dict[str, Any] = field(Fields.mapping, MAX_METADATA)
     slots: int = field(Fields.integer, 1, 64, default=1)
-    token_sha256: str | None = field(Fields.text, matches(SHA256, "64 hex digits in lower case"))
+    token_sha256: str | None = field(Fields.text, matches("[0-9a-f]{64}", "64 hex digits in lower case"))
 
 
 def held_job(value: Any) -> tuple[str, int]:
@@ -787,7 +728,7 @@ def held_job(value: Any) -> tuple[str, int]:
 @dataclasses.dataclass(slots=True)
 class Heartbeat(Model):
     status: str = field(Fields.choice, ("online", "offline"), required=True)
-    session: str | None = field(Fields.text, matches(SESSION, "a session that a registration answered"))
+    session: str | None = field(Fields.text, matches("[0-9a-f-]{1,64}", "a session that a registration answered"))
     running: frozenset[tuple[str, int]] | None = field(Fields.items, MAX_RUNNING, held_job, then=frozenset)  # None: not said
     wait: int = field(Fields.integer, 0, MAX_WAIT, default=0)  # seconds
 
@@ -835,7 +776,8 @@ class Result(Model):
     rolled_back_to: str | None = field(Fields.text, is_commit)
 
     def __post_init__(self) -> None:
-        self.reason = None if self.status == "success" else self.reason or DEFAULT_REASON.get(self.status)
+        default = "exit_code" if self.status == "failed" else self.status
+        self.reason = None if self.status == "success" else self.reason or default
 
 
 @dataclasses.dataclass(slots=True)
@@ -872,14 +814,8 @@ class Event:
     def log_lines(self) -> Iterator[dict[str, Any]]:
         first = self.position - self.lines + 1
         for i, (message, level, stamp) in enumerate(json.loads(self.data)):
-            yield {
-                "position": first + i,
-                "attempt": self.attempt,
-                "offset": self.offset + i,
-                "message": message,
-                "level": level,
-                "timestamp": stamp,
-            }
+            place = {"position": first + i, "attempt": self.attempt, "offset": self.offset + i}
+            yield {**place, "message": message, "level": level, "timestamp": stamp}
 
 
 class EventFilter(NamedTuple):
@@ -910,7 +846,7 @@ class Principal(NamedTuple):
         return cls(f"agent:{host}", Scope.AGENT, host, is_own=True)
 
     def may(self, scope: Scope) -> bool:
-        return self.scope is Scope.ADMIN or scope in GRANTS[self.scope]
+        return self.scope is Scope.ADMIN or scope in (Scope.PUBLIC, Scope.ANY, *GRANTS.get(self.scope, ()))
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -920,17 +856,18 @@ class Principal(NamedTuple):
             raise Forbidden("an enrolment token may only register: go on with the host's own secret, or with register's `token`")
         raise Forbidden(f"this token belongs to {self.host}, not to {host}")
 
-    def sees(self, app: str) -> None:
-        """Raises Forbidden."""
-        if self.app not in (None, app):
+    def sees(self, app: str | None) -> str | None:
+        """That app, or the only one that it may see, where none is named. Raises Forbidden."""
+        if self.app not in (None, app or self.app):
             raise Forbidden(f"this token is for the app {self.app} alone")
+        return app or self.app
 
 
 @dataclasses.dataclass(slots=True)
 class TokenRequest(Model):
     strict = True
     role: str = field(Fields.choice, ROLES, required=True)
-    name: str | None = field(Fields.text, matches(TOKEN_NAME, "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @"))
+    name: str | None = field(Fields.text, is_token_name)
     host: str | None = field(Fields.text, is_host, fold=True)
     app: str | None = field(Fields.text, is_app)
     expires_in: int | None = field(Fields.integer, 60, 10 * 365 * 86400)  # seconds
@@ -960,9 +897,7 @@ class Token(NamedTuple):
     last_used_at: str | None
 
     def public(self) -> dict[str, Any]:
-        shown = self._asdict()
-        del shown["sha256"], shown["parent"]
-        return shown
+        return {name: value for name, value in self._asdict().items() if name not in ("sha256", "parent")}
 
     def principal(self) -> Principal:
         """A signed-in browser acts in the name of the token that it signed in with."""
@@ -973,11 +908,7 @@ class Token(NamedTuple):
 class Clock:
     """Time, so that a test can hold it. Durations are measured on `monotonic`; what is stored and shown is `stamp`."""
 
-    def now(self) -> float:
-        return time.time()
-
-    def monotonic(self) -> float:
-        return time.monotonic()
+    now, monotonic = staticmethod(time.time), staticmethod(time.monotonic)
 
     def stamp(self, ago: float = 0.0) -> str:
         return rfc3339(max(0.0, self.now() - ago))
@@ -993,19 +924,11 @@ class TimeOrderedIds:
 
     def __init__(self, clock: Clock, last: str | None):
         self._clock = clock
-        self._last = int(last.replace("-", "")[:12], 16) if last else 0  # milliseconds
-        self._count = 0xFFF
+        self._last = int((last or "0").replace("-", "")[:12] + "fff", 16)  # milliseconds and count, as one number
 
     def __call__(self) -> str:
-        now = self._clock.ms()
-        if now > self._last:
-            self._last, self._count = now, 0
-        elif self._count < 0xFFF:
-            self._count += 1
-        else:
-            self._last, self._count = self._last + 1, 0
-        low = (2 << 62) | secrets.randbits(62)
-        return self.layout(self._last, self._count, low)
+        self._last = max(self._last + 1, self._clock.ms() << 12)  # a count that is full goes on in the next millisecond
+        return self.layout(self._last >> 12, self._last & 0xFFF, (2 << 62) | secrets.randbits(62))
 
     @staticmethod
     def layout(milliseconds: int, count: int = 0, low: int = 0) -> str:
@@ -1038,8 +961,7 @@ def command(value: Any) -> list[str] | str:
     words = value if isinstance(value, list) else [value]
     if not words or not all(isinstance(word, str) and "\0" not in word for word in words) or not words[0].strip():
         raise ValueError("must be a command: a list of strings, or one string for sh -c")
-    if not "".join(words).isascii():
-        "".join(words).encode()  # a lone surrogate is a ValueError
+    "".join(words).encode()  # a lone surrogate is a ValueError
     return value
 
 
@@ -1048,7 +970,7 @@ def is_pattern(text: str) -> str | None:
 
 
 def seconds(value: Any) -> int:
-    found = duration(value if isinstance(value, str) else str(value))
+    found = duration(str(value))
     if not 1 <= found <= MAX_TIMEOUT:
         raise ValueError("must be from 1s to 7d")
     return int(found)
@@ -1093,19 +1015,14 @@ def app_without_entry(repo: str, name: str | None) -> App:
 
 
 class Located(dict[str, Any]):
-    """A mapping of apps.yaml that knows where it stands. Raises AppsError for a key that stands twice."""
+    """A mapping of apps.yaml that knows where it stands. `items`: (key, line, value). Raises AppsError for a key that stands twice."""
 
-    def __init__(self, pairs: Iterable[tuple[str, Any]], line: int, lines: Iterable[tuple[str, int]]):
-        super().__init__(pairs)
-        self.line = line
-        self.lines: dict[str, int] = {}
-        for key, at in lines:
-            if key in self.lines:
+    def __init__(self, line: int, items: Iterable[tuple[str, int, Any]]):
+        self.line, self.lines = line, dict[str, int]()
+        for key, at, value in items:
+            if key in self:
                 raise AppsError([(at, f"{key}: stands here for the second time")])
-            self.lines[key] = at
-
-    def line_of(self, key: str) -> int:
-        return self.lines.get(key, self.line)
+            self[key], self.lines[key] = value, at
 
 
 def parse_json(text: str) -> Any:
@@ -1114,23 +1031,19 @@ def parse_json(text: str) -> Any:
         raise RecursionError
     json.loads(text, parse_int=small_integer)
     ends = [match.start() for match in re.finditer("\n", text)]
-    spans, starts = [], []  # of objects, in the order in which they end: that of the calls of an object_pairs_hook
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[{}]', text):
-        if token[0] == "{":
-            starts.append(token.start())
-        elif token[0] == "}":
-            spans.append((starts.pop(), token.end()))
-    following = iter(spans)
+
+    def numbered(found: re.Match[str]) -> str:
+        """A key has its line in front; each object begins with a key that is its line alone; other strings stay."""
+        line = bisect.bisect_left(ends, found.start()) + 1
+        if found[0][0] == "{":
+            return f'{{"{line}": 0{found[2] or ","}'
+        return f'"{line} {found[0][1:]}' if found[1] else found[0]
 
     def located(pairs: list[tuple[str, Any]]) -> Located:
-        at, end = next(following)
-        line, lines = bisect.bisect_left(ends, at) + 1, []
-        for key, _ in pairs:
-            match = re.compile(re.escape(json.dumps(key, ensure_ascii=False)) + r"\s*:").search(text, at, end)
-            at = match.end() if match else at
-            lines.append((key, bisect.bisect_left(ends, match.start()) + 1 if match else line))
-        return Located(pairs, line, lines)
+        (start, _), *items = [(key.partition(" "), value) for key, value in pairs]
+        return Located(int(start[0]), [(key, int(line), value) for (line, _, key), value in items])
 
+    text = re.sub(r'"(?:[^"\\]|\\.)*"(\s*:)?|\{(\s*\})?', numbered, text)
     return json.loads(text, parse_int=small_integer, object_pairs_hook=located)
 
 
@@ -1151,28 +1064,19 @@ def located_loader(yaml: Any) -> Any:
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     raise AppsError([(key.start_mark.line + 1, "a key must be a word")])
-            lines = [(key.value, key.start_mark.line + 1) for key, _ in node.value]
-            pairs = [(key.value, self.construct_object(value, deep=True)) for key, value in node.value]
-            return Located(pairs, node.start_mark.line + 1, lines)
+            found = [(key, self.construct_object(value, deep=True)) for key, value in node.value]
+            return Located(node.start_mark.line + 1, [(key.value, key.start_mark.line + 1, value) for key, value in found])
 
     Loader.add_constructor("tag:yaml.org,2002:map", Loader.located)
     return Loader
 
 
-def pyyaml() -> Any:
+def parse_yaml(text: str, otherwise: tuple[int, str]) -> Any:
+    """Raises AppsError; where there is no PyYAML, with that (line, message)."""
     try:
         import yaml
     except ImportError:
-        return None
-    return yaml
-
-
-def parse_yaml(text: str) -> Any:
-    """Raises AppsError, also where there is no PyYAML."""
-    yaml = pyyaml()
-    if yaml is None:
-        error = "reading YAML needs the package PyYAML (apt install python3-yaml, or pip install PyYAML); JSON works without"
-        raise AppsError([(1, error)])
+        raise AppsError([otherwise]) from None
     try:
         return yaml.load(text, located_loader(yaml))  # a SafeLoader
     except yaml.reader.ReaderError as error:
@@ -1183,80 +1087,62 @@ def parse_yaml(text: str) -> Any:
 
 def parse_apps_text(text: str) -> Any:
     """The document of a JSON or YAML text, its mappings Located. Raises AppsError."""
+    needed = "reading YAML needs the package PyYAML (apt install python3-yaml, or pip install PyYAML); JSON works without"
     try:
         if text.lstrip()[:1] not in ("{", "["):
-            return parse_yaml(text) if text.strip() else None
+            return parse_yaml(text, (1, needed)) if text.strip() else None
         try:
             return parse_json(text)
-        except ValueError as mistake:
-            if pyyaml():  # YAML's own flow style begins like JSON
-                return parse_yaml(text)
-            raise AppsError([(getattr(mistake, "lineno", 1), getattr(mistake, "msg", str(mistake)))]) from None
+        except ValueError as mistake:  # YAML's own flow style begins like JSON
+            return parse_yaml(text, (getattr(mistake, "lineno", 1), getattr(mistake, "msg", str(mistake))))
     except RecursionError:
         raise AppsError([(1, "is nested too deeply")]) from None
 
 
-class AppReader:
-    """Reads the document of apps.yaml; gathers every mistake with its line. `folder`: what its paths are relative to."""
+def signing_secrets(folder: pathlib.Path, file: str) -> tuple[str, ...]:
+    """The secrets in that file, a line each. Raises ValueError."""
+    try:
+        text = (folder / file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{file[:80]}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file[:80]} is not UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{file[:80]} is empty")
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
-    def __init__(self, folder: pathlib.Path) -> None:
-        self.folder = folder
-        self.problems: list[tuple[int, str]] = []
 
-    def read(self, document: Any) -> tuple[App, ...]:
-        if document is None:
-            return ()
-        if not isinstance(document, Located):
-            raise AppsError([(1, "must be a mapping with the key 'apps'")])
-        f = Fields(document, {"apps"})
-        entries = f.take("apps", list, "a list", False) or []
-        self._gather(document, f)
-        apps = [self._app(entry, document) for entry in entries]
-        names = set()
-        for entry, app in zip(entries, apps, strict=True):
-            if app and app.name in names:
-                self.problems.append((entry.line_of("name"), f"name: {app.name} stands here twice"))
-            names.add(app and app.name)
-        if self.problems:
-            raise AppsError(sorted(self.problems))
-        return tuple(app for app in apps if app)
-
-    def _gather(self, entry: Located, f: Fields) -> bool:
-        self.problems += [(entry.line_of(name), f"{name}: {message}") for name, message in f.errors]
-        return bool(f.errors)
-
-    def _app(self, entry: Any, document: Located) -> App | None:
+def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
+    """Of a document of parse_apps_text(); `folder`: what its paths are relative to. Raises AppsError with every mistake and its line."""
+    if not isinstance(document, Located):
+        raise AppsError([(1, "must be a mapping with the key 'apps'")])
+    apps: dict[str, App] = {}
+    parts = [Fields(document, {"apps"})]
+    for entry in parts[0].take("apps", list, "a list", False) or []:
         if not isinstance(entry, Located):
-            self.problems.append((document.line_of("apps"), "apps: each must be a mapping with name, repo and hosts"))
-            return None
-        f = Fields(entry, readers(App).keys(), quotes=True)
+            parts[0].wrong("apps", "each must be a mapping with name, repo and hosts")
+            continue
+        parts.append(f := Fields(entry, readers(App).keys(), quotes=True))
         app = App.read(f)
         if app.deploy and (app.build or app.activate):
             f.wrong("deploy", "stands instead of build and activate; keep one form")
-        app.webhook_secrets = f.read("webhook_secret_file", self._secrets) or () if app.webhook_secret_file else ()
-        return None if self._gather(entry, f) else app
-
-    def _secrets(self, file: str) -> tuple[str, ...]:
-        """The secrets in that file, a line each."""
-        try:
-            text = (self.folder / file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"{file[:80]}: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise ValueError(f"{file[:80]} is not UTF-8") from None
-        found = tuple(line.strip() for line in text.splitlines() if line.strip())
-        if not found:
-            raise ValueError(f"{file[:80]} is empty")
-        return found
+        if app.webhook_secret_file:
+            app.webhook_secrets = f.read("webhook_secret_file", functools.partial(signing_secrets, folder)) or ()
+        if not f.errors and apps.setdefault(app.name, app) is not app:
+            f.wrong("name", f"{app.name} stands here twice")
+    problems = [(f.data.lines.get(name, f.data.line), f"{name}: {message}") for f in parts for name, message in f.errors]
+    if problems:
+        raise AppsError(sorted(problems))
+    return tuple(apps.values())
 
 
 def read_apps(path: pathlib.Path) -> tuple[App, ...]:
     """The apps of that file. Raises AppsError, with every mistake, and OSError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        document = parse_apps_text(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise AppsError([(error.object[: error.start].count(b"\n") + 1, "is not UTF-8")]) from None
-    return AppReader(path.parent).read(parse_apps_text(text))
+    return () if document is None else apps_in(document, path.parent)
 
 
 class Apps:
@@ -1265,9 +1151,6 @@ class Apps:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self.all: tuple[App, ...] = ()
-
-    def put(self, apps: tuple[App, ...]) -> None:
-        self.all = apps
 
     def named(self, name: str) -> App | None:
         return next((app for app in self.all if app.name == name), None)
@@ -1715,8 +1598,7 @@ def schema_of(db: sqlite3.Connection, path: pathlib.Path, whole: bool) -> int:
 def examine(path: pathlib.Path) -> tuple[int, int, int]:
     """(schema, jobs, agents) of a database, whose daemon may run. Raises StartError where it is not whole."""
     with database_errors(path), contextlib.closing(connect(path, "ro")) as db:
-        counts = "SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)"
-        return schema_of(db, path, True), *Queries(db).one(counts)
+        return schema_of(db, path, True), *Queries(db).one("SELECT (SELECT count(*) FROM jobs), (SELECT count(*) FROM agents)")
 
 
 def sync(path: pathlib.Path) -> None:
@@ -2150,14 +2032,11 @@ class Metrics:
             return sorted(self._counts.items())
 
     def text(self, gauges: Mapping[str, float]) -> str:
-        counts = self._add_up()
         lines: list[str] = []
-        for name, group in itertools.groupby(counts, key=lambda item: item[0][0]):
-            lines.append(f"# HELP {name} {METRICS[name]}")
-            lines.append(f"# TYPE {name} counter")
-            lines += [f"{name}{{{labels}}} {value}" if labels else f"{name} {value}" for (_, labels), value in group]
-        for name, value in gauges.items():
-            lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} gauge", f"{name} {value:.15g}"]
+        samples = [*self._add_up(), *(((name, ""), value) for name, value in gauges.items())]
+        for name, group in itertools.groupby(samples, key=lambda sample: sample[0][0]):
+            lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} {'gauge' if name in gauges else 'counter'}"]
+            lines += [f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}" for (_, labels), value in group]
         return "\n".join(lines) + "\n"
 
 
@@ -2200,7 +2079,7 @@ class RateLimit:
                 self._minutes.pop(next(iter(self._minutes)))
             self._minutes[key] = end, count + 1
         if count >= self._limit:
-            raise TooMany(f"more than {self._limit} {what} in a minute", math.ceil(end - now))
+            raise TooMany(f"more than {self._limit} {what} in a minute", retry_after=math.ceil(end - now))
 
 
 def network_of(address: str) -> str:
@@ -2222,15 +2101,11 @@ class Auth:
     asks no database; those made over the API stand in `tokens` as well."""
 
     def __init__(
-        self,
-        configured: Mapping[str, Principal],
-        open_mode: bool,
-        of_host: Callable[[str], Principal | None],
-        store: Store,
-        clock: Clock,
+        self, given: Mapping[str, Principal], is_open: bool, of_host: Callable[[str], Principal | None], store: Store, clock: Clock
     ):
-        self._configured = {sha256(token): principal for token, principal in configured.items()}
-        self._open, self._of_host, self._store, self._clock = open_mode, of_host, store, clock
+        """`given`: token to principal, as configured; `of_host`: SHA-256 of a host's own secret to principal."""
+        self._configured = {sha256(token): principal for token, principal in given.items()}
+        self._open, self._of_host, self._store, self._clock = is_open, of_host, store, clock
         self._failed = RateLimit(MAX_FAILED_SIGN_INS, clock)
         self._new_id = TimeOrderedIds(clock, None)
         # By SHA-256. Changed after a commit alone, by the thread that holds Store._writer; read without a lock.
@@ -2269,22 +2144,20 @@ class Auth:
 
     def find(self, digest: str) -> Principal | None:
         """Whose token has this SHA-256, if it counts now; to ask is to use it."""
-        principal = self._configured.get(digest) or self._of_host(digest)  # as nearly always
-        if principal is None and (principal := self._known(digest)):
+        principal = self._known(digest)
+        if principal and principal.digest:
             self._used.add(digest)
         return principal
 
     def _known(self, digest: str) -> Principal | None:
-        principal = self._configured.get(digest) or self._of_host(digest)
-        if principal is not None:
-            return principal
-        token = self._tokens.get(digest)
-        return token.principal() if token and self._counts(token) else None
+        principal = self._configured.get(digest) or self._of_host(digest)  # as nearly always
+        if principal is None and (token := self._tokens.get(digest)) and self._counts(token):
+            principal = token.principal()
+        return principal
 
     def _counts(self, token: Token) -> bool:
-        if token.expires_at is not None and token.expires_at <= self._clock.stamp():
-            return False
-        return token.parent is None or self._known(token.parent) is not None
+        in_time = token.expires_at is None or token.expires_at > self._clock.stamp()
+        return in_time and (token.parent is None or self._known(token.parent) is not None)
 
     def still(self, principal: Principal) -> bool:
         """Whether the token that was good when a long call began still is."""
@@ -2320,8 +2193,7 @@ class Auth:
         if not by.may(Scope.VIEWER):
             raise Forbidden(f"a token of the role {by.scope} cannot sign in")
         asked = TokenRequest(by.scope, None, None, by.app, SESSION_LIFETIME)
-        secret = new_secret()
-        used = self._tokens.get(sha256(text))
+        secret, used = new_secret(), self._tokens.get(sha256(text))
         parent = used.parent if used and used.parent else sha256(text)
         token = self._token(asked, sha256(secret), parent, by.name)
         if (ends := self.expiry(by)) is not None:
@@ -2329,8 +2201,7 @@ class Auth:
 
         def do(tx: Tx) -> None:
             for older in sorted(one for one in self._tokens.values() if one.parent == parent)[: 1 - MAX_SESSIONS]:
-                with contextlib.suppress(NotFound):  # it has just ended
-                    self._remove(tx, older, by, "session.end")
+                self._remove(tx, older, by, "session.end")
             self._add(tx, token, by, "session.create", "")
 
         self._store.write(do)
@@ -2350,21 +2221,21 @@ class Auth:
     def revoke(self, token_id: str, by: Principal) -> Token:
         """Raises NotFound."""
         token = next((token for token in list(self._tokens.values()) if token.id == token_id), None)
-        if token is None:
+        if token is None or not self._store.write(lambda tx: self._remove(tx, token, by, "token.revoke")):
             raise NotFound(f"no token {token_id[:100]}")
-        self._store.write(lambda tx: self._remove(tx, token, by, "token.revoke"))
         return token
 
     def sign_out(self, by: Principal) -> None:
         token = self._tokens.get(by.digest)
         if token and token.parent:
-            with contextlib.suppress(NotFound):  # it has just ended
-                self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
+            self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
 
-    def _remove(self, tx: Tx, token: Token, by: Principal, action: str) -> None:
-        if not self._delete(tx, token):
-            raise NotFound(f"no token {token.id}")
-        tx.audited(self._clock.stamp(), by, action, token.name)
+    def _remove(self, tx: Tx, token: Token, by: Principal, action: str) -> bool:
+        """False where it has just ended."""
+        is_there = self._delete(tx, token) > 0
+        if is_there:
+            tx.audited(self._clock.stamp(), by, action, token.name)
+        return is_there
 
     def _delete(self, tx: Tx, token: Token) -> int:
         """With the sign-ins made with it."""
@@ -2376,13 +2247,11 @@ class Auth:
         tx.after(forget)
         return tx.remove("tokens", "parent", token.sha256) + tx.remove("tokens", "sha256", token.sha256)
 
-    def sweep(self) -> None:
-        """Every FLUSH_INTERVAL: which tokens were used, and an end for the sign-ins that ran out."""
-        if self._clock.monotonic() - self._flushed >= FLUSH_INTERVAL:
-            self._flushed = self._clock.monotonic()
-            self.flush()
-
-    def flush(self) -> None:
+    def sweep(self, every: float = FLUSH_INTERVAL) -> None:
+        """Every so many seconds: which tokens were used, and an end for the sign-ins that ran out."""
+        if self._clock.monotonic() - self._flushed < every:
+            return
+        self._flushed = self._clock.monotonic()
         used, self._used = self._used, set()
         at = self._clock.stamp()
         over = [token for token in list(self._tokens.values()) if token.parent and not self._counts(token)]
@@ -2404,13 +2273,10 @@ class Auth:
 def is_loopback(address: str) -> bool:
     name = re.sub(r":[0-9]*\Z", "", address) if address.startswith("[") or address.count(":") == 1 else address
     name = name.strip("[]").lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
     with contextlib.suppress(ValueError):
         found = ipaddress.ip_address(name)
-        mapped = getattr(found, "ipv4_mapped", None)
-        return (mapped or found).is_loopback
-    return False
+        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+    return name == "localhost" or name.endswith(".localhost")
 
 
 def is_from_here(peer: str, headers: Mapping[str, str]) -> bool:
@@ -2429,9 +2295,7 @@ def first_token(path: pathlib.Path) -> str:
     """The admin token in that file; without the file, one is made, 0600 from its first moment. Raises StartError."""
     try:
         if path.exists():
-            token = path.read_text(encoding="utf-8").strip()
-            check_token(token)
-            return token
+            return bearer(path.read_text(encoding="utf-8").strip())
         token = new_secret()
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(token + "\n")
@@ -2446,8 +2310,7 @@ def first_token(path: pathlib.Path) -> str:
 
 
 def signature_of(secret: str, body: bytes) -> str:
-    """As GitHub puts it into X-Hub-Signature-256:
-    https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries"""
+    """X-Hub-Signature-256: https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries"""
     return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
 
 
@@ -2459,8 +2322,7 @@ def secrets_in(setting: str | None) -> tuple[str, ...]:
 def signers_of(body: bytes, signature: str, known: Iterable[str]) -> frozenset[str]:
     """Those of the secrets that the body was signed with; all are tried, so the time tells nothing."""
     given = signature.encode("utf-8", "replace")
-    tried = [(secret, hmac.compare_digest(signature_of(secret, body).encode(), given)) for secret in known]
-    return frozenset(secret for secret, is_it in tried if is_it)
+    return frozenset(secret for secret in known if hmac.compare_digest(signature_of(secret, body).encode(), given))
 
 
 def said(data: Any, name: str, limit: int) -> str:
@@ -2486,30 +2348,22 @@ class Push(NamedTuple):
     def parse(cls, data: Any) -> Push:
         f = Fields(data)
         ref = f.take("ref", str, "a string", True) or ""
-        repository = Fields(f.take("repository", dict, "an object", True) or {}, prefix="repository.")
+        about, head = f.take("repository", dict, "an object", True) or {}, data.get("head_commit")
+        repository = Fields(about, prefix="repository.")
         repo = repository.text("full_name", is_repo, required=True)
         f.errors += repository.errors
         branch = ref.removeprefix("refs/heads/") if ref.startswith("refs/heads/") else None
         commit = None if f.boolean("deleted") else f.text("after", matches(COMMIT, "a commit"), required=True)
         if commit and ref.startswith("refs/tags/"):  # `after` may be the tag's own object
-            tagged = said(data.get("head_commit"), "id", 64)
+            tagged = said(head, "id", 64)
             commit = tagged if COMMIT.fullmatch(tagged) else commit
-        at = data.get("repository", {}).get("pushed_at") if isinstance(data.get("repository"), dict) else None
+        if commit and set(commit) == {"0"}:
+            commit = None
         if branch is not None and is_ref(branch):
             f.wrong("ref", "must be a ref as git names them")
-        return f.done(
-            cls(
-                repo,
-                branch,
-                None if commit is None or set(commit) == {"0"} else commit,
-                said(data.get("head_commit"), "message", 1000),
-                said(data.get("pusher"), "name", 100),
-                said(data.get("repository"), "default_branch", 255) or None,
-                ref[:255],
-                said(data, "before", 64),
-                at if type(at) is int else None,
-            )
-        )
+        message, pusher, before = said(head, "message", 1000), said(data.get("pusher"), "name", 100), said(data, "before", 64)
+        default, at = said(about, "default_branch", 255) or None, about.get("pushed_at")
+        return f.done(cls(repo, branch, commit, message, pusher, default, ref[:255], before, at if type(at) is int else None))
 
     def is_older(self, newest: tuple[int | None, str] | None) -> bool:
         """Than the newest push that was taken of this ref: GitHub's deliveries come in any order."""
@@ -2529,13 +2383,8 @@ class Push(NamedTuple):
         return any(fnmatch.fnmatchcase(self.branch, pattern) for pattern in app.branches)  # * matches a slash, too
 
     def request(self, app: App, host: str) -> JobRequest:
-        metadata = {
-            "app": app.name,
-            "branch": self.branch,
-            "commit_message": self.message,
-            "pusher": self.pusher,
-            "trigger": "github_webhook",
-        }
+        said = {"branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
+        metadata = {"app": app.name, **said, "trigger": "github_webhook"}
         return JobRequest(self.repo, self.commit or "", host, app.name, metadata)
 
 
@@ -2586,17 +2435,6 @@ def in_words(job: Job) -> str:
         return f"running (attempt {job.attempt})"
     code = f" {job.exit_code}" if job.reason == Reason.EXIT_CODE and job.exit_code is not None else ""
     return f"{job.status} ({job.reason}{code})" if job.reason and job.reason != job.status else job.status
-
-
-def tail_start(chunks: Iterable[tuple[int, int]], tail: int, head: int) -> int:
-    """The position after which the last `tail` lines follow; `chunks`: (position, lines), newest first."""
-    missing, start = tail, head
-    for position, lines in chunks:
-        if missing <= 0:
-            break
-        start = position - min(lines, missing)
-        missing -= lines
-    return start
 
 
 class Jobs:
@@ -3314,17 +3152,18 @@ class Jobs:
 
     def stream_start(self, wanted: EventFilter, last_id: str | None, tail: int) -> tuple[int | None, str | None]:
         """(position to read after, what a gap says or None). Position None: a stream of one job was read to its end."""
-        head = self.hub.head
+        head, end = self.hub.head, math.inf  # end: position of the end of the one job
         with self.store.read() as db:
-            ended = wanted.job_id is not None and db.job(wanted.job_id).status in ENDED
+            if wanted.job_id is not None and db.job(wanted.job_id).status in ENDED:
+                end = db.last_position_of(wanted.job_id, "job")
             position, gap = self._resume(last_id, head)
             if position is not None:
-                over = ended and wanted.job_id is not None and position >= db.last_position_of(wanted.job_id, "job")
-                return (None if over else position), None
-            start = tail_start(db.recent_chunks(wanted, tail), tail, head)
-            if ended and wanted.job_id is not None:  # also without a tail, its reader learns the end
-                start = min(start, db.last_position_of(wanted.job_id, "job") - 1)
-        return start, gap
+                return (position if position < end else None), None
+            start = head
+            for position, lines in db.recent_chunks(wanted, tail):
+                if tail > 0:
+                    start, tail = position - min(lines, tail), tail - lines
+        return int(min(start, end - 1)), gap  # also without a tail, the reader of a job that has ended learns its end
 
     def _resume(self, last_id: str | None, head: int) -> tuple[int | None, str | None]:
         """The position of a Last-Event-ID, or None and, where events are gone, what to say."""
@@ -3340,12 +3179,14 @@ class Jobs:
 
     def follow(self, wanted: EventFilter, position: int, pulse: float) -> Iterator[tuple[int, list[Event]]]:
         """(position reached, wanted events up to there), for ever; no events after `pulse` seconds of silence.
-        Reads the hub, and the database where it is behind the hub. Ends when the controller stops."""
+        Reads the hub, and the database, about READ_BYTES at once, where it is behind the hub. Ends when the controller stops."""
         told = time.monotonic()
         while True:
-            events = self.hub.since(position, max(0.0, told + pulse - time.monotonic()))
+            events, head = self.hub.since(position, max(0.0, told + pulse - time.monotonic())), self.hub.head
             if events is None:
-                reached, events = self._read_events(wanted, position, self.hub.head)
+                with self.store.read() as db:
+                    events, more = first_of(db.events(wanted, position, head))
+                reached = events[-1].position if more else head
             else:
                 reached = events[-1].position if events else position
             events = [event.after(position) for event in events if wanted.wants(event)]
@@ -3356,20 +3197,13 @@ class Jobs:
             if self.hub.closed and position >= self.hub.head:
                 return
 
-    def _read_events(self, wanted: EventFilter, after: int, until: int) -> tuple[int, list[Event]]:
-        """About READ_BYTES of events from the database, and the position up to which that is all."""
-        with self.store.read() as db:
-            found, more = first_of(db.events(wanted, after, until))
-        return found[-1].position if more else until, found
-
     def log_lines(self, job_id: str, after: int, limit: int) -> tuple[list[dict[str, Any]], int | None]:
         """Lines after that position and, where there are more, the position to go on from. A page ends early at PAGE_BYTES."""
         with self.store.read() as db:
             db.job(job_id)
             events, more = first_of(db.log_events(job_id, after), PAGE_BYTES)
         lines = [line for event in events for line in event.after(after).log_lines()]
-        more = more or len(lines) > limit
-        return lines[:limit], lines[:limit][-1]["position"] if more else None
+        return lines[:limit], lines[:limit][-1]["position"] if more or len(lines) > limit else None
 
     # -- small parts that the use cases share ------------------------------------------------------------------------
 
@@ -4102,36 +3936,11 @@ class Server(http.server.ThreadingHTTPServer):
 # Owns the API: thin functions, then one table that shows every call and who may make it. Ignores how they are served.
 
 
-class Controller:
-    """What the routes act on: all parts, built and recovered. Raises StartError."""
-
-    def __init__(self, config: Config, apps: Apps, store: Store, tokens: Mapping[str, Principal], clock: Clock, pulse: float):
-        self.config, self.apps, self.store, self.clock, self.pulse = config, apps, store, clock, pulse
-        self.started = clock.monotonic()
-        self.queue, self.metrics, self.hub = JobQueue(), Metrics(), EventHub(store.position)
-        with database_errors(config.db):
-            self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
-            self.jobs.recover()
-            self.auth = Auth(tokens, config.open, self.jobs.by_secret.get, store, clock)
-        self.connections: Callable[[], int] = lambda: 0
-
-
 def job_id(request: Request) -> str:
     """The id in the path, in its one spelling. Raises NotFound."""
     if not ID.fullmatch(request.params[0]):
         raise NotFound(f"no job {request.params[0][:100]}")
     return request.params[0]
-
-
-def register_agent(api: Controller, request: Request) -> Answer:
-    asked = Registration.parse(request.json())
-    secret = None
-    if asked.token_sha256 is None and request.principal.scope is Scope.AGENT and request.principal.host is None:
-        secret = new_secret()  # for an agent that makes none: it is told this once
-    agent = api.jobs.register(asked, request.principal, secret)
-    shown = {name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")}
-    told = {"token": secret} if secret else {}
-    return {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told}
 
 
 @functools.lru_cache(maxsize=4096)
@@ -4145,169 +3954,16 @@ def nothing_to_do(interval: int) -> Response:
     return answer(200, {"acknowledged": True, "job": None, "cancel": [], "interval": interval})
 
 
-def heartbeat(api: Controller, request: Request) -> Answer:
-    beat = heartbeat_of(request.body)
-    job, stops, interval = api.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
-    if job is None and not stops:
-        return nothing_to_do(interval)
-    body = {"acknowledged": True, "job": job.for_agent() if job else None, "cancel": stops, "interval": interval}
-    return answer(200, body, functools.partial(api.jobs.delivered, job) if job else None)
-
-
 def answer_with(text: str, status: int = 200, **more: Any) -> Response:
     """`text`: the public JSON of a job."""
     rest = "," + dump(more)[1:] if more else "}"
     return Response(status, f'{{"job":{text}{rest}\n'.encode())
 
 
-def create_job(api: Controller, request: Request) -> Answer:
-    job, created, warning = api.jobs.submit(JobRequest.parse(request.json()), request.principal)
-    return answer_with(api.jobs.text(job), 201, created=created, **({"warning": warning} if warning else {}))
-
-
-def visible_app(f: Fields, principal: Principal) -> str | None:
-    """The app that a reader asks for; with the token of one app, that one. Raises Forbidden."""
-    app = f.text("app", is_app)
-    if app is not None:
-        principal.sees(app)
-    return app or principal.app
-
-
-def list_jobs(api: Controller, request: Request) -> Answer:
-    f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
-    equal = {
-        "status": f.choice("status", Status),
-        "host": f.text("host", is_host, fold=True),
-        "app": visible_app(f, request.principal),
-        "repo": f.text("repo", is_repo),
-    }
-    starts = f.text("id", matches(ID_START, "the start of a job's id"), fold=True)
-    before = f.text("before", is_id)
-    limit = f.done(f.integer("limit", 1, 1000)) or 100
-    with api.store.read() as db:
-        jobs = db.jobs({name: value for name, value in equal.items() if value}, starts, before, limit + 1)
-    more = len(jobs) > limit
-    return {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None}
-
-
-def visible_job(api: Controller, request: Request) -> tuple[Job, str]:
-    job, text = api.jobs.job(job_id(request))
-    request.principal.sees(job.app)
-    return job, text
-
-
-def cancel_job(api: Controller, request: Request) -> Answer:
-    return answer_with(api.jobs.text(api.jobs.cancel(job_id(request), request.principal)))
-
-
-def retry_job(api: Controller, request: Request) -> Answer:
-    job, created = api.jobs.retry(job_id(request), request.principal)
-    return answer_with(api.jobs.text(job), 201, created=created)
-
-
-def append_logs(api: Controller, request: Request) -> Answer:
-    upload = LogUpload.parse(request.json())
-    next_offset, cancel = api.jobs.append_logs(job_id(request), upload, request.principal)
-    return {"next_offset": next_offset, "cancel": cancel}
-
-
-def log_text(api: Controller, job: str, after: int | None) -> Iterator[bytes]:
-    while after is not None:
-        lines, after = api.jobs.log_lines(job, after, 1000)
-        if lines:
-            yield "".join(line["message"] + "\n" for line in lines).encode()
-
-
-def read_logs(api: Controller, request: Request) -> Answer:
-    f = request.query((), ("after", "limit"))
-    after = f.integer("after", 0, 1 << 53) or 0
-    limit = f.done(f.integer("limit", 1, 10_000)) or 1000
-    if "text/plain" in request.headers.get("accept", ""):
-        return Response(200, log_text(api, visible_job(api, request)[0].id, after), "text/plain; charset=utf-8")
-    lines, following = api.jobs.log_lines(visible_job(api, request)[0].id, after, limit)
-    return {"lines": lines, "next": following}
-
-
-def report_result(api: Controller, request: Request) -> Answer:
-    job = api.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)
-    return answer_with(api.jobs.text(job))
-
-
-def on_host(action: str, **columns: Any) -> Callable[[Controller, Request], Answer]:
-    """A route that changes these columns of the host's agent."""
-    return lambda api, request: {"host": api.jobs.change_host(request.params[0].lower(), request.principal, action, **columns)}
-
-
-def create_token(api: Controller, request: Request) -> Answer:
-    token, secret = api.auth.create(TokenRequest.parse(request.json()).check(), request.principal)
-    return answer(201, {"token": token.public(), "secret": secret})
-
-
-def who_asks(api: Controller, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
-    who = principal or request.principal
-    expires_at = api.auth.expiry(who)
-    shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": expires_at}
-    return answer(200, shown, headers=(("Set-Cookie", cookie),) if cookie else ())
-
-
 def cookie_of(request: Request, secret: str, seconds: int) -> str:
     """RFC 6265. SameSite: no other site's page brings it along; HttpOnly: no script reads it."""
     secure = "; Secure" if request.secure else ""
     return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
-
-
-def sign_in(api: Controller, request: Request) -> Answer:
-    f = Fields(request.json(), {"token"})
-    text = f.done(f.text("token", lambda text: None if text.strip() else "must not be empty", required=True))
-    token, secret = api.auth.sign_in(text.strip(), request.address)
-    return who_asks(api, request, token.principal(), cookie_of(request, secret, SESSION_LIFETIME))
-
-
-def sign_out(api: Controller, request: Request) -> Answer:
-    with contextlib.suppress(Unauthorized):  # it ran out already
-        api.auth.sign_out(api.auth.principal(request.headers, request.address, lambda: False))
-    return Response(200, b"{}\n", headers=(("Set-Cookie", cookie_of(request, "", 0)),))
-
-
-def list_audit(api: Controller, request: Request) -> Answer:
-    f = request.query(("who", "action"), ("limit", "before"))
-    equal = {name: f.text(name, lambda text: None if len(text) <= 200 else "is too long") for name in ("who", "action")}
-    before = f.integer("before", 1, 1 << 53)
-    limit = f.done(f.integer("limit", 1, 1000)) or 100
-    with api.store.read() as db:
-        rows = db.audit({name: value for name, value in equal.items() if value}, before, limit + 1)
-    return {"audit": rows[:limit], "next": rows[limit - 1]["id"] if len(rows) > limit else None}
-
-
-def app_shown(app: App, releases: Mapping[tuple[str, str], tuple[str, str | None, str]]) -> dict[str, Any]:
-    """Commands stay here: they may hold what readers should not see."""
-    hosts = []
-    for host in app.hosts:
-        job, commit, at = releases.get((app.name, host), (None, None, None))
-        hosts.append({"hostname": host, "commit": commit, "job_id": job, "deployed_at": at})
-    shown = {name: getattr(app, name) for name in ("name", "repo", "clone_url", "deploy_on_push", "branches")}
-    return {**shown, "hosts": hosts}
-
-
-def list_apps(api: Controller, request: Request) -> Answer:
-    with api.store.read() as db:
-        releases = db.releases()
-    only = request.principal.app
-    return {"apps": [app_shown(app, releases) for app in api.apps.all if only in (None, app.name)]}
-
-
-def reload_apps(api: Controller, request: Request) -> Answer:
-    try:
-        found = read_apps(api.apps.path)
-    except OSError as error:
-        raise Unavailable(f"{api.apps.path} cannot be read: {error.strerror}; the mapping in force stays") from None
-
-    def do(tx: Tx) -> None:
-        tx.audited(api.clock.stamp(), request.principal, "reload", str(api.apps.path), f"{len(found)} apps")
-        tx.after(api.apps.put, found)
-
-    api.store.write(do)
-    return {"apps": len(found), "message": f"{api.apps.path} is in force"}
 
 
 def frame(event: Event, epoch: str) -> bytes:
@@ -4323,93 +3979,11 @@ def frame(event: Event, epoch: str) -> bytes:
     return event.frame
 
 
-def sse(api: Controller, wanted: EventFilter, position: int, gap: str | None, principal: Principal) -> Iterator[bytes]:
-    """The body of a stream: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
-    yield f"retry: 2000\nid: {api.jobs.epoch}-{position}\n\n".encode()  # who loses us before the first event comes back here
-    if gap:
-        yield f"event: gap\ndata: {dump({'detail': gap})}\n\n".encode()
-    for reached, events in api.jobs.follow(wanted, position, api.pulse):
-        if not api.auth.still(principal):  # revoked meanwhile
-            return
-        frames = b"".join(frame(event, api.jobs.epoch) for event in events)
-        yield frames or f": nothing new\nid: {api.jobs.epoch}-{reached}\n\n".encode()
-        if wanted.job_id is not None:
-            for event in events:
-                status = json.loads(event.data)["status"] if event.kind == "job" else None
-                if status in ENDED:
-                    yield f"event: end\ndata: {dump({'job_id': event.job_id, 'status': status})}\n\n".encode()
-                    return
-
-
-def stream_logs(api: Controller, request: Request) -> Answer:
-    f = request.query(("host", "app", "job_id"), ("tail",))
-    wanted = EventFilter(f.text("host", is_host, fold=True), visible_app(f, request.principal), f.text("job_id", is_id))
-    tail = f.done(f.integer("tail", 0, 1000))
-    if wanted.job_id is not None:
-        request.principal.sees(api.jobs.job(wanted.job_id)[0].app)
-    position, gap = api.jobs.stream_start(wanted, request.headers.get("last-event-id"), 50 if tail is None else tail)
-    if position is None:
-        return Response(204)
-    # nginx would gather a stream in its buffer: X-Accel-Buffering says not to
-    chunks = sse(api, wanted, position, gap, request.principal)
-    return Response(200, chunks, "text/event-stream", (("X-Accel-Buffering", "no"),))
-
-
-def webhook_secrets(api: Controller) -> set[str]:
-    """Of the controller and of the apps."""
-    return {*secrets_in(api.config.webhook_secret), *(one for app in api.apps.all for one in app.webhook_secrets)}
-
-
-def admit_webhook(api: Controller, request: Request) -> None:
-    """Refuses what cannot be signed well, before 25 MiB of it are read."""
-    if not webhook_secrets(api):
-        raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
-    if not re.fullmatch(r"sha256=[0-9a-f]{64}", request.headers.get("x-hub-signature-256", "")):
-        raise Unauthorized("X-Hub-Signature-256 is missing or malformed: is a secret set in GitHub's settings?")
-
-
-def github_webhook(api: Controller, request: Request) -> Answer:
-    signature = request.headers["x-hub-signature-256"]
-    signers = signers_of(request.body, signature, webhook_secrets(api))
-    if not signers:
-        api.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
-        raise Unauthorized("X-Hub-Signature-256 does not match the body: is the secret in GitHub's settings the same?")
-    kind = request.headers.get("x-github-event", "push")
-    if kind != "push":
-        message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
-        return {"received": True, "jobs_created": [], "message": message}
-    push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
-    delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or signature}"[:300]  # the id is not signed
-    made, message = api.jobs.push(push, delivery, signature, signers, request.address)
-    api.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
-    return {"received": True, "jobs_created": made, "message": message}
-
-
-def health(api: Controller, request: Request) -> Answer:
-    status, database = 200, "ok"
-    try:
-        with api.store.read() as db:
-            db.meta("epoch")
-    except Unavailable as error:
-        status, database = 503, str(error)
-    uptime = round(api.clock.monotonic() - api.started, 3)
-    shown = {"status": "ok" if status == 200 else "error", "version": VERSION, "uptime": uptime, "database": database}
-    return answer(status, shown)
-
-
-def metrics(api: Controller, request: Request) -> Answer:
-    uptime = api.clock.monotonic() - api.started
-    gauges = {**api.jobs.gauges(), "deploybot_http_connections": api.connections(), "deploybot_uptime_seconds": uptime}
-    return Response(200, api.metrics.text(gauges).encode(), "text/plain; version=0.0.4; charset=utf-8")
-
-
 def asset(name: str) -> str:
     """A file from inside this one, else from beside it. Raises NotFound, which says what is missing."""
     path = pathlib.Path(__file__).resolve().parent / name
-    if name in ASSETS:
-        return ASSETS[name]
     try:
-        return path.read_text(encoding="utf-8")
+        return ASSETS[name] if name in ASSETS else path.read_text(encoding="utf-8")
     except OSError:
         raise NotFound(f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes") from None
 
@@ -4420,53 +3994,270 @@ POLICY = (
 )
 
 
-def page(name: str) -> Callable[[Controller, Request], Answer]:
-    """A page whose one script and one style carry a nonce; nothing else may run or load."""
+class Controller:
+    """What the routes act on: all parts, built and recovered. Raises StartError."""
 
-    def show(api: Controller, request: Request) -> Answer:
+    def __init__(self, config: Config, apps: Apps, store: Store, tokens: Mapping[str, Principal], clock: Clock, pulse: float):
+        self.config, self.apps, self.store, self.clock, self.pulse = config, apps, store, clock, pulse
+        self.started = clock.monotonic()
+        self.queue, self.metrics, self.hub = JobQueue(), Metrics(), EventHub(store.position)
+        with database_errors(config.db):
+            self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
+            self.jobs.recover()
+            self.auth = Auth(tokens, config.open, self.jobs.by_secret.get, store, clock)
+        self.connections: Callable[[], int] = lambda: 0
+
+    def register_agent(self, request: Request) -> Answer:
+        asked = Registration.parse(request.json())
+        enrols = request.principal.scope is Scope.AGENT and request.principal.host is None
+        secret = new_secret() if enrols and asked.token_sha256 is None else None  # for an agent that makes none: told this once
+        agent = self.jobs.register(asked, request.principal, secret)
+        shown = {name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")}
+        told = {"token": secret} if secret else {}
+        return {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told}
+
+    def heartbeat(self, request: Request) -> Answer:
+        beat = heartbeat_of(request.body)
+        job, stops, interval = self.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
+        if job is None and not stops:
+            return nothing_to_do(interval)
+        body = {"acknowledged": True, "job": job.for_agent() if job else None, "cancel": stops, "interval": interval}
+        return answer(200, body, functools.partial(self.jobs.delivered, job) if job else None)
+
+    def create_job(self, request: Request) -> Answer:
+        job, created, warning = self.jobs.submit(JobRequest.parse(request.json()), request.principal)
+        return answer_with(self.jobs.text(job), 201, created=created, **({"warning": warning} if warning else {}))
+
+    def list_jobs(self, request: Request) -> Answer:
+        f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
+        status, host = f.choice("status", Status), f.text("host", is_host, fold=True)
+        equal = {
+            "status": status,
+            "host": host,
+            "app": request.principal.sees(f.text("app", is_app)),
+            "repo": f.text("repo", is_repo),
+        }
+        starts = f.text("id", matches("[0-9a-f-]{1,36}", "the start of a job's id"), fold=True)
+        before = f.text("before", is_id)
+        limit = f.done(f.integer("limit", 1, 1000)) or 100
+        with self.store.read() as db:
+            jobs = db.jobs({name: value for name, value in equal.items() if value}, starts, before, limit + 1)
+        more = len(jobs) > limit
+        return {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None}
+
+    def visible_job(self, request: Request) -> tuple[Job, str]:
+        job, text = self.jobs.job(job_id(request))
+        request.principal.sees(job.app)
+        return job, text
+
+    def cancel_job(self, request: Request) -> Answer:
+        return answer_with(self.jobs.text(self.jobs.cancel(job_id(request), request.principal)))
+
+    def retry_job(self, request: Request) -> Answer:
+        job, created = self.jobs.retry(job_id(request), request.principal)
+        return answer_with(self.jobs.text(job), 201, created=created)
+
+    def append_logs(self, request: Request) -> Answer:
+        upload = LogUpload.parse(request.json())
+        next_offset, cancel = self.jobs.append_logs(job_id(request), upload, request.principal)
+        return {"next_offset": next_offset, "cancel": cancel}
+
+    def log_text(self, job: str, after: int | None) -> Iterator[bytes]:
+        while after is not None:
+            lines, after = self.jobs.log_lines(job, after, 1000)
+            if lines:
+                yield "".join(line["message"] + "\n" for line in lines).encode()
+
+    def read_logs(self, request: Request) -> Answer:
+        f = request.query((), ("after", "limit"))
+        after = f.integer("after", 0, 1 << 53) or 0
+        limit = f.done(f.integer("limit", 1, 10_000)) or 1000
+        if "text/plain" in request.headers.get("accept", ""):
+            return Response(200, self.log_text(self.visible_job(request)[0].id, after), "text/plain; charset=utf-8")
+        lines, following = self.jobs.log_lines(self.visible_job(request)[0].id, after, limit)
+        return {"lines": lines, "next": following}
+
+    def report_result(self, request: Request) -> Answer:
+        job = self.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)
+        return answer_with(self.jobs.text(job))
+
+    def create_token(self, request: Request) -> Answer:
+        token, secret = self.auth.create(TokenRequest.parse(request.json()).check(), request.principal)
+        return answer(201, {"token": token.public(), "secret": secret})
+
+    def who_asks(self, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
+        who = principal or request.principal
+        expires_at = self.auth.expiry(who)
+        shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": expires_at}
+        return answer(200, shown, headers=(("Set-Cookie", cookie),) if cookie else ())
+
+    def sign_in(self, request: Request) -> Answer:
+        f = Fields(request.json(), {"token"})
+        text = f.done(f.text("token", lambda text: None if text.strip() else "must not be empty", required=True))
+        token, secret = self.auth.sign_in(text.strip(), request.address)
+        return self.who_asks(request, token.principal(), cookie_of(request, secret, SESSION_LIFETIME))
+
+    def sign_out(self, request: Request) -> Answer:
+        with contextlib.suppress(Unauthorized):  # it ran out already
+            self.auth.sign_out(self.auth.principal(request.headers, request.address, lambda: False))
+        return Response(200, b"{}\n", headers=(("Set-Cookie", cookie_of(request, "", 0)),))
+
+    def list_audit(self, request: Request) -> Answer:
+        f = request.query(("who", "action"), ("limit", "before"))
+        equal = {name: f.text(name, lambda text: None if len(text) <= 200 else "is too long") for name in ("who", "action")}
+        before = f.integer("before", 1, 1 << 53)
+        limit = f.done(f.integer("limit", 1, 1000)) or 100
+        with self.store.read() as db:
+            rows = db.audit({name: value for name, value in equal.items() if value}, before, limit + 1)
+        return {"audit": rows[:limit], "next": rows[limit - 1]["id"] if len(rows) > limit else None}
+
+    def list_apps(self, request: Request) -> Answer:
+        with self.store.read() as db:
+            releases = db.releases()
+        shown: list[dict[str, Any]] = []
+        for app in [app for app in self.apps.all if request.principal.app in (None, app.name)]:
+            running = [(host, *releases.get((app.name, host), (None, None, None))) for host in app.hosts]
+            hosts = [{"hostname": host, "commit": commit, "job_id": job, "deployed_at": at} for host, job, commit, at in running]
+            fields = ("name", "repo", "clone_url", "deploy_on_push", "branches")  # no commands: they may hold secrets
+            shown.append({**{name: getattr(app, name) for name in fields}, "hosts": hosts})
+        return {"apps": shown}
+
+    def reload_apps(self, request: Request) -> Answer:
+        try:
+            found = read_apps(self.apps.path)
+        except OSError as error:
+            raise Unavailable(f"{self.apps.path} cannot be read: {error.strerror}; the mapping in force stays") from None
+
+        def do(tx: Tx) -> None:
+            tx.audited(self.clock.stamp(), request.principal, "reload", str(self.apps.path), f"{len(found)} apps")
+            tx.after(setattr, self.apps, "all", found)
+
+        self.store.write(do)
+        return {"apps": len(found), "message": f"{self.apps.path} is in force"}
+
+    def sse(self, wanted: EventFilter, position: int, gap: str | None, principal: Principal) -> Iterator[bytes]:
+        """The body of a stream: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+        yield f"retry: 2000\nid: {self.jobs.epoch}-{position}\n\n".encode()  # who loses us before the first event comes back here
+        if gap:
+            yield f"event: gap\ndata: {dump({'detail': gap})}\n\n".encode()
+        for reached, events in self.jobs.follow(wanted, position, self.pulse):
+            if not self.auth.still(principal):  # revoked meanwhile
+                return
+            frames = b"".join(frame(event, self.jobs.epoch) for event in events)
+            yield frames or f": nothing new\nid: {self.jobs.epoch}-{reached}\n\n".encode()
+            if wanted.job_id is not None:
+                for event in events:
+                    status = json.loads(event.data)["status"] if event.kind == "job" else None
+                    if status in ENDED:
+                        yield f"event: end\ndata: {dump({'job_id': event.job_id, 'status': status})}\n\n".encode()
+                        return
+
+    def stream_logs(self, request: Request) -> Answer:
+        f = request.query(("host", "app", "job_id"), ("tail",))
+        wanted = EventFilter(
+            f.text("host", is_host, fold=True), request.principal.sees(f.text("app", is_app)), f.text("job_id", is_id)
+        )
+        tail = f.done(f.integer("tail", 0, 1000))
+        if wanted.job_id is not None:
+            request.principal.sees(self.jobs.job(wanted.job_id)[0].app)
+        position, gap = self.jobs.stream_start(wanted, request.headers.get("last-event-id"), 50 if tail is None else tail)
+        if position is None:
+            return Response(204)
+        chunks = self.sse(wanted, position, gap, request.principal)
+        return Response(200, chunks, "text/event-stream", (("X-Accel-Buffering", "no"),))  # nginx would gather it in its buffer
+
+    def webhook_secrets(self) -> set[str]:
+        """Of the controller and of the apps."""
+        return {*secrets_in(self.config.webhook_secret), *(one for app in self.apps.all for one in app.webhook_secrets)}
+
+    def admit_webhook(self, request: Request) -> None:
+        """Refuses what cannot be signed well, before 25 MiB of it are read."""
+        if not self.webhook_secrets():
+            raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
+        if not re.fullmatch(r"sha256=[0-9a-f]{64}", request.headers.get("x-hub-signature-256", "")):
+            raise Unauthorized("X-Hub-Signature-256 is missing or malformed: is a secret set in GitHub's settings?")
+
+    def github_webhook(self, request: Request) -> Answer:
+        signature = request.headers["x-hub-signature-256"]
+        signers = signers_of(request.body, signature, self.webhook_secrets())
+        if not signers:
+            self.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
+            raise Unauthorized("X-Hub-Signature-256 does not match the body: is the secret in GitHub's settings the same?")
+        kind = request.headers.get("x-github-event", "push")
+        if kind != "push":
+            message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
+            return {"received": True, "jobs_created": [], "message": message}
+        push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
+        delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or signature}"[:300]  # the id is not signed
+        made, message = self.jobs.push(push, delivery, signature, signers, request.address)
+        self.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
+        return {"received": True, "jobs_created": made, "message": message}
+
+    def health(self, request: Request) -> Answer:
+        status, said, database = 200, "ok", "ok"
+        try:
+            with self.store.read() as db:
+                db.meta("epoch")
+        except Unavailable as error:
+            status, said, database = 503, "error", str(error)
+        uptime = round(self.clock.monotonic() - self.started, 3)
+        return answer(status, {"status": said, "version": VERSION, "uptime": uptime, "database": database})
+
+    def scrape(self, request: Request) -> Answer:
+        uptime = self.clock.monotonic() - self.started
+        gauges = {**self.jobs.gauges(), "deploybot_http_connections": self.connections(), "deploybot_uptime_seconds": uptime}
+        return Response(200, self.metrics.text(gauges).encode(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+def on_host(action: str, **columns: Any) -> Callable[[Controller, Request], Answer]:
+    """A route that changes these columns of the host's agent."""
+    return lambda api, request: {"host": api.jobs.change_host(request.params[0].lower(), request.principal, action, **columns)}
+
+
+def file(name: str, content_type: str = "text/html; charset=utf-8") -> Callable[[Controller, Request], Response]:
+    """A page's one script and one style carry a nonce; nothing else may run or load."""
+
+    def show(api: Controller, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
-        headers = (("Content-Security-Policy", POLICY.format(nonce)), ("Referrer-Policy", "no-referrer"))
-        return Response(200, asset(name).replace("{{nonce}}", nonce).encode(), "text/html; charset=utf-8", headers)
+        page = (("Content-Security-Policy", POLICY.format(nonce)), ("Referrer-Policy", "no-referrer"))
+        text = asset(name).replace("{{nonce}}", nonce)
+        return Response(200, text.encode(), content_type, page if name.endswith(".html") else ())
 
     return show
 
 
-def file(name: str, content_type: str) -> Callable[[Controller, Request], Response]:
-    return lambda api, request: Response(200, asset(name).encode(), content_type)
-
-
 ROUTES = [
-    Route("POST", "/v1/agents/register", Scope.AGENT, register_agent),
-    Route("POST", "/v1/agents/{id}/heartbeat", Scope.AGENT, heartbeat),
-    Route("POST", "/v1/jobs", Scope.OPERATOR, create_job, for_app=True),
-    Route("GET", "/v1/jobs", Scope.VIEWER, list_jobs, for_app=True),
-    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, lambda api, r: answer_with(visible_job(api, r)[1]), for_app=True),
-    Route("POST", "/v1/jobs/{id}/cancel", Scope.OPERATOR, cancel_job, for_app=True),
-    Route("POST", "/v1/jobs/{id}/retry", Scope.OPERATOR, retry_job, for_app=True),
-    Route("POST", "/v1/jobs/{id}/logs", Scope.AGENT, append_logs),
-    Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, read_logs, for_app=True),
-    Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, report_result),
-    Route("GET", "/v1/logs/stream", Scope.VIEWER, stream_logs, for_app=True),
+    Route("POST", "/v1/agents/register", Scope.AGENT, Controller.register_agent),
+    Route("POST", "/v1/agents/{id}/heartbeat", Scope.AGENT, Controller.heartbeat),
+    Route("POST", "/v1/jobs", Scope.OPERATOR, Controller.create_job, for_app=True),
+    Route("GET", "/v1/jobs", Scope.VIEWER, Controller.list_jobs, for_app=True),
+    Route("GET", "/v1/jobs/{id}", Scope.VIEWER, lambda api, r: answer_with(api.visible_job(r)[1]), for_app=True),
+    Route("POST", "/v1/jobs/{id}/cancel", Scope.OPERATOR, Controller.cancel_job, for_app=True),
+    Route("POST", "/v1/jobs/{id}/retry", Scope.OPERATOR, Controller.retry_job, for_app=True),
+    Route("POST", "/v1/jobs/{id}/logs", Scope.AGENT, Controller.append_logs),
+    Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, Controller.read_logs, for_app=True),
+    Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, Controller.report_result),
+    Route("GET", "/v1/logs/stream", Scope.VIEWER, Controller.stream_logs, for_app=True),
     Route("GET", "/v1/hosts", Scope.VIEWER, lambda api, _: {"hosts": api.jobs.hosts()}),
     Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, on_host("host.drain", drained=1)),
     Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, on_host("host.resume", drained=0)),
     Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, on_host("host.reset", token_sha256=None, session="")),
     Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, lambda api, r: api.jobs.remove_host(r.params[0].lower(), r.principal)),
-    Route("GET", "/v1/apps", Scope.VIEWER, list_apps, for_app=True),
-    Route("POST", "/v1/reload", Scope.ADMIN, reload_apps),
-    Route("POST", "/v1/tokens", Scope.ADMIN, create_token),
+    Route("GET", "/v1/apps", Scope.VIEWER, Controller.list_apps, for_app=True),
+    Route("POST", "/v1/reload", Scope.ADMIN, Controller.reload_apps),
+    Route("POST", "/v1/tokens", Scope.ADMIN, Controller.create_token),
     Route("GET", "/v1/tokens", Scope.ADMIN, lambda api, _: {"tokens": [token.public() for token in api.auth.tokens()]}),
     Route("DELETE", "/v1/tokens/{id}", Scope.ADMIN, lambda api, r: {"token": api.auth.revoke(r.params[0], r.principal).public()}),
-    Route("GET", "/v1/session", Scope.ANY, who_asks, for_app=True),
-    Route("POST", "/v1/session", Scope.PUBLIC, sign_in, 4 * KIB),
-    Route("DELETE", "/v1/session", Scope.PUBLIC, sign_out),
-    Route("GET", "/v1/audit", Scope.ADMIN, list_audit),
-    Route("POST", "/v1/webhooks/github", Scope.PUBLIC, github_webhook, MAX_PUSH, admit_webhook),
-    Route("GET", "/health", Scope.PUBLIC, health),
-    Route("GET", "/metrics", Scope.VIEWER, metrics),
-    Route("GET", "/", Scope.PUBLIC, page("www/dashboard.html")),
-    Route("GET", "/docs", Scope.PUBLIC, page("www/docs.html")),
-    Route("GET", "/redoc", Scope.PUBLIC, page("www/docs.html")),
+    Route("GET", "/v1/session", Scope.ANY, Controller.who_asks, for_app=True),
+    Route("POST", "/v1/session", Scope.PUBLIC, Controller.sign_in, 4 * KIB),
+    Route("DELETE", "/v1/session", Scope.PUBLIC, Controller.sign_out),
+    Route("GET", "/v1/audit", Scope.ADMIN, Controller.list_audit),
+    Route("POST", "/v1/webhooks/github", Scope.PUBLIC, Controller.github_webhook, MAX_PUSH, Controller.admit_webhook),
+    Route("GET", "/health", Scope.PUBLIC, Controller.health),
+    Route("GET", "/metrics", Scope.VIEWER, Controller.scrape),
+    Route("GET", "/", Scope.PUBLIC, file("www/dashboard.html")),
+    Route("GET", "/docs", Scope.PUBLIC, file("www/docs.html")),
+    Route("GET", "/redoc", Scope.PUBLIC, file("www/docs.html")),
     Route("GET", "/openapi.json", Scope.PUBLIC, file("openapi.json", "application/json")),
     Route("GET", "/agent.py", Scope.PUBLIC, file("agent.py", "text/x-python; charset=utf-8")),
     Route("GET", "/ctl.py", Scope.PUBLIC, file("ctl.py", "text/x-python; charset=utf-8")),
@@ -4485,10 +4276,9 @@ class LogFormat(logging.Formatter):
         self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
+        at, message = rfc3339(record.created), record.getMessage()
         if record.exc_info:
             message += "\n" + self.formatException(record.exc_info)
-        at = rfc3339(record.created)
         if self._as_json:
             return json.dumps({"time": at, "level": record.levelname, "message": message})
         shown = "".join(char if char.isprintable() or char == "\n" else f"\\x{ord(char):02x}" for char in message)
@@ -4499,8 +4289,7 @@ def tokens_of(config: Config) -> dict[str, Principal]:
     """Token to principal: the configured ones; without an admin's, the one in admin.token, which a closed first start makes."""
     path = config.db.parent / "admin.token"
     admin = config.token or (first_token(path) if not config.open or path.exists() else None)
-    viewer, agent = ("reader", Scope.VIEWER, config.read_token), ("agents", Scope.AGENT, config.agent_token)
-    named = (viewer, agent, ("admin", Scope.ADMIN, admin))
+    named = ("reader", Scope.VIEWER, config.read_token), ("agents", Scope.AGENT, config.agent_token), ("admin", Scope.ADMIN, admin)
     return {token: Principal(name, role) for name, role, token in named if token}
 
 
@@ -4539,7 +4328,7 @@ class Daemon(Controller):
     def __init__(self, config: Config, clock: Clock | None = None, pulse: float = PULSE):
         apps = Apps(config.apps)
         if config.apps.exists():
-            apps.put(apps_of(config.apps))
+            apps.all = apps_of(config.apps)
         else:
             log.warning("%s is not there: no push deploys anything until it is, and is reloaded", config.apps)
         store = Store(config.db, lambda: notify(f"EXTEND_TIMEOUT_USEC={MIGRATION_LIMIT * 1_000_000}"), config.replicated)
@@ -4571,7 +4360,7 @@ class Daemon(Controller):
         except StartError as error:
             log.error("%s: the certificate in force stays", error)
         try:
-            self.apps.put(apps_of(self.config.apps))
+            self.apps.all = apps_of(self.config.apps)
             log.info("%s is in force: %d apps", self.config.apps, len(self.apps.all))
         except StartError as error:
             for problem in error.problems:
@@ -4600,18 +4389,9 @@ class Daemon(Controller):
         self.server.stop()
         with contextlib.suppress(Unavailable):
             self.jobs.flush_contacts()
-            self.auth.flush()
+            self.auth.sweep(every=0)
         self.store.close()
         log.info("stopped")
-
-
-def signal_pipe() -> int:
-    """From now on signals are bytes that this descriptor brings: a handler does nothing but write."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: os.write(writer, bytes([number])))
-    return reader
 
 
 def watchdog(env: Mapping[str, str]) -> float:
@@ -4637,39 +4417,7 @@ def run(daemon: Daemon, signals: int) -> None:
             notify("WATCHDOG=1")
 
 
-OTHER_VERBS = {
-    "backup FILE": "write a copy of the database, also while the controller runs",
-    "restore FILE": "put a backup in the place of the database; the controller must be stopped",
-    "doctor": "check the database, the settings and the machine, and say what to do",
-    "check-apps FILE": "say whether FILE would be taken as apps.yaml",
-}
-
-
-def parse(verb: str, description: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
-    """What all verbs share: every option, and the FILE of those that take one."""
-    verbs = "".join(f"  {name:<26}{help}\n" for name, help in OTHER_VERBS.items())
-    secret_lines = "".join(f"  DEPLOYBOT_{name.upper():<16}{help}\n" for name, help in SECRETS.items())
-    parser = argparse.ArgumentParser(
-        prog=f"deploybot.py {verb}".strip(),
-        description=description,
-        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n\n\nOther verbs:\n{verbs}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"deploybot {VERSION}")
-    if verb in ("backup", "restore"):
-        parser.add_argument("file", metavar="FILE", type=pathlib.Path)
-    for option in OPTIONS:
-        more: dict[str, Any] = {"metavar": option.field.upper()}
-        if option.parse is flag:
-            more = {"action": "store_const", "const": "true"}
-        parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
-    given = vars(parser.parse_args(arguments))
-    return Config.load(given, os.environ), given.get("file", pathlib.Path())
-
-
-def serve(arguments: list[str]) -> int:
-    config, _ = parse("", "The deployment controller. SIGHUP reads apps.yaml again, SIGTERM stops.", arguments)
+def serve(config: Config, _: pathlib.Path) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(LogFormat(config.log_format == "json"))
     log.addHandler(handler)
@@ -4677,7 +4425,10 @@ def serve(arguments: list[str]) -> int:
     os.umask(0o077)  # the database holds commands, which may hold secrets
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # each agent that waits holds a connection
-    signals = signal_pipe()
+    signals, writer = os.pipe()  # a handler does nothing but write its number, which run() reads
+    os.set_blocking(writer, False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: os.write(writer, bytes([number])))
     daemon = Daemon(config)
     daemon.start()
     notify("READY=1")
@@ -4691,22 +4442,18 @@ def told(path: pathlib.Path, schema: int, jobs: int, agents: int) -> str:
     return f"{path}: {path.stat().st_size / MIB:.1f} MiB, {jobs} jobs, {agents} agents, schema {schema}"
 
 
-def backup(arguments: list[str]) -> int:
-    config, file = parse("backup", "Write a copy of the database to FILE, also while the controller runs.", arguments)
+def backup(config: Config, file: pathlib.Path) -> int:
     print(told(file, *copy_database(config.db, file)))
     return 0
 
 
-def restore(arguments: list[str]) -> int:
-    config, file = parse("restore", "Put a backup in the place of the database.", arguments)
+def restore(config: Config, file: pathlib.Path) -> int:
     os.umask(0o077)
     kept = config.db.with_name(f"{config.db.name}.before-restore-{Clock().stamp().replace(':', '')}")
     facts = restore_database(file, config.db, kept)
     print(told(config.db, *facts) + (f"\nwhat was there before is kept as {kept}" if kept.exists() else ""))
-    print(
-        "Now start the controller: jobs that waited are cancelled, agents register anew, those that still run go on.\n"
-        "Tokens and secrets of hosts are as they were then: see ctl.py token list, ctl.py hosts."
-    )
+    print("Now start the controller: jobs that waited are cancelled, agents register anew, those that still run go on.")
+    print("Tokens and secrets of hosts are as they were then: see ctl.py token list, ctl.py hosts.")
     return 0
 
 
@@ -4746,7 +4493,7 @@ def look_at_database(config: Config) -> Iterator[Finding]:
 
 def look_at_files(config: Config) -> Iterator[Finding]:
     folder = config.db.parent
-    secret = [os.environ.get(f"DEPLOYBOT_{name.upper()}_FILE") or "" for name in SECRETS]
+    secret = [os.environ.get(f"{secret.variable}_FILE") or "" for secret in SECRETS.values()]
     for path in filter(os.path.exists, [str(config.db), str(folder / "admin.token"), str(config.tls_key or ""), *secret]):
         mode = os.stat(path).st_mode & 0o777
         yield judged(not mode & 0o027, f"{path} has the mode {mode:o}", f"others can read it, chmod 600 {path}", "FAIL")
@@ -4759,9 +4506,9 @@ def look_at_files(config: Config) -> Iterator[Finding]:
 
 def look_at_settings(config: Config) -> Iterator[Finding]:
     """Whether secrets are set and long enough; never what they are."""
-    for name, purpose in SECRETS.items():
-        value = secrets_in(getattr(config, name))
-        what = f"DEPLOYBOT_{name.upper()} is {'set' if value else 'not set'} ({purpose})"
+    for secret in SECRETS.values():
+        value = secrets_in(getattr(config, secret.field))
+        what = f"{secret.variable} is {'set' if value else 'not set'} ({secret.help})"
         yield judged(min(map(len, value), default=99) >= SHORT_SECRET, what, "short, take openssl rand -hex 32")
     if config.open:
         yield "warn", "--open: who is on this machine may do everything; never behind a proxy"
@@ -4786,44 +4533,72 @@ def look_at_tls(config: Config) -> Iterator[Finding]:
     yield judged(days >= 14, f"{config.tls_cert} is good for {days} days", "renew it, then SIGHUP", "warn" if days >= 0 else "FAIL")
 
 
-def found(look: Callable[[Config], Iterator[Finding]], config: Config) -> Iterator[Finding]:
-    try:
-        yield from look(config)
-    except StartError as error:
-        yield from (("FAIL", line) for line in error.problems)
-    except (OSError, ValueError) as error:
-        yield "FAIL", str(error)
-
-
-def doctor(arguments: list[str]) -> int:
+def doctor(config: Config, _: pathlib.Path) -> int:
     """1 where something has to be mended."""
-    config, _ = parse("doctor", "Check the database, the settings and the machine, and say what to do.", arguments)
-    findings = [it for look in (look_at_database, look_at_files, look_at_settings, look_at_tls) for it in found(look, config)]
-    print(*(f"{level:<5}{text}" for level, text in findings), sep="\n")
-    return int(any(level == "FAIL" for level, _ in findings))
+    found: list[Finding] = []
+    for look in (look_at_database, look_at_files, look_at_settings, look_at_tls):
+        try:
+            for finding in look(config):
+                found.append(finding)
+        except StartError as error:
+            found += [("FAIL", line) for line in error.problems]
+        except (OSError, ValueError) as error:
+            found.append(("FAIL", str(error)))
+    print(*(f"{level:<5}{text}" for level, text in found), sep="\n")
+    return int(any(level == "FAIL" for level, _ in found))
 
 
-def check_apps(arguments: list[str]) -> int:
+def check_apps(_: Config, file: pathlib.Path) -> int:
     """Says every mistake of a file, with its line; 0 where it has none."""
-    parser = argparse.ArgumentParser(prog="deploybot.py check-apps", description="Say whether FILE would be taken as apps.yaml.")
-    parser.add_argument("file", metavar="FILE", type=pathlib.Path)
-    path = parser.parse_args(arguments).file
-    apps = apps_of(path)
+    apps = apps_of(file)
     for app in apps:
-        when = "on push" if app.deploy_on_push else "when asked"
-        print(f"{app.name}: {app.repo} to {', '.join(app.hosts)}, {when}")
-    print(f"{path} is good: {len(apps)} app{'' if len(apps) == 1 else 's'}")
+        print(f"{app.name}: {app.repo} to {', '.join(app.hosts)}, {'on push' if app.deploy_on_push else 'when asked'}")
+    print(f"{file} is good: {len(apps)} app{'' if len(apps) == 1 else 's'}")
     return 0
 
 
-VERBS = {"serve": serve, "backup": backup, "restore": restore, "doctor": doctor, "check-apps": check_apps}
+# Name to what it does, the argument that it takes, and what --help says.
+VERBS: dict[str, tuple[Callable[[Config, pathlib.Path], int], str, str]] = {
+    "serve": (serve, "", "The deployment controller. SIGHUP reads apps.yaml again, SIGTERM stops."),
+    "backup": (backup, "FILE", "Write a copy of the database to FILE, also while the controller runs."),
+    "restore": (restore, "FILE", "Put a backup in the place of the database; the controller must be stopped."),
+    "doctor": (doctor, "", "Check the database, the settings and the machine, and say what to do."),
+    "check-apps": (check_apps, "FILE", "Say whether FILE would be taken as apps.yaml."),
+}
+
+
+def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
+    """Every option, also from the environment, but for check-apps, which reads none; and FILE where the verb takes one."""
+    _, takes, description = VERBS[verb]
+    options, env = ([], {}) if verb == "check-apps" else (OPTIONS, os.environ)
+    secret_lines = "".join(f"  {secret.variable:<26}{secret.help}\n" for secret in SECRETS.values())
+    verbs = "".join(f"  {f'{name} {file}':<26}{help}\n" for name, (_, file, help) in VERBS.items() if name != "serve")
+    parser = argparse.ArgumentParser(
+        prog=f"deploybot.py {verb}".removesuffix(" serve"),
+        description=description,
+        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n\n\nOther verbs:\n{verbs}"
+        if options
+        else "",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"deploybot {VERSION}")
+    if takes:
+        parser.add_argument("file", metavar=takes, type=pathlib.Path)
+    for option in options:
+        more: dict[str, Any] = {"metavar": option.field.upper()}
+        if option.parse is flag:
+            more = {"action": "store_const", "const": "true"}
+        parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
+    given = vars(parser.parse_args(arguments))
+    return Config.load(given, env), given.get("file", pathlib.Path())
 
 
 def main(arguments: list[str]) -> int:
     """Exit codes: 0 done, 1 refused or could not start, 2 wrong use."""
-    verb, rest = (VERBS[arguments[0]], arguments[1:]) if arguments and arguments[0] in VERBS else (serve, arguments)
+    verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else ("serve", arguments)
     try:
-        return verb(rest)
+        return VERBS[verb][0](*parse(verb, rest))
     except StartError as error:
         for line in error.problems:
             print(f"deploybot.py: {line}", file=sys.stderr)

@@ -98,7 +98,7 @@ class Controller:
     def set_app(self, **app):
         """Makes this the only app of the mapping in force."""
         self.apps_file.write_text(json.dumps({"apps": [app]}))
-        self.daemon.apps.put(deploybot.read_apps(self.apps_file))
+        self.daemon.apps.all = deploybot.read_apps(self.apps_file)
 
     def raw(self, method, path, body=None, headers=None, timeout=30):
         """(status, headers, bytes) of one call on a connection of its own."""

@@ -113,7 +113,7 @@ def test_one_repository_may_have_many_apps(read, tmp_path):
     )
     read(text)
     apps = Apps(tmp_path / "apps.yaml")
-    apps.put(deploybot.read_apps(apps.path))
+    apps.all = deploybot.read_apps(apps.path)
     assert [app.name for app in apps.of_repo("o/r")] == ["a", "b"]
     assert apps.named("c").repo == "o/x"
     assert apps.named("d") is None
