@@ -263,6 +263,15 @@ def test_a_broken_constraint_of_a_row_that_was_put_off_hurts_nobody_else(store, 
     assert (done[0].result(), done[2].result(), ids(outside)) == (1, 1, [job(1).id])
 
 
+def test_what_sqlite_shows_of_a_job_is_what_we_would(store):
+    metadata = {"a": [1, 2.5, None, True, "é\U0001f600\x01\\\"\n"], "b": {}}
+    made = job(1, ref="dev\x7f'", metadata=deploybot.dump(metadata), exit_code=-(1 << 31), error="\t<&>")
+    store.write(lambda tx: tx.add("jobs", *made))
+    with store.read() as db:
+        app, text = db.shown(made.id)
+    assert (app, deploybot.load_json(text.encode())) == (made.app, made.public())
+
+
 # -- what is known of recent jobs --------------------------------------------------------------------------------------
 
 
@@ -599,6 +608,7 @@ QUERIES = {
     "releases": [()],
     "running_apps": [("web-01",)],
     "running_jobs": [()],
+    "shown": [(JOB,)],
     "tokens": [()],
 }
 CALLS = [(name, values) for name, calls in QUERIES.items() for values in calls]
