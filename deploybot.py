@@ -810,10 +810,9 @@ class Event:
         return dataclasses.replace(self, lines=len(lines), offset=self.offset + skip, data=dump(lines), frame=None)
 
     def log_lines(self) -> Iterator[dict[str, Any]]:
-        first = self.position - self.lines + 1
-        for i, (message, level, stamp) in enumerate(json.loads(self.data)):
-            place = {"position": first + i, "attempt": self.attempt, "offset": self.offset + i}
-            yield {**place, "message": message, "level": level, "timestamp": stamp}
+        positions, offsets = itertools.count(self.position - self.lines + 1), itertools.count(self.offset)
+        for at, offset, (text, level, stamp) in zip(positions, offsets, json.loads(self.data), strict=False):
+            yield {"position": at, "attempt": self.attempt, "offset": offset, "message": text, "level": level, "timestamp": stamp}
 
 
 class EventFilter(NamedTuple):
@@ -844,7 +843,8 @@ class Principal(NamedTuple):
         return cls(f"agent:{host}", Scope.AGENT, host, is_own=True)
 
     def may(self, scope: Scope) -> bool:
-        return self.scope is Scope.ADMIN or scope in (Scope.PUBLIC, Scope.ANY, *GRANTS.get(self.scope, ()))
+        open_to_all = scope in (Scope.PUBLIC, Scope.ANY)
+        return open_to_all or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -2094,10 +2094,9 @@ class Auth:
     asks no database; those made over the API stand in `tokens` as well."""
 
     def __init__(
-        self, given: Mapping[str, Principal], is_open: bool, of_host: Callable[[str], Principal | None], store: Store, clock: Clock
+        self, tokens: Mapping[str, Principal], is_open: bool, of_host: Callable[[str], Principal | None], store: Store, clock: Clock
     ):
-        """`given`: token to principal, as configured; `of_host`: SHA-256 of a host's own secret to principal."""
-        self._configured = {sha256(token): principal for token, principal in given.items()}
+        self._configured = {sha256(token): principal for token, principal in tokens.items()}
         self._open, self._of_host, self._store, self._clock = is_open, of_host, store, clock
         self._failed = RateLimit(MAX_FAILED_SIGN_INS, clock)
         self._new_id = TimeOrderedIds(clock, None)
@@ -3972,8 +3971,8 @@ class Controller:
         secret = new_secret() if enrols and asked.token_sha256 is None else None  # for an agent that makes none: told this once
         agent = self.jobs.register(asked, request.principal, secret)
         shown = {name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")}
-        told = {"token": secret} if secret else {}
-        return {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told}
+        shown |= {"capabilities": json.loads(agent.capabilities), "status": "online"}
+        return {**shown, "token": secret} if secret else shown
 
     def heartbeat(self, request: Request) -> Answer:
         beat = heartbeat_of(request.body)
@@ -4104,12 +4103,11 @@ class Controller:
                 return
             frames = b"".join(frame(event, self.jobs.epoch) for event in events)
             yield frames or f": nothing new\nid: {self.jobs.epoch}-{reached}\n\n".encode()
-            if wanted.job_id is not None:
-                for event in events:
-                    status = json.loads(event.data)["status"] if event.kind == "job" else None
-                    if status in ENDED:
-                        yield f"event: end\ndata: {dump({'job_id': event.job_id, 'status': status})}\n\n".encode()
-                        return
+            for event in events if wanted.job_id is not None else ():
+                status = json.loads(event.data)["status"] if event.kind == "job" else None
+                if status in ENDED:
+                    yield f"event: end\ndata: {dump({'job_id': event.job_id, 'status': status})}\n\n".encode()
+                    return
 
     def stream_logs(self, request: Request) -> Answer:
         f = request.query(("host", "app", "job_id"), ("tail",))
