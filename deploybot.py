@@ -170,13 +170,12 @@ class StartError(DeployBotError):
         super().__init__("\n".join(self.problems))
 
 
-class AppsError(DeployBotError):
+class AppsError(ValidationError):
     """apps.yaml is wrong. `problems` is [(line, message)], every mistake at once."""
 
     def __init__(self, problems: list[tuple[int, str]]):
-        super().__init__("; ".join(f"line {line}: {message}" for line, message in problems))
+        super().__init__([(f"line {line}", message) for line, message in problems])
         self.problems = problems
-        self.more = {"errors": [{"field": f"line {line}", "message": message} for line, message in problems]}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -2187,17 +2186,17 @@ class Auth:
         asked = TokenRequest(by.scope, None, None, by.app, SESSION_LIFETIME)
         secret, used = new_secret(), self._tokens.get(sha256(text))
         parent = used.parent if used and used.parent else sha256(text)
-        token = self._token(asked, sha256(secret), parent, by.name)
-        if (ends := self.expiry(by)) is not None:
-            token = token._replace(expires_at=min(ends, token.expires_at or ends))
 
-        def do(tx: Tx) -> None:
+        def do(tx: Tx) -> Token:
+            token = self._token(asked, sha256(secret), parent, by.name)
+            if (ends := self.expiry(by)) is not None:
+                token = token._replace(expires_at=min(ends, token.expires_at or ends))
             for older in sorted(one for one in self._tokens.values() if one.parent == parent)[: 1 - MAX_SESSIONS]:
                 self._remove(tx, older, by, "session.end")
             self._add(tx, token, by, "session.create", "")
+            return token
 
-        self._store.write(do)
-        return token, secret
+        return self._store.write(do), secret
 
     def _token(self, asked: TokenRequest, digest: str, parent: str | None, by: str) -> Token:
         new = self._new_id()
@@ -3438,8 +3437,8 @@ STATUSES: tuple[tuple[type[DeployBotError], int, str, Mapping[str, str]], ...] =
     (Conflict, 409, "Conflict", {}),
     (TooLarge, 413, "Too large", {}),
     (TooMany, 429, "Too many", {}),
-    (ValidationError, 422, "Fields are wrong", {}),
     (AppsError, 422, "apps.yaml is wrong", {}),
+    (ValidationError, 422, "Fields are wrong", {}),
     (Unavailable, 503, "Not available now", {"Retry-After": str(RETRY_AFTER)}),
 )
 
@@ -4303,8 +4302,7 @@ class Daemon(Controller):
 
     def start(self, poll_interval: float = 0.5) -> None:
         threading.stack_size(STACK)
-        self._accepting = threading.Thread(target=self.server.serve_forever, args=(poll_interval,), daemon=True)
-        self._accepting.start()
+        threading.Thread(target=self.server.serve_forever, args=(poll_interval,), daemon=True).start()
         mode = "open: requests from this machine need no token" if self.config.open else "closed"
         here = "localhost" if self.config.host in ("0.0.0.0", "::") else self.config.host
         url = f"{'https' if self.server.tls else 'http'}://{f'[{here}]' if ':' in here else here}:{self.port}"
