@@ -2374,8 +2374,8 @@ class Push(NamedTuple):
         return any(fnmatch.fnmatchcase(self.branch, pattern) for pattern in app.branches)  # * matches a slash, too
 
     def request(self, app: App, host: str) -> JobRequest:
-        said = {"branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
-        metadata = {"app": app.name, **said, "trigger": "github_webhook"}
+        told = {"branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
+        metadata = {"app": app.name, **told, "trigger": "github_webhook"}
         return JobRequest(self.repo, self.commit or "", host, app.name, metadata)
 
 
