@@ -384,12 +384,7 @@ BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.l
 NO_MARK = bytes(set(range(256)) - set(b'[]{}"'))
 ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
-def dump(value: Any) -> str:
-    """JSON without blanks."""
-    return ENCODER.encode(value)
+dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # JSON without blanks
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
