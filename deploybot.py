@@ -416,8 +416,9 @@ def is_too_deep(body: bytes) -> bool:
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = b"".join(body.translate(ONE_KIND, NO_MARK).split(b'"')[::2])  # outside of strings
-    for _ in range(MAX_DEPTH):  # each round takes the innermost level away
-        brackets = brackets.replace(b"[]", b"")
+    levels = 0
+    while brackets and levels < MAX_DEPTH:  # each round takes the innermost level away
+        brackets, levels = brackets.replace(b"[]", b""), levels + 1
     return brackets != b""
 
 
@@ -573,16 +574,17 @@ class Fields:
             if values:
                 self.wrong(name, f"must have at most {limit} entries")
             return None
-        found = []
+        with contextlib.suppress(ValidationError):
+            return [read(value) for value in values]
         for index, value in enumerate(values):
             try:
-                found.append(read(value))
+                read(value)
             except ValidationError as error:
                 for inner, message in error.errors:
                     self.wrong(f"{name}[{index}]" + (f".{inner}" if isinstance(value, dict) else ""), message)
             if len(self.errors) >= MAX_ERRORS:
                 break
-        return found
+        return None
 
     def done(self, model: T) -> T:
         """The model, or ValidationError with all that was wrong."""
@@ -660,7 +662,7 @@ class Job(NamedTuple):
     def public(self) -> dict[str, Any]:
         """What every reader may see: all but the last three."""
         shown = dict(zip(self._fields[:-3], self, strict=False))
-        shown["metadata"] = json.loads(self.metadata)
+        shown["metadata"] = json.loads(self.metadata) if self.metadata != "{}" else {}
         return shown
 
     def for_agent(self) -> dict[str, Any]:
@@ -726,13 +728,12 @@ class Heartbeat(Model):
 
 
 def fit_line(message: str) -> str:
-    """A log line as it is stored: one line, at most MAX_MESSAGE bytes; a longer one is cut and says so."""
-    if len(message) * 4 > MAX_MESSAGE:
-        raw = message.encode()
-        if len(raw) > MAX_MESSAGE:
-            note = f" [cut: the line had {len(raw)} bytes]"
-            return raw[: MAX_MESSAGE - len(note)].decode(errors="ignore") + note
-    return message
+    """A log line as it is stored: at most MAX_MESSAGE bytes; a longer one is cut and says so."""
+    raw = message.encode()
+    if len(raw) <= MAX_MESSAGE:
+        return message
+    note = f" [cut: the line had {len(raw)} bytes]"
+    return raw[: MAX_MESSAGE - len(note)].decode(errors="ignore") + note
 
 
 def log_line(value: Any) -> list[str | None]:
@@ -741,7 +742,8 @@ def log_line(value: Any) -> list[str | None]:
         message, level, stamp = value.get("message"), value.get("level"), value.get("timestamp")
         level = "info" if level is None else level
         if type(message) is str and level in LEVELS and (stamp is None or (type(stamp) is str and not is_stamp(stamp))):
-            return [fit_line(message), level, stamp and stored_time(stamp)]
+            message = fit_line(message) if len(message) * 4 > MAX_MESSAGE else message
+            return [message, level, stamp and stored_time(stamp)]
     f = Fields(value)
     f.take("message", str, "a string", True)
     f.choice("level", LEVELS)
@@ -1390,16 +1392,18 @@ class Tx(Queries):
         self.effects: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
         self.opened: dict[int, list[str]] = {}  # key_of() a deployment to ids of jobs that it makes
         self.learned: dict[Any, Any] = {}  # what `recent` learns with the COMMIT
-        self._put_off: list[tuple[str, tuple[Any, ...]]] = []  # (INSERT INTO table, row) that SQLite does not have yet
-        # Of the part that runs: what it learned, where its rows begin in _put_off, whether SQLite has changes of it.
+        self._put_off: dict[str, list[tuple[Any, ...]]] = {}  # INSERT INTO table to rows that SQLite does not have yet
+        # Of the part that runs: what it learned, how many rows were put off before it, whether SQLite has changes of it.
         self._news: dict[Any, Any] = {}
-        self._first, self._is_changed = 0, False
+        self._before: dict[str, int] = {}
+        self._is_changed = False
 
     def part(self, do: Callable[[Tx], T]) -> tuple[T | None, Exception | None]:
         """One caller's work: its value, or the error that has undone it. Raises SQLite's own errors, which end the whole transaction,
         and TryAlone."""
         position, effects = self.position, len(self.effects)
-        self._news, self._first, self._is_changed = {}, len(self._put_off), False
+        self._news, self._is_changed = {}, False
+        self._before = {into: len(rows) for into, rows in self._put_off.items()}
         try:
             value = do(self)
         except Exception as error:
@@ -1407,36 +1411,38 @@ class Tx(Queries):
                 raise
             if self._is_changed or isinstance(error, sqlite3.IntegrityError):
                 raise TryAlone from error
-            del self.effects[effects:], self._put_off[self._first :]
+            del self.effects[effects:]
+            for into, rows in self._put_off.items():
+                del rows[self._before.get(into, 0) :]
             self.position = position
             return None, error
         self.learned.update(self._news)
         return value, None
 
-    def flush(self) -> None:
-        """Gives SQLite the rows that were put off."""
-        self._is_changed = self._is_changed or len(self._put_off) > self._first
-        groups: dict[str, list[tuple[Any, ...]]] = {}
-        for into, row in self._put_off:
-            groups.setdefault(into, []).append(row)
-        self._put_off.clear()
-        self._first = 0
-        for into, rows in groups.items():
-            while rows:  # by powers of two, so that there are few statements to prepare
-                some = rows[: 1 << min(5, len(rows).bit_length() - 1)]
-                self._db.execute(insert(into, len(some[0]), len(some)), tuple(itertools.chain.from_iterable(some)))
-                del rows[: len(some)]
+    def flush(self, sql: str = "") -> None:
+        """Gives SQLite the rows that were put off; with `sql`, those of the tables that it names."""
+        for into, rows in self._put_off.items():
+            if rows and into.rpartition(" ")[2] in sql or not sql:
+                self._is_changed = self._is_changed or len(rows) > self._before.get(into, 0)
+                self._before[into] = 0
+                self._insert(into, rows)
+
+    def _insert(self, into: str, rows: list[tuple[Any, ...]]) -> None:
+        while rows:  # by powers of two, so that there are few statements to prepare
+            some = rows[: 1 << min(5, len(rows).bit_length() - 1)]
+            self._db.execute(insert(into, len(some[0]), len(some)), tuple(itertools.chain.from_iterable(some)))
+            del rows[: len(some)]
 
     def one(self, sql: str, *values: Any) -> Any:
-        self.flush()
+        self.flush(sql)
         return super().one(sql, *values)
 
     def rows(self, sql: str, *values: Any) -> list[Any]:
-        self.flush()
+        self.flush(sql)
         return super().rows(sql, *values)
 
     def _do(self, sql: str, *values: Any) -> sqlite3.Cursor:
-        self.flush()
+        self.flush(sql)
         self._is_changed = True
         return self._db.execute(sql, values)
 
@@ -1464,11 +1470,11 @@ class Tx(Queries):
 
     def add(self, table: str, *row: Any) -> None:
         """A row with all columns, in their order."""
-        self._put_off.append((f"INSERT INTO {table}", row))
+        self._put_off.setdefault(f"INSERT INTO {table}", []).append(row)
 
     def put(self, table: str, *row: Any) -> None:
         """As add(); it replaces the row with the same key."""
-        self._put_off.append((f"INSERT OR REPLACE INTO {table}", row))
+        self._put_off.setdefault(f"INSERT OR REPLACE INTO {table}", []).append(row)
 
     def change_job(self, job: Job, **columns: Any) -> Job | None:
         """The job with these columns, if it still has the status and the attempt that `job` says; else None."""
@@ -1491,6 +1497,7 @@ class Tx(Queries):
 
     def each(self, table: str, column: str, key: str, values: Iterable[tuple[str, str]]) -> None:
         """Writes a column in many rows: (value, key)."""
+        self.flush(table)
         self._is_changed = True
         self._db.executemany(f"UPDATE {table} SET {column} = ? WHERE {key} = ?", values)
 
@@ -1677,7 +1684,7 @@ class Store:
                 raise StartError(f"database {path}: a restore was interrupted; {RESTORE}")
             self._db = connect(path)
             self._prepare()
-            self._readers: queue.LifoQueue[sqlite3.Connection] = queue.LifoQueue()
+            self._readers: queue.SimpleQueue[sqlite3.Connection] = queue.SimpleQueue()
             for _ in range(READERS):
                 reader = connect(path, "ro")
                 reader.executescript("PRAGMA query_only = ON; PRAGMA schema_version")  # the second opens the WAL, see close()
@@ -3262,6 +3269,7 @@ HEADER = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):([^\x00-\x08\x0a-\x1f\x7f]*
 BARE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")  # CR or LF without the other
 # A name or an address, and a port (RFC 9112, 3.2; RFC 3986, 3.2.2); no comma, as two joined by a proxy look so.
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
+NO_HOST = "the Host header must be a name or an address, and perhaps a port; HTTP/1.1 needs one"
 ONCE = ("host", "content-length", "authorization", "content-type", "expect", "last-event-id", "origin")
 
 
@@ -3285,8 +3293,8 @@ def is_foreign(headers: Mapping[str, str]) -> bool:
 
 @dataclasses.dataclass(slots=True)
 class Request:
-    """What is asked. A client that is kept alive repeats its head to the letter: then this is the same one with another body, and
-    what comes of the head alone, its route and whose token it brings, is known."""
+    """What is asked. A client that is kept alive repeats its headers to the letter: then this is the same one with another line and
+    body, and whose token it brings is known."""
 
     method: str
     path: str
@@ -3304,6 +3312,10 @@ class Request:
     digest: str = ""  # SHA-256 of the token
     known: Principal | None = None  # who the token was when it was looked at last
     principal: Principal = NOBODY  # who asks
+    granted: Any = None  # the Route that this principal may call
+
+    def turn_to(self, method: str, path: str, query_text: str) -> None:
+        self.method, self.path, self.query_text, self.route = method, path, query_text, None
 
     def json(self) -> Any:
         return load_json(self.body)
@@ -3330,47 +3342,52 @@ def content_length(headers: Mapping[str, str]) -> int:
     return int(text)
 
 
-class Head(NamedTuple):
+class FirstLine(NamedTuple):
     method: str
     path: str
     query: str
     minor: int  # of HTTP/1
-    headers: dict[str, str]  # by name in lower case
+
+
+class HeaderBlock(NamedTuple):
+    values: dict[str, str]  # by name in lower case
     length: int  # bytes of the body
     expects: bool  # 100-continue
     ends: bool  # the connection, with the answer
 
 
-def parse_head(head: bytes) -> Head:
-    """Of a head without its blank line. Raises Refusal."""
-    lines = head.split(b"\r\n")
-    if len(head) > MAX_LINE and max(map(len, lines)) > MAX_LINE:
-        raise Refusal(431, f"a line of the head has more than {MAX_LINE} bytes")
-    match = REQUEST_LINE.fullmatch(lines[0])
+def parse_line(line: bytes) -> FirstLine:
+    """Raises Refusal."""
+    match = REQUEST_LINE.fullmatch(line)
     if not match:
         raise Refusal(400, "the request line must be METHOD /path HTTP/1.1")
-    headers: dict[str, str] = {}
-    for line in lines[1:]:
+    path, _, query = match[2].decode().partition("?")
+    return FirstLine(match[1].decode(), path, query, int(match[3]))
+
+
+def parse_headers(block: bytes) -> HeaderBlock:
+    """The lines behind the first, without the blank one. Raises Refusal."""
+    values: dict[str, str] = {}
+    for line in block.split(b"\r\n") if block else ():
         found = HEADER.fullmatch(line)
         if not found:
             raise Refusal(400, "a header line is malformed")
         name = found[1].decode("ascii").lower()
         value = found[2].strip(b" \t").decode("latin-1")
-        if name in headers:
+        if name in values:
             if name in ONCE:
                 raise Refusal(400, f"more than one {name} header")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    if "transfer-encoding" in headers:
+            value = f"{values[name]}, {value}"
+        values[name] = value
+    if "transfer-encoding" in values:
         raise Refusal(400, "Transfer-Encoding is not taken: send Content-Length")
-    if not AUTHORITY.fullmatch(headers.get("host", "missing" if match[3] == b"0" else "")):
-        raise Refusal(400, "the Host header must be a name or an address, and perhaps a port; HTTP/1.1 needs one")
-    expected = headers.get("expect", "").lower()
+    expected = values.get("expect", "").lower()
+    ends = "close" in re.split(r"[ \t]*,[ \t]*", values.get("connection", "").lower())
+    if not AUTHORITY.fullmatch(values.get("host", "missing")):
+        raise Refusal(400, NO_HOST)
     if expected not in ("", "100-continue"):
         raise Refusal(417, "the only expectation known is 100-continue")
-    ends = match[3] == b"0" or "close" in re.split(r"[ \t]*,[ \t]*", headers.get("connection", "").lower())
-    path, _, query = match[2].decode().partition("?")
-    return Head(match[1].decode(), path, query, int(match[3]), headers, content_length(headers), expected != "", ends)
+    return HeaderBlock(values, content_length(values), expected != "", ends)
 
 
 def is_one_of(address: str, trusted: Iterable[Network]) -> bool:
@@ -3467,11 +3484,14 @@ class Router:
 
     def find(self, method: str, path: str) -> tuple[Route, tuple[str, ...]]:
         """The route and the segment that its pattern left open. Raises NotFound or MethodNotAllowed."""
-        methods, parts = self._methods.get(path), path.split("/")
+        methods = self._methods.get(path)
         params: tuple[str, ...] = ()
-        if methods is None and len(parts) > 3 and parts[3]:
-            params, parts[3] = (parts[3],), "\0"  # which no path can hold
-            methods = self._methods.get("/".join(parts))
+        begin = path.find("/", 4) + 1  # of the third segment
+        if methods is None and begin:
+            end = path.find("/", begin)
+            end = len(path) if end < 0 else end
+            if end > begin:
+                methods, params = self._methods.get(f"{path[:begin]}\0{path[end:]}"), (path[begin:end],)  # \0: no path can hold it
         if methods is None:
             raise NotFound("no such path: /docs lists what there is")
         route = methods.get("GET" if method == "HEAD" else method)
@@ -3525,22 +3545,28 @@ class Dispatcher:
         return request.route
 
     def _admit(self, request: Request, route: Route) -> None:
-        """Raises what refuses a request before its body is read."""
+        """Raises what refuses a request before its body is read: Unauthorized, Forbidden, TooMany."""
         known = self._auth.find(request.digest) if request.digest else None
         if known is None or known != request.known:
-            self._identify(request, route)
+            self._identify(request)
+        if request.granted is not route:
+            self._check_rights(request.principal, route)
+            request.granted = route
         if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
             self._writes.add(request.principal.name, "writes came with this token")
 
-    def _identify(self, request: Request, route: Route) -> None:
-        """Whose token it is, and that this principal may call this route. Raises Unauthorized, Forbidden and TooMany."""
-        request.known = None
-        principal = self._auth.principal(request.headers, request.address, lambda: is_from_here(request.peer, request.headers))
-        request.principal = principal
+    @staticmethod
+    def _check_rights(principal: Principal, route: Route) -> None:
         if not principal.may(route.scope):
             raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {principal.scope}")
         if principal.app and not route.for_app:
             raise Forbidden(f"this token is for the app {principal.app} alone")
+
+    def _identify(self, request: Request) -> None:
+        request.known = request.granted = None
+        request.principal = self._auth.principal(
+            request.headers, request.address, lambda: is_from_here(request.peer, request.headers)
+        )
         token = bearer_token(request.headers)
         if token is not None:
             request.digest = sha256(token)
@@ -3602,9 +3628,11 @@ class Handler(socketserver.BaseRequestHandler):
         self._peer = peer.removeprefix("::ffff:") if "." in peer else peer
         self._waiting = self.server.waiting
         self._buffer = b""  # what came after the last request
-        self._raw: bytes | None = None  # the head of the last request, and what it says
-        self._head = Head("GET", "/", "", 1, {}, 0, False, False)
-        self._asked = self._request(self._head)
+        # The head of the last request, what stands behind its first line, and what they say.
+        self._raw: bytes | None = None
+        self._block: bytes | None = None
+        self._line, self._headers = FirstLine("GET", "/", "", 1), HeaderBlock({}, 0, False, False)
+        self._asked = self._request({})
         self._unread = 0  # bytes of the current body that nobody has read
         self._reserved = 0  # bytes of the server's budget
 
@@ -3636,14 +3664,13 @@ class Handler(socketserver.BaseRequestHandler):
             if raw is None:
                 return False
             if raw != self._raw:
-                self._head, self._raw = parse_head(raw), raw
-                self._asked = self._request(self._head)
+                self._parse(raw)
         except Refusal as error:
             refused = problem_of(error)
             self._send(refused, refused.body, keep=False)
             self._linger()
             return False
-        request, self._unread = self._asked, self._head.length
+        request, self._unread = self._asked, self._headers.length
         if self.server.is_crowded():
             request.late = age_of_input(self.request)
         try:
@@ -3652,17 +3679,31 @@ class Handler(socketserver.BaseRequestHandler):
             request.body = b""
             if self._reserved:
                 self._reserve(0)
-        keep = not (self._head.ends or self._unread or self.server.stopping)
+        keep = not (self._headers.ends or not self._line.minor or self._unread or self.server.stopping)
         send = self._send if isinstance(response.body, bytes) else self._send_chunks
         send(response, response.body if request.method != "HEAD" else b"", keep)
         if self._unread:
             self._linger()
         return keep
 
-    def _request(self, head: Head) -> Request:
-        address, secure = forwarded(self._peer, head.headers, self.server.trusted)
+    def _parse(self, raw: bytes) -> None:
+        """A head that is not that of the request before. Raises Refusal."""
+        if len(raw) > MAX_LINE and max(map(len, raw.split(b"\r\n"))) > MAX_LINE:
+            raise Refusal(431, f"a line of the head has more than {MAX_LINE} bytes")
+        line, _, block = raw.partition(b"\r\n")
+        self._line = parse_line(line)
+        if block != self._block:
+            self._headers, self._block = parse_headers(block), block
+            self._asked = self._request(self._headers.values)
+        if self._line.minor and "host" not in self._headers.values:
+            raise Refusal(400, NO_HOST)
+        self._asked.turn_to(*self._line[:3])
+        self._raw = raw
+
+    def _request(self, headers: dict[str, str]) -> Request:
+        address, secure = forwarded(self._peer, headers, self.server.trusted)
         secure = secure or self._is_tls
-        return Request(*head[:3], head.headers, self._peer, address, secure, self._connected, is_foreign(head.headers))
+        return Request("", "", "", headers, self._peer, address, secure, self._connected, is_foreign(headers))
 
     def _read_head(self) -> bytes | None:
         """The head without its blank line; None where the client ended the connection or said nothing for too long."""
@@ -3720,7 +3761,7 @@ class Handler(socketserver.BaseRequestHandler):
         return body
 
     def _read_rest(self, body: bytearray, is_public: bool) -> bytes:
-        if self._head.expects and self._head.minor == 1:
+        if self._headers.expects and self._line.minor == 1:
             self.request.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         deadline = time.monotonic() + BODY_DEADLINE
         while (missing := self._unread - len(body)) > 0:
@@ -3774,7 +3815,7 @@ class Handler(socketserver.BaseRequestHandler):
                 response.sent()
 
     def _send_chunks(self, response: Response, body: Any, keep: bool) -> None:
-        chunked = self._head.minor == 1
+        chunked = self._line.minor == 1
         head = self._start(response, keep and chunked, "Transfer-Encoding: chunked\r\n" if chunked else "")
         with contextlib.closing(response.body):  # type: ignore[type-var]
             self.request.sendall(head)
