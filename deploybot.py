@@ -1329,9 +1329,8 @@ class Queries:
         if not equal:
             return self.rows(newest.format("position > (SELECT max(position) FROM events) - 2000"), limit)
         jobs = " AND ".join(f"{name} = ?" for name in equal)
-        return self.rows(
-            newest.format(f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"), *equal.values(), limit
-        )
+        recent = f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"
+        return self.rows(newest.format(recent), *equal.values(), limit)
 
     def releases(self) -> dict[tuple[str, str], tuple[str, str | None, str]]:
         """(app, host) to (job id, commit, time)."""
@@ -2498,25 +2497,15 @@ class Jobs:
             enrols = principal.scope is Scope.AGENT and not principal.is_own
             known = asked.token_sha256 == bound or (asked.token_sha256 is None and principal.host is not None)
             if enrols and bound and not known:
-                raise Conflict(
-                    f"{asked.hostname} is registered with a secret of its own: "
-                    f"start the agent with its old working directory, or run ctl.py hosts reset {asked.hostname}"
-                )
+                cure = f"start the agent with its old working directory, or run ctl.py hosts reset {asked.hostname}"
+                raise Conflict(f"{asked.hostname} is registered with a secret of its own: {cure}")
             if any(other.hostname != asked.hostname for other in tx.agents("token_sha256 = ?", asked.token_sha256)):
                 raise Conflict("token_sha256 belongs to another host: each host makes a secret of its own")
             now = self.clock.stamp()
-            agent = Agent(
-                id=old.id if old else self._new_id(),
-                hostname=asked.hostname,
-                capabilities=dump(asked.capabilities),
-                slots=asked.slots,
-                session=secrets.token_hex(16),
-                drained=old.drained if old else 0,
-                token_sha256=asked.token_sha256 or (sha256(secret) if secret else bound),
-                registered_at=old.registered_at if old else now,
-                last_heartbeat=now,
-                contact=self.clock.monotonic(),
-            )
+            before = old or Agent(self._new_id(), asked.hostname, "", 1, "", 0, None, now, now)
+            digest = asked.token_sha256 or (sha256(secret) if secret else bound)
+            agent = dataclasses.replace(before, capabilities=dump(asked.capabilities), slots=asked.slots, token_sha256=digest)
+            agent.session, agent.last_heartbeat, agent.contact = secrets.token_hex(16), now, self.clock.monotonic()
             tx.put("agents", *agent.row())
             if old is None or agent.token_sha256 != bound:
                 tx.audited(now, principal, "host.enrol", agent.hostname)
@@ -2672,14 +2661,8 @@ class Jobs:
         if app in running or len(running) >= registered.slots or registered.drained:
             tx.after(self.queue.put, agent.hostname, job_id, app)
             return None
-        claimed = tx.change_job(
-            job,
-            status=Status.RUNNING,
-            attempt=job.attempt + 1,
-            started_at=self.clock.stamp(),
-            assigned_agent=agent.id,
-            session=agent.session,
-        )
+        taker = {"assigned_agent": agent.id, "session": agent.session}
+        claimed = tx.change_job(job, status=Status.RUNNING, attempt=job.attempt + 1, started_at=self.clock.stamp(), **taker)
         assert claimed is not None  # nobody else writes between the two statements
         self._announce(tx, claimed)
         tx.after(self._lease, claimed)
@@ -2737,16 +2720,8 @@ class Jobs:
                 principal.speaks_for(job.host)
                 return job
             job = self._running(tx, job_id, result.attempt, principal)
-            return self._end(
-                tx,
-                job,
-                result.status,
-                result.reason,
-                exit_code=result.exit_code,
-                error=result.error,
-                commit=result.commit or job.commit,
-                rolled_back_to=result.rolled_back_to,
-            )
+            rest = {name: getattr(result, name) for name in ("exit_code", "error", "rolled_back_to")}
+            return self._end(tx, job, result.status, result.reason, commit=result.commit or job.commit, **rest)
 
         job = self.store.write(do)
         self._logged(job)
@@ -3077,10 +3052,8 @@ class Jobs:
                 tx.learn(("log", job_id), None)
             walked = job_id
         more = len(jobs) == RETENTION_JOBS or left <= 0
-        for table, column, oldest in (
-            ("audit", "at", before),
-            ("deliveries", "received_at", self.clock.stamp(ago=DELIVERY_DAYS * 86400)),
-        ):
+        delivered = self.clock.stamp(ago=DELIVERY_DAYS * 86400)
+        for table, column, oldest in (("audit", "at", before), ("deliveries", "received_at", delivered)):
             more = tx.remove_oldest(table, column, oldest, RETENTION_EVENTS) == RETENTION_EVENTS or more
         tx.give_back(RETENTION_EVENTS)
         tx.after(setattr, self, "_retained", walked)
@@ -3093,10 +3066,9 @@ class Jobs:
         agents = [agent for agent in map(self._agents.get, list(seen)) if agent]
         for agent in agents:
             agent.last_heartbeat = self._last_seen(agent)
-        if agents:
-            self.store.write(
-                lambda tx: tx.each("agents", "last_heartbeat", "id", [(agent.last_heartbeat, agent.id) for agent in agents])
-            )
+        times = [(agent.last_heartbeat, agent.id) for agent in agents]
+        if times:
+            self.store.write(lambda tx: tx.each("agents", "last_heartbeat", "id", times))
 
     def _close(self, lease: Lease, status: Status, reason: Reason, error: str | None = None, may_retry: bool = False) -> None:
         """Ends that attempt from here, if it still runs; `may_retry`: the job waits for another if its `retries` say so."""
@@ -3534,9 +3506,8 @@ class Dispatcher:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             response = problem(500, "Internal error", "this is a fault of the controller: its log says more", {}, ())
-        self._metrics.count(
-            "deploybot_http_requests_total", labels_of(request.method, request.route and request.route.pattern, response.status)
-        )
+        labels = labels_of(request.method, request.route and request.route.pattern, response.status)
+        self._metrics.count("deploybot_http_requests_total", labels)
         return response
 
     def _find(self, request: Request) -> Route:
