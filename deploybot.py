@@ -29,6 +29,7 @@ import errno
 import fcntl
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import http
@@ -92,6 +93,7 @@ RETRY_AFTER = 5  # seconds
 MANY = 64  # connections: above, requests are asked how long they have lain unread
 TOO_LATE = 0.8  # seconds that a request may have lain unread: then it is told to come again, so that waiting has an end
 AGENT_TOO_LATE = 0.2  # the same for an agent's, which can wait better than a person
+UPLOADS = 1 * MIB  # of log lines in one commit: what a claim may have to wait for
 MAX_WRITES = 256  # callers that wait for a commit: a fraction of a second's work
 RETURNS = 500  # agents a second that are asked to come back after a restart: a quarter of what two cores can take
 GRACE = 60  # seconds that an agent gets to report a timeout before the controller ends the job itself
@@ -1658,10 +1660,10 @@ def restore_database(source: pathlib.Path, path: pathlib.Path, kept: pathlib.Pat
 class Work:
     """What one caller of Store.write() wants done, and how it went."""
 
-    __slots__ = ("do", "done", "error", "turn", "value")
+    __slots__ = ("do", "done", "error", "size", "turn", "value")
 
-    def __init__(self, do: Callable[[Tx], Any]):
-        self.do, self.done = do, False
+    def __init__(self, do: Callable[[Tx], Any], size: int):
+        self.do, self.size, self.done = do, size, False
         self.value, self.error = None, None
         self.turn = threading.Lock()  # its caller waits on it; released when the work is done, or when the caller is to commit
         self.turn.acquire()
@@ -1692,8 +1694,9 @@ class Store:
         # Jobs and ends of logs that were written last, oldest first: job id to (job, its public JSON), ("log", job id) to (attempt,
         # offset after the last line, bytes). Changed after a commit alone, by the thread that holds _writer; read without a lock.
         self.recent: dict[Any, Any] = {}
-        self._lock = threading.Lock()  # guards _waiting and _is_led
+        self._lock = threading.Lock()  # guards _waiting, _uploads and _is_led
         self._waiting: collections.deque[Work] = collections.deque()
+        self._uploads: collections.deque[Work] = collections.deque()  # the same, of those who bring many bytes
         self._is_led = False  # whether one of the callers commits, or was told to
         self._writer = threading.Lock()  # guards _db and position; who holds it commits for all that wait
 
@@ -1724,14 +1727,15 @@ class Store:
             self._db.execute("ROLLBACK")
             raise
 
-    def write(self, do: Callable[[Tx], T]) -> T:
+    def write(self, do: Callable[[Tx], T], size: int = 0) -> T:
         """Runs do(tx) in a transaction that others may share; returns its value once it is durable and its effects have happened.
+        `size`: bytes that it stores; who stores many waits for one another, and nobody else for more than some of them.
         What `do` raises undoes its own changes alone and is raised here. Raises Unavailable where SQLite cannot write now."""
-        work = Work(do)
-        if len(self._waiting) >= MAX_WRITES:
+        work, waiting = Work(do, size), self._uploads if size else self._waiting
+        if len(waiting) >= MAX_WRITES:
             raise Unavailable("more is to be written than the disk can take: try again later")
         with self._lock:
-            self._waiting.append(work)
+            waiting.append(work)
             leads, self._is_led = not self._is_led, True
         if not leads:
             work.turn.acquire()
@@ -1745,9 +1749,13 @@ class Store:
         """Commits for all that wait; of those that came meanwhile, the first leads next."""
         with self._writer:
             batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
+            room = UPLOADS
+            while self._uploads and room > 0:
+                batch.append(self._uploads.popleft())
+                room -= batch[-1].size
             self._commit(batch)
         with self._lock:
-            following = list(itertools.islice(self._waiting, 1))
+            following = list(itertools.islice(itertools.chain(self._waiting, self._uploads), 1))
             self._is_led = bool(following)
         for work in following + batch:
             work.turn.release()
@@ -1829,13 +1837,24 @@ class Store:
 class Lane:
     """What waits for one host, in order of id, which is the order of creation."""
 
-    __slots__ = ("ticket", "waiting", "woken")
+    __slots__ = ("_lock", "_woken", "ticket", "waiting")
 
     def __init__(self, lock: threading.Lock):
         self.waiting: collections.deque[tuple[str, str]] = collections.deque()  # (job id, app)
-        # Parked heartbeats of this host wait here; put() and wake() wake them all: they are one or two.
-        self.woken = threading.Condition(lock)
         self.ticket = 0  # counts what a parked heartbeat should look at
+        self._lock, self._woken = lock, None
+
+    @property
+    def woken(self) -> threading.Condition:
+        """Parked heartbeats of this host wait here; made for the first, as most hosts of a large queue have none."""
+        self._woken = self._woken or threading.Condition(self._lock)
+        return self._woken
+
+    def alert(self) -> None:
+        """Wakes them all: they are one or two."""
+        self.ticket += 1
+        if self._woken:
+            self._woken.notify_all()
 
 
 class JobQueue:
@@ -1853,10 +1872,6 @@ class JobQueue:
             lane = self._lanes[host] = Lane(self._lock)
         return lane
 
-    def _signal(self, lane: Lane) -> None:
-        lane.ticket += 1
-        lane.woken.notify_all()
-
     def put(self, host: str, job_id: str, app: str) -> None:
         """A job that comes back (another attempt, a client that went away) takes its old place."""
         with self._lock:
@@ -1865,7 +1880,12 @@ class JobQueue:
                 bisect.insort(lane.waiting, (job_id, app))
             else:
                 lane.waiting.append((job_id, app))
-            self._signal(lane)
+            lane.alert()
+
+    def load(self, host: str, entries: Iterable[tuple[str, str]]) -> None:
+        """All that waits for a host, in its order, before anybody parks."""
+        with self._lock:
+            self._lane(host).waiting.extend(entries)
 
     def remove(self, host: str, job_ids: Set[str]) -> None:
         with self._lock:
@@ -1875,7 +1895,7 @@ class JobQueue:
     def wake(self, host: str) -> None:
         """Something about this host has changed: parked heartbeats look again."""
         with self._lock:
-            self._signal(self._lane(host))
+            self._lane(host).alert()
 
     def ticket(self, host: str) -> int:
         """Taken before one looks at what take() then waits for, so that no wake() in between is missed."""
@@ -1920,7 +1940,7 @@ class JobQueue:
         with self._lock:
             self.closed = True
             for lane in self._lanes.values():
-                self._signal(lane)
+                lane.alert()
 
 
 # == EventHub ==========================================================================================================
@@ -2470,10 +2490,13 @@ class Jobs:
             for job in db.running_jobs():
                 self._lease(job, answered=0)
                 self._opened(key_of(job.repo, job.ref, job.host, job.app), job.host, job.id)
+            waiting: dict[str, list[tuple[str, str]]] = {}
             for job_id, repo, ref, host, app, is_held in db.pending():
                 self._opened(key_of(repo, ref, host, app), host, job_id)
                 if not is_held:
-                    self.queue.put(host, job_id, sys.intern(app))
+                    waiting.setdefault(host, []).append((job_id, sys.intern(app)))
+        for host, entries in waiting.items():
+            self.queue.load(host, entries)
 
     def _begin_anew(self, tx: Tx, copied_at: str) -> None:
         """A copy is served for the first time: no position, attempt or session that came after it was made is given out again."""
@@ -2675,28 +2698,27 @@ class Jobs:
         Raises Conflict for an attempt that is not running any more, and for a gap, with `next_offset`."""
 
         now = self.clock.stamp()
+        for line in upload.lines:
+            line[2] = line[2] or now
+        data = dump(upload.lines)
 
         def do(tx: Tx) -> tuple[int, bool]:
             job = self._running(tx, job_id, upload.attempt, principal)
+            end, log_bytes = tx.log_end(job.id, job.attempt)
+            last, is_full = upload.offset + len(upload.lines), end > 0 and log_bytes > self.config.log_limit
+            if upload.offset > end and not is_full:
+                raise Conflict(f"lines before offset {upload.offset} are missing: send from {end}", next_offset=end)
             if upload.commit and upload.commit != job.commit:
                 job = tx.change_job(job, commit=upload.commit) or job
                 self._announce(tx, job)
-            for line in upload.lines:
-                line[2] = line[2] or now
-            end, log_bytes = tx.log_end(job.id, job.attempt)
-            last = upload.offset + len(upload.lines)
-            if end and log_bytes > self.config.log_limit:  # it said so already: what follows is taken and dropped
-                return max(end, last), job.cancel_requested_at is not None
-            if upload.offset > end:
-                raise Conflict(f"lines before offset {upload.offset} are missing: send from {end}", next_offset=end)
-            fresh, log_bytes = self._within_limit(upload.lines[end - upload.offset :], log_bytes)
-            if fresh:
-                event = tx.add_event(job, "log", len(fresh), end, dump(fresh), log_bytes)
-                tx.after(self.hub.publish, event)
+            fresh, log_bytes = ([], 0) if is_full else self._within_limit(upload.lines[end - upload.offset :], log_bytes)
+            if fresh:  # else it is there, or the log has said that it takes no more
+                text = data if fresh == upload.lines else dump(fresh)
+                tx.after(self.hub.publish, tx.add_event(job, "log", len(fresh), end, text, log_bytes))
                 tx.after(self.metrics.count, "deploybot_log_lines_total", "", len(fresh))
             return max(end, last), job.cancel_requested_at is not None
 
-        return self.store.write(do)
+        return self.store.write(do, len(data))
 
     def _within_limit(self, lines: list[list[str]], log_bytes: int) -> tuple[list[list[str]], int]:
         """Those that the log of a job still takes, then a line that says so; and the bytes of the log with them."""
@@ -3970,6 +3992,8 @@ class Controller:
             self.jobs.recover()
             self.auth = Auth(tokens, config.open, self.jobs.by_secret.get, store, clock)
         self.connections: Callable[[], int] = lambda: 0
+        # Uploads are parsed one after another: each holds the GIL for milliseconds, and who else needs it would wait for all of them.
+        self.parsing = threading.Lock()
 
     def register_agent(self, request: Request) -> Answer:
         asked = Registration.parse(request.json())
@@ -4022,7 +4046,8 @@ class Controller:
         return answer_with(self.jobs.text(job), 201, created=created)
 
     def append_logs(self, request: Request) -> Answer:
-        upload = LogUpload.parse(request.json())
+        with self.parsing:
+            upload = LogUpload.parse(request.json())
         next_offset, cancel = self.jobs.append_logs(job_id(request), upload, request.principal)
         return {"next_offset": next_offset, "cancel": cancel}
 
@@ -4309,6 +4334,7 @@ class Daemon(Controller):
 
     def start(self, poll_interval: float = 0.5) -> None:
         threading.stack_size(STACK)
+        gc.freeze()  # what is there now stays: no collection has to walk through a queue of 100,000 jobs
         threading.Thread(target=self.server.serve_forever, args=(poll_interval,), daemon=True).start()
         mode = "open: requests from this machine need no token" if self.config.open else "closed"
         here = "localhost" if self.config.host in ("0.0.0.0", "::") else self.config.host
@@ -4346,6 +4372,7 @@ class Daemon(Controller):
 
     def stop(self) -> None:
         """Parked heartbeats are answered, streams end, what is known goes to the database."""
+        self.server.stopping = True  # who is answered is not waited for again
         self.queue.close()
         self.hub.close()
         self.server.stop()

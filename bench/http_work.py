@@ -25,14 +25,14 @@ def heartbeats(setting: Setting) -> None:
     """A heartbeat that brings no job, beside the bare server; then with a large database, beside one without."""
     beats = [heartbeat(number) for number in range(BUSY)]
     with setting.controller(Size(BUSY)) as small:
-        load, bare = setting.beside_bare(beats, BUSY, lambda: setting.drive(small.port, beats, BUSY))
+        load, bare = setting.beside_bare(beats, BUSY, lambda: setting.drive(small.port, beats, BUSY, True), own=True)
         more = {"p50_ms": load.p50, "p99_ms": load.p99}
         setting.row("heartbeat", f"heartbeat, {BUSY} connections", load.rate, "/s", yardstick=bare, at_least=0.75, detail=more)
         size = setting.big()
         with setting.controller(size) as big:
-            before = setting.drive(small.port, beats, BUSY).rate
-            load = setting.drive(big.port, beats, BUSY)
-            after = setting.drive(small.port, beats, BUSY).rate
+            before = setting.drive(small.port, beats, BUSY, True).rate
+            load = setting.drive(big.port, beats, BUSY, True)
+            after = setting.drive(small.port, beats, BUSY, True).rate
     work = f"heartbeat, {size.pending:,} pending, {size.ended:,} ended"
     setting.row("heartbeat_big", work, load.rate, "/s", yardstick=("without them", [before, after]), at_least=0.9)
 

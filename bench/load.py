@@ -60,14 +60,28 @@ def has_wrk() -> bool:
     return shutil.which("wrk") is not None
 
 
-def by_wrk(port: int, requests: list[bytes], connections: int, seconds: int, folder: pathlib.Path, pause: int = 0) -> Load:
-    """`pause`: milliseconds on average that a connection waits before each request."""
+def by_wrk(
+    port: int, requests: list[bytes], connections: int, seconds: int, folder: pathlib.Path, pause: int = 0, own: bool = False
+) -> Load:
+    """`pause`: milliseconds on average that a connection waits before each request. `own`: each connection has one request of its
+    own and sends it again and again."""
     file = folder / "requests"
     with open(file, "wb") as out:
         for request in requests:
             out.write(b"%d\n" % len(request) + request)
-    argv = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "--timeout", "20s", "-s", str(HERE / "load.lua")]
-    argv += [f"http://127.0.0.1:{port}/", "--", str(file), str(pause)]
+    threads = connections if own else 1
+    argv = [
+        "wrk",
+        f"-t{threads}",
+        f"-c{connections}",
+        f"-d{seconds}s",
+        "--latency",
+        "--timeout",
+        "20s",
+        "-s",
+        str(HERE / "load.lua"),
+    ]
+    argv += [f"http://127.0.0.1:{port}/", "--", str(file), str(pause), *(["own"] if own else [])]
     done = subprocess.run(argv, check=False, capture_output=True, text=True, timeout=120)
     if done.returncode:
         raise Wrong(f"wrk: {done.stdout}{done.stderr}")
@@ -82,11 +96,13 @@ def as_load(seen: dict[str, Any]) -> Load:
     return Load(rate, good + refused, seen["p50_ms"], seen["p99_ms"], refused, seen["lost"])
 
 
-def drive(port: int, requests: list[bytes], connections: int, seconds: float, folder: pathlib.Path, wrk: bool) -> Load:
+def drive(
+    port: int, requests: list[bytes], connections: int, seconds: float, folder: pathlib.Path, wrk: bool, own: bool = False
+) -> Load:
     """By wrk or by a client of ours: so many kept connections, each with one request at a time. Raises Wrong for answers other than 2xx and 3xx. After the last
     request the first one comes again: who must not send one twice looks at how many were sent."""
     if wrk:
-        load = by_wrk(port, requests, connections, round(seconds), folder)
+        load = by_wrk(port, requests, connections, round(seconds), folder, own=own)
     else:
         load = as_load(in_process(closed_loop, port, requests, connections, seconds).result())
     if load.refused or load.failed:

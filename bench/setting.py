@@ -100,9 +100,9 @@ class Setting:
         logged = min(10_000, scale.ended)
         return Size(scale.hosts, scale.pending, scale.ended, logged)._replace(**more)
 
-    def drive(self, port: int, requests: list[bytes], connections: int) -> Load:
+    def drive(self, port: int, requests: list[bytes], connections: int, own: bool = False) -> Load:
         """wrk has no fractions of a second, so the short form takes the client of ours."""
-        return drive(port, requests, connections, self.seconds, self.folder, has_wrk() and self.seconds >= 1)
+        return drive(port, requests, connections, self.seconds, self.folder, has_wrk() and self.seconds >= 1, own)
 
     def flood(self, port: int, requests: list[bytes], connections: int, rate: float) -> Load:
         """As drive(), at that many requests a second, of which some may be refused."""
@@ -114,13 +114,13 @@ class Setting:
             yield port
 
     def beside_bare(
-        self, requests: list[bytes], connections: int, measure: Callable[[], Load]
+        self, requests: list[bytes], connections: int, measure: Callable[[], Load], own: bool = False
     ) -> tuple[Load, tuple[str, list[float]]]:
         """What was measured, and the bare server with the same requests right before and after."""
         with self.bare() as port:
-            before = self.drive(port, requests, connections).rate
+            before = self.drive(port, requests, connections, own).rate
             load = measure()
-            after = self.drive(port, requests, connections).rate
+            after = self.drive(port, requests, connections, own).rate
         return load, ("bare server", [before, after])
 
     def commits(self) -> float:
