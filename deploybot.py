@@ -2811,23 +2811,10 @@ class Jobs:
         if existing:
             return existing, False
         now = self.clock.stamp()
-        job = NO_JOB._replace(
-            id=self._new_id(),
-            repo=asked.repo,
-            ref=asked.ref,
-            host=asked.host,
-            app=app.name,
-            status=Status.PENDING,
-            attempt=0,
-            metadata=dump(asked.metadata) if asked.metadata else "{}",
-            spec=app.spec,
-            timeout=asked.timeout or app.timeout,
-            retries=app.retries if asked.retries is None else asked.retries,
-            created_at=now,
-            queued_at=now,
-            created_by=by.name,
-            retry_of=retry_of,
-        )
+        what: dict[str, Any] = {"repo": asked.repo, "ref": asked.ref, "host": asked.host, "app": app.name, "spec": app.spec}
+        what |= {"timeout": asked.timeout or app.timeout, "retries": app.retries if asked.retries is None else asked.retries}
+        what |= {"metadata": dump(asked.metadata) if asked.metadata else "{}", "retry_of": retry_of, "created_by": by.name}
+        job = NO_JOB._replace(id=self._new_id(), status=Status.PENDING, attempt=0, created_at=now, queued_at=now, **what)
         tx.add("jobs", *job)
         if action:
             self._audit(tx, by, action, job)
@@ -3569,15 +3556,10 @@ class Dispatcher:
 @functools.lru_cache(maxsize=64)
 def start_of(status: int, content_type: str, keep: bool, second: int) -> bytes:
     """The lines that many answers of one second share."""
-    lines = [
-        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
-        f"Date: {email.utils.formatdate(second, usegmt=True)}",
-        "X-Content-Type-Options: nosniff",
-        "Cache-Control: no-store",
-        "Connection: keep-alive" if keep else "Connection: close",
-        *([] if status == 204 else [f"Content-Type: {content_type}"]),
-    ]
-    return "".join(line + "\r\n" for line in lines).encode()
+    first = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nDate: {email.utils.formatdate(second, usegmt=True)}\r\n"
+    fixed = "X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+    kind = "" if status == 204 else f"Content-Type: {content_type}\r\n"
+    return f"{first}{fixed}Connection: {'keep-alive' if keep else 'close'}\r\n{kind}".encode()
 
 
 def header_value(value: str) -> str:
