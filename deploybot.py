@@ -172,13 +172,12 @@ class StartError(DeployBotError):
         super().__init__("\n".join(self.problems))
 
 
-class AppsError(DeployBotError):
+class AppsError(ValidationError):
     """apps.yaml is wrong. `problems` is [(line, message)], every mistake at once."""
 
     def __init__(self, problems: list[tuple[int, str]]):
-        super().__init__("; ".join(f"line {line}: {message}" for line, message in problems))
+        super().__init__([(f"line {line}", message) for line, message in problems])
         self.problems = problems
-        self.more = {"errors": [{"field": f"line {line}", "message": message} for line, message in problems]}
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
@@ -387,12 +386,7 @@ BAD_REF = re.compile(r"\.\.|//|@\{|[\x00-\x20\x7f~^:?*\[\\]|^[-/.]|/\.|[/.]$|\.l
 NO_MARK = bytes(set(range(256)) - set(b'[]{}"'))
 ONE_KIND = bytes.maketrans(b"{}", b"[]")
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-
-
-def dump(value: Any) -> str:
-    """JSON without blanks."""
-    return ENCODER.encode(value)
+dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode  # JSON without blanks
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -814,10 +808,9 @@ class Event:
         return dataclasses.replace(self, lines=len(lines), offset=self.offset + skip, data=dump(lines), frame=None)
 
     def log_lines(self) -> Iterator[dict[str, Any]]:
-        first = self.position - self.lines + 1
-        for i, (message, level, stamp) in enumerate(json.loads(self.data)):
-            place = {"position": first + i, "attempt": self.attempt, "offset": self.offset + i}
-            yield {**place, "message": message, "level": level, "timestamp": stamp}
+        positions, offsets = itertools.count(self.position - self.lines + 1), itertools.count(self.offset)
+        for at, offset, (text, level, stamp) in zip(positions, offsets, json.loads(self.data), strict=False):
+            yield {"position": at, "attempt": self.attempt, "offset": offset, "message": text, "level": level, "timestamp": stamp}
 
 
 class EventFilter(NamedTuple):
@@ -848,7 +841,8 @@ class Principal(NamedTuple):
         return cls(f"agent:{host}", Scope.AGENT, host, is_own=True)
 
     def may(self, scope: Scope) -> bool:
-        return self.scope is Scope.ADMIN or scope in (Scope.PUBLIC, Scope.ANY, *GRANTS.get(self.scope, ()))
+        open_to_all = scope in (Scope.PUBLIC, Scope.ANY)
+        return open_to_all or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -1345,9 +1339,8 @@ class Queries:
         if not equal:
             return self.rows(newest.format("position > (SELECT max(position) FROM events) - 2000"), limit)
         jobs = " AND ".join(f"{name} = ?" for name in equal)
-        return self.rows(
-            newest.format(f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"), *equal.values(), limit
-        )
+        recent = f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"
+        return self.rows(newest.format(recent), *equal.values(), limit)
 
     def releases(self) -> dict[tuple[str, str], tuple[str, str | None, str]]:
         """(app, host) to (job id, commit, time)."""
@@ -2129,10 +2122,9 @@ class Auth:
     asks no database; those made over the API stand in `tokens` as well."""
 
     def __init__(
-        self, given: Mapping[str, Principal], is_open: bool, of_host: Callable[[str], Principal | None], store: Store, clock: Clock
+        self, tokens: Mapping[str, Principal], is_open: bool, of_host: Callable[[str], Principal | None], store: Store, clock: Clock
     ):
-        """`given`: token to principal, as configured; `of_host`: SHA-256 of a host's own secret to principal."""
-        self._configured = {sha256(token): principal for token, principal in given.items()}
+        self._configured = {sha256(token): principal for token, principal in tokens.items()}
         self._open, self._of_host, self._store, self._clock = is_open, of_host, store, clock
         self._failed = RateLimit(MAX_FAILED_SIGN_INS, clock)
         self._new_id = TimeOrderedIds(clock, None)
@@ -2223,17 +2215,17 @@ class Auth:
         asked = TokenRequest(by.scope, None, None, by.app, SESSION_LIFETIME)
         secret, used = new_secret(), self._tokens.get(sha256(text))
         parent = used.parent if used and used.parent else sha256(text)
-        token = self._token(asked, sha256(secret), parent, by.name)
-        if (ends := self.expiry(by)) is not None:
-            token = token._replace(expires_at=min(ends, token.expires_at or ends))
 
-        def do(tx: Tx) -> None:
+        def do(tx: Tx) -> Token:
+            token = self._token(asked, sha256(secret), parent, by.name)
+            if (ends := self.expiry(by)) is not None:
+                token = token._replace(expires_at=min(ends, token.expires_at or ends))
             for older in sorted(one for one in self._tokens.values() if one.parent == parent)[: 1 - MAX_SESSIONS]:
                 self._remove(tx, older, by, "session.end")
             self._add(tx, token, by, "session.create", "")
+            return token
 
-        self._store.write(do)
-        return token, secret
+        return self._store.write(do), secret
 
     def _token(self, asked: TokenRequest, digest: str, parent: str | None, by: str) -> Token:
         new = self._new_id()
@@ -2411,8 +2403,8 @@ class Push(NamedTuple):
         return any(fnmatch.fnmatchcase(self.branch, pattern) for pattern in app.branches)  # * matches a slash, too
 
     def request(self, app: App, host: str) -> JobRequest:
-        said = {"branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
-        metadata = {"app": app.name, **said, "trigger": "github_webhook"}
+        told = {"branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
+        metadata = {"app": app.name, **told, "trigger": "github_webhook"}
         return JobRequest(self.repo, self.commit or "", host, app.name, metadata)
 
 
@@ -2536,25 +2528,15 @@ class Jobs:
             enrols = principal.scope is Scope.AGENT and not principal.is_own
             known = asked.token_sha256 == bound or (asked.token_sha256 is None and principal.host is not None)
             if enrols and bound and not known:
-                raise Conflict(
-                    f"{asked.hostname} is registered with a secret of its own: "
-                    f"start the agent with its old working directory, or run ctl.py hosts reset {asked.hostname}"
-                )
+                cure = f"start the agent with its old working directory, or run ctl.py hosts reset {asked.hostname}"
+                raise Conflict(f"{asked.hostname} is registered with a secret of its own: {cure}")
             if any(other.hostname != asked.hostname for other in tx.agents("token_sha256 = ?", asked.token_sha256)):
                 raise Conflict("token_sha256 belongs to another host: each host makes a secret of its own")
             now = self.clock.stamp()
-            agent = Agent(
-                id=old.id if old else self._new_id(),
-                hostname=asked.hostname,
-                capabilities=dump(asked.capabilities),
-                slots=asked.slots,
-                session=secrets.token_hex(16),
-                drained=old.drained if old else 0,
-                token_sha256=asked.token_sha256 or (sha256(secret) if secret else bound),
-                registered_at=old.registered_at if old else now,
-                last_heartbeat=now,
-                contact=self.clock.monotonic(),
-            )
+            before = old or Agent(self._new_id(), asked.hostname, "", 1, "", 0, None, now, now)
+            digest = asked.token_sha256 or (sha256(secret) if secret else bound)
+            agent = dataclasses.replace(before, capabilities=dump(asked.capabilities), slots=asked.slots, token_sha256=digest)
+            agent.session, agent.last_heartbeat, agent.contact = secrets.token_hex(16), now, self.clock.monotonic()
             tx.put("agents", *agent.row())
             if old is None or agent.token_sha256 != bound:
                 tx.audited(now, principal, "host.enrol", agent.hostname)
@@ -2710,14 +2692,8 @@ class Jobs:
         if app in running or len(running) >= registered.slots or registered.drained:
             tx.after(self.queue.put, agent.hostname, job_id, app)
             return None
-        claimed = tx.change_job(
-            job,
-            status=Status.RUNNING,
-            attempt=job.attempt + 1,
-            started_at=self.clock.stamp(),
-            assigned_agent=agent.id,
-            session=agent.session,
-        )
+        taker = {"assigned_agent": agent.id, "session": agent.session}
+        claimed = tx.change_job(job, status=Status.RUNNING, attempt=job.attempt + 1, started_at=self.clock.stamp(), **taker)
         assert claimed is not None  # nobody else writes between the two statements
         self._announce(tx, claimed)
         tx.after(self._lease, claimed)
@@ -2774,16 +2750,8 @@ class Jobs:
                 principal.speaks_for(job.host)
                 return job
             job = self._running(tx, job_id, result.attempt, principal)
-            return self._end(
-                tx,
-                job,
-                result.status,
-                result.reason,
-                exit_code=result.exit_code,
-                error=result.error,
-                commit=result.commit or job.commit,
-                rolled_back_to=result.rolled_back_to,
-            )
+            rest = {name: getattr(result, name) for name in ("exit_code", "error", "rolled_back_to")}
+            return self._end(tx, job, result.status, result.reason, commit=result.commit or job.commit, **rest)
 
         job = self.store.write(do)
         self._logged(job)
@@ -2850,23 +2818,10 @@ class Jobs:
         if existing:
             return existing, False
         now = self.clock.stamp()
-        job = NO_JOB._replace(
-            id=self._new_id(),
-            repo=asked.repo,
-            ref=asked.ref,
-            host=asked.host,
-            app=app.name,
-            status=Status.PENDING,
-            attempt=0,
-            metadata=dump(asked.metadata) if asked.metadata else "{}",
-            spec=app.spec,
-            timeout=asked.timeout or app.timeout,
-            retries=app.retries if asked.retries is None else asked.retries,
-            created_at=now,
-            queued_at=now,
-            created_by=by.name,
-            retry_of=retry_of,
-        )
+        what: dict[str, Any] = {"repo": asked.repo, "ref": asked.ref, "host": asked.host, "app": app.name, "spec": app.spec}
+        what |= {"timeout": asked.timeout or app.timeout, "retries": app.retries if asked.retries is None else asked.retries}
+        what |= {"metadata": dump(asked.metadata) if asked.metadata else "{}", "retry_of": retry_of, "created_by": by.name}
+        job = NO_JOB._replace(id=self._new_id(), status=Status.PENDING, attempt=0, created_at=now, queued_at=now, **what)
         tx.add("jobs", *job)
         if action:
             self._audit(tx, by, action, job)
@@ -3113,10 +3068,8 @@ class Jobs:
                 tx.learn(("log", job_id), None)
             walked = job_id
         more = len(jobs) == RETENTION_JOBS or left <= 0
-        for table, column, oldest in (
-            ("audit", "at", before),
-            ("deliveries", "received_at", self.clock.stamp(ago=DELIVERY_DAYS * 86400)),
-        ):
+        delivered = self.clock.stamp(ago=DELIVERY_DAYS * 86400)
+        for table, column, oldest in (("audit", "at", before), ("deliveries", "received_at", delivered)):
             more = tx.remove_oldest(table, column, oldest, RETENTION_EVENTS) == RETENTION_EVENTS or more
         tx.give_back(RETENTION_EVENTS)
         tx.after(setattr, self, "_retained", walked)
@@ -3129,10 +3082,9 @@ class Jobs:
         agents = [agent for agent in map(self._agents.get, list(seen)) if agent]
         for agent in agents:
             agent.last_heartbeat = self._last_seen(agent)
-        if agents:
-            self.store.write(
-                lambda tx: tx.each("agents", "last_heartbeat", "id", [(agent.last_heartbeat, agent.id) for agent in agents])
-            )
+        times = [(agent.last_heartbeat, agent.id) for agent in agents]
+        if times:
+            self.store.write(lambda tx: tx.each("agents", "last_heartbeat", "id", times))
 
     def _close(self, lease: Lease, status: Status, reason: Reason, error: str | None = None, may_retry: bool = False) -> None:
         """Ends that attempt from here, if it still runs; `may_retry`: the job waits for another if its `retries` say so."""
@@ -3485,8 +3437,8 @@ STATUSES: tuple[tuple[type[DeployBotError], int, str, Mapping[str, str]], ...] =
     (Conflict, 409, "Conflict", {}),
     (TooLarge, 413, "Too large", {}),
     (TooMany, 429, "Too many", {}),
-    (ValidationError, 422, "Fields are wrong", {}),
     (AppsError, 422, "apps.yaml is wrong", {}),
+    (ValidationError, 422, "Fields are wrong", {}),
     (Unavailable, 503, "Not available now", {"Retry-After": str(RETRY_AFTER)}),
 )
 
@@ -3570,9 +3522,8 @@ class Dispatcher:
         except Exception:
             log.exception("%s %s failed", request.method, request.path)
             response = problem(500, "Internal error", "this is a fault of the controller: its log says more", {}, ())
-        self._metrics.count(
-            "deploybot_http_requests_total", labels_of(request.method, request.route and request.route.pattern, response.status)
-        )
+        labels = labels_of(request.method, request.route and request.route.pattern, response.status)
+        self._metrics.count("deploybot_http_requests_total", labels)
         return response
 
     def _find(self, request: Request) -> Route:
@@ -3612,15 +3563,10 @@ class Dispatcher:
 @functools.lru_cache(maxsize=64)
 def start_of(status: int, content_type: str, keep: bool, second: int) -> bytes:
     """The lines that many answers of one second share."""
-    lines = [
-        f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
-        f"Date: {email.utils.formatdate(second, usegmt=True)}",
-        "X-Content-Type-Options: nosniff",
-        "Cache-Control: no-store",
-        "Connection: keep-alive" if keep else "Connection: close",
-        *([] if status == 204 else [f"Content-Type: {content_type}"]),
-    ]
-    return "".join(line + "\r\n" for line in lines).encode()
+    first = f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}\r\nDate: {email.utils.formatdate(second, usegmt=True)}\r\n"
+    fixed = "X-Content-Type-Options: nosniff\r\nCache-Control: no-store\r\n"
+    kind = "" if status == 204 else f"Content-Type: {content_type}\r\n"
+    return f"{first}{fixed}Connection: {'keep-alive' if keep else 'close'}\r\n{kind}".encode()
 
 
 def header_value(value: str) -> str:
@@ -4044,8 +3990,8 @@ class Controller:
         secret = new_secret() if enrols and asked.token_sha256 is None else None  # for an agent that makes none: told this once
         agent = self.jobs.register(asked, request.principal, secret)
         shown = {name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")}
-        told = {"token": secret} if secret else {}
-        return {**shown, "capabilities": json.loads(agent.capabilities), "status": "online", **told}
+        shown |= {"capabilities": json.loads(agent.capabilities), "status": "online"}
+        return {**shown, "token": secret} if secret else shown
 
     def heartbeat(self, request: Request) -> Answer:
         beat = heartbeat_of(request.body)
@@ -4179,12 +4125,11 @@ class Controller:
                 return
             frames = b"".join(frame(event, self.jobs.epoch) for event in events)
             yield frames or f": nothing new\nid: {self.jobs.epoch}-{reached}\n\n".encode()
-            if wanted.job_id is not None:
-                for event in events:
-                    status = json.loads(event.data)["status"] if event.kind == "job" else None
-                    if status in ENDED:
-                        yield f"event: end\ndata: {dump({'job_id': event.job_id, 'status': status})}\n\n".encode()
-                        return
+            for event in events if wanted.job_id is not None else ():
+                status = json.loads(event.data)["status"] if event.kind == "job" else None
+                if status in ENDED:
+                    yield f"event: end\ndata: {dump({'job_id': event.job_id, 'status': status})}\n\n".encode()
+                    return
 
     def stream_logs(self, request: Request) -> Answer:
         f = request.query(("host", "app", "job_id"), ("tail",))
@@ -4381,8 +4326,7 @@ class Daemon(Controller):
     def start(self, poll_interval: float = 0.5) -> None:
         threading.stack_size(STACK)
         gc.freeze()  # what is there now stays: no collection has to walk through a queue of 100,000 jobs
-        self._accepting = threading.Thread(target=self.server.serve_forever, args=(poll_interval,), daemon=True)
-        self._accepting.start()
+        threading.Thread(target=self.server.serve_forever, args=(poll_interval,), daemon=True).start()
         mode = "open: requests from this machine need no token" if self.config.open else "closed"
         here = "localhost" if self.config.host in ("0.0.0.0", "::") else self.config.host
         url = f"{'https' if self.server.tls else 'http'}://{f'[{here}]' if ':' in here else here}:{self.port}"
