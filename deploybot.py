@@ -1431,7 +1431,7 @@ class Tx(Queries):
     def flush(self, sql: str = "") -> None:
         """Gives SQLite the rows that were put off; with `sql`, those of the tables that it names."""
         for into, rows in self._put_off.items():
-            if rows and into.rpartition(" ")[2] in sql or not sql:
+            if rows and (not sql or into.rpartition(" ")[2] in sql):
                 self._is_changed = self._is_changed or len(rows) > self._before.get(into, 0)
                 self._before[into] = 0
                 self._insert(into, rows)
@@ -2871,7 +2871,7 @@ class Jobs:
             return f"apps.yaml has no app {asked.app}{nearest(asked.app, known)} (it deploys without commands of its own)"
         return None
 
-    @functools.lru_cache(maxsize=1024)  # to look through thousands of names takes milliseconds
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 (there is one Jobs; to look through thousands of names takes milliseconds)
     def _no_agent(self, hostname: str, count: int) -> str:
         hosts = list(self._by_host)
         longer = sorted(host for host in hosts if host.startswith(hostname + "."))

@@ -264,7 +264,7 @@ def test_a_broken_constraint_of_a_row_that_was_put_off_hurts_nobody_else(store, 
 
 
 def test_what_sqlite_shows_of_a_job_is_what_we_would(store):
-    metadata = {"a": [1, 2.5, None, True, "é\U0001f600\x01\\\"\n"], "b": {}}
+    metadata = {"a": [1, 2.5, None, True, 'é\U0001f600\x01\\"\n'], "b": {}}
     made = job(1, ref="dev\x7f'", metadata=deploybot.dump(metadata), exit_code=-(1 << 31), error="\t<&>")
     store.write(lambda tx: tx.add("jobs", *made))
     with store.read() as db:
