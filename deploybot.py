@@ -91,8 +91,6 @@ STOP_DEADLINE = 4.0  # seconds that connections get to end at stop
 PULSE = 15.0  # seconds between the comments on a silent stream: what finds dead readers
 RETRY_AFTER = 5  # seconds
 MANY = 64  # connections: above, requests are asked how long they have lain unread
-TOO_LATE = 0.8  # seconds that a request may have lain unread: then it is told to come again, so that waiting has an end
-AGENT_TOO_LATE = 0.2  # the same for an agent's, which can wait better than a person
 UPLOADS = 1 * MIB  # of log lines in one commit: what a claim may have to wait for
 MAX_WRITES = 256  # callers that wait for a commit: a fraction of a second's work
 RETURNS = 500  # agents a second that are asked to come back after a restart: a quarter of what two cores can take
@@ -369,6 +367,9 @@ Reason = enum.StrEnum(
 # What a route asks for (ANY: whoever has a token), and the last four are roles that a principal has.
 Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
 ROLES = (Scope.ADMIN, Scope.OPERATOR, Scope.VIEWER, Scope.AGENT)
+# Seconds that a request may have lain unread: then it is told to come again, so that waiting has an end. An agent can wait better
+# than a person; a push, which GitHub sends once, is always taken.
+TOO_LATE = {Scope.AGENT: 0.2, Scope.VIEWER: 0.8, Scope.OPERATOR: 0.8, Scope.ADMIN: 0.8}
 # What each role may call, beside what is public and what takes any token; an admin may call all.
 GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPERATOR}, Scope.AGENT: {Scope.AGENT}}
 
@@ -1735,12 +1736,13 @@ class Store:
             self._db.execute("ROLLBACK")
             raise
 
-    def write(self, do: Callable[[Tx], T], size: int = 0) -> T:
+    def write(self, do: Callable[[Tx], T], size: int = 0, patient: bool = False) -> T:
         """Runs do(tx) in a transaction that others may share; returns its value once it is durable and its effects have happened.
         `size`: bytes that it stores; who stores many waits for one another, and nobody else for more than some of them.
+        `patient`: waits however many wait already, where others are sent away.
         What `do` raises undoes its own changes alone and is raised here. Raises Unavailable where SQLite cannot write now."""
         work, waiting = Work(do, size), self._uploads if size else self._waiting
-        if len(waiting) >= MAX_WRITES:
+        if len(waiting) >= MAX_WRITES and not patient:
             raise Unavailable("more is to be written than the disk can take: try again later")
         with self._lock:
             waiting.append(work)
@@ -2902,7 +2904,7 @@ class Jobs:
                 tx.audited(self.clock.stamp(), github, "push", push.repo, f"{push.branch} {push.commit}: {message}")
             return made, message
 
-        return self.store.write(do)
+        return self.store.write(do, patient=True)  # GitHub sends it once
 
     def _push_message(self, push: Push, apps: list[App], in_time: list[App], made: int, is_trusted: bool) -> str:
         if push.commit is None:
@@ -3511,7 +3513,7 @@ class Dispatcher:
             if route.admit:
                 route.admit(self._api, request)
             request.body = read_body(route.limit, route.scope is Scope.PUBLIC)
-            if request.late > (AGENT_TOO_LATE if route.scope is Scope.AGENT else TOO_LATE):
+            if request.late > TOO_LATE.get(route.scope, math.inf):
                 raise Unavailable("the controller has more to do than it can: try again later")
             made = route.function(self._api, request)
             response = answer(200, made) if isinstance(made, dict) else made

@@ -1,0 +1,154 @@
+"""Beyond the limit: what came too late and what the disk cannot take is shed with 503, pushes are not, agents are paced."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import json
+import socket
+
+import pytest
+from conftest import SECRET, wait_for
+
+import deploybot
+from deploybot import age_of_input, signature_of
+
+JOB = {"repo": "myorg/app", "host": "web-01"}
+
+
+@pytest.fixture
+def crowded(controller, monkeypatch):
+    """A controller with many connections, whose requests have lain unread for `late.seconds`."""
+
+    class Late:
+        seconds = 0.0
+
+    monkeypatch.setattr(deploybot, "MANY", 0)
+    monkeypatch.setattr(deploybot, "age_of_input", lambda connection: Late.seconds)
+    controller.late = Late
+    return controller
+
+
+def push(controller, number=1):
+    body = {"ref": "refs/heads/main", "after": f"{number:040x}", "repository": {"full_name": "myorg/app", "default_branch": "main"}}
+    data = json.dumps(body).encode()
+    return controller.call("POST", "/v1/webhooks/github", data, {"X-Hub-Signature-256": signature_of(SECRET, data)})
+
+
+# -- how late a request is ---------------------------------------------------------------------------------------------
+
+
+def test_the_age_of_what_came_is_that_of_its_last_bytes():
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as server:
+        client = socket.create_connection(server.getsockname())
+        connection, _ = server.accept()
+        with contextlib.closing(client), contextlib.closing(connection):
+            client.sendall(b"x")
+            wait_for(lambda: age_of_input(connection) >= 0.2)
+            connection.recv(1)
+            assert age_of_input(connection) >= 0.2, "reading makes it no younger"
+            client.sendall(b"y")
+            wait_for(lambda: age_of_input(connection) < 0.2)
+
+
+@pytest.mark.parametrize(("seconds", "agent", "person"), [(0.0, 200, 200), (0.19, 200, 200), (0.21, 503, 200), (0.81, 503, 503)])
+def test_agents_are_told_to_come_again_before_people_are(crowded, seconds, agent, person):
+    path = f"/v1/agents/{crowded.register()['id']}/heartbeat"
+    crowded.late.seconds = seconds
+    for method, target, body, expected in (("POST", path, {"status": "online"}, agent), ("GET", "/v1/jobs", None, person)):
+        status, headers, data = crowded.raw(method, target, body)
+        assert status == expected
+        if status == 503:
+            problem = json.loads(data)
+            assert (headers["Retry-After"], headers["Connection"]) == ("5", "keep-alive"), "its body was read"
+            assert "try again later" in problem["detail"]
+
+
+def test_nothing_that_was_shed_has_happened(crowded):
+    crowded.late.seconds = 0.9
+    assert crowded.call("POST", "/v1/jobs", {**JOB, "ref": "main"})[0] == 503
+    crowded.late.seconds = 0.0
+    assert crowded.ok("GET", "/v1/jobs")["jobs"] == []
+
+
+def test_pushes_and_the_health_check_are_taken_however_late(crowded):
+    crowded.set_app(name="web", repo="myorg/app", hosts=["web-01"], deploy_on_push=True)
+    crowded.late.seconds = 9.0
+    assert crowded.call("GET", "/health")[0] == 200
+    status, answer = push(crowded)
+    assert (status, len(answer["jobs_created"])) == (200, 1)
+
+
+def test_with_few_connections_nobody_looks(controller, monkeypatch):
+    monkeypatch.setattr(deploybot, "age_of_input", lambda connection: 9.0)
+    assert controller.call("GET", "/v1/jobs")[0] == 200
+
+
+# -- what the disk cannot take -----------------------------------------------------------------------------------------
+
+
+def test_writes_beyond_the_limit_are_shed_and_pushes_wait(controller, monkeypatch):
+    monkeypatch.setattr(deploybot, "MAX_WRITES", 3)
+    controller.set_app(name="web", repo="myorg/app", hosts=["web-01"], deploy_on_push=True)
+    store = controller.daemon.store
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        with store._writer:
+            waiting = []
+            for number in range(3):
+                waiting.append(pool.submit(controller.create, ref=f"r{number}"))
+                wait_for(lambda number=number: len(store._waiting) == number + 1)
+            status, headers, _ = controller.raw("POST", "/v1/jobs", {**JOB, "ref": "one-too-many"})
+            assert (status, headers["Retry-After"]) == (503, "5")
+            assert controller.call("GET", "/v1/jobs")[0] == 200, "reading goes on"
+            pushed = pool.submit(push, controller)
+            wait_for(lambda: len(store._waiting) == 4)
+        made = [one.result(20)["ref"] for one in waiting]
+        assert pushed.result(20)[0] == 200
+    refs = {job["ref"] for job in controller.ok("GET", "/v1/jobs")["jobs"]}
+    assert refs == {*made, f"{1:040x}"}
+
+
+def test_who_stores_little_waits_for_some_uploads_and_not_for_all(controller, monkeypatch):
+    monkeypatch.setattr(deploybot, "UPLOADS", 100)
+    store, order = controller.daemon.store, []
+
+    def work(name):
+        return lambda tx: tx.after(order.append, (name, tx))
+
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        with store._writer:
+            for number in range(5):
+                pool.submit(store.write, work(f"upload {number}"), 60)
+                wait_for(lambda number=number: len(store._uploads) == number + 1)
+            pool.submit(store.write, work("claim"))
+            wait_for(lambda: len(store._waiting) == 1)
+    commits = [tx for _, tx in order]
+    together = [[name for name, tx in order if tx is one] for one in dict.fromkeys(commits)]
+    assert together == [["claim", "upload 0", "upload 1"], ["upload 2", "upload 3"], ["upload 4"]]
+
+
+# -- the pace of agents ------------------------------------------------------------------------------------------------
+
+
+def test_agents_that_do_not_park_are_paced_by_how_many_there_are(controller, monkeypatch):
+    agents = [controller.register(f"web-{number}") for number in range(7)]
+    assert controller.beat(agents[0])["interval"] == 5
+    monkeypatch.setattr(deploybot, "POLLS", 1)
+    assert controller.beat(agents[0])["interval"] == 7
+
+
+@pytest.mark.parametrize(("returns", "interval"), [(500, 0), (2, 3), (1, 7)])
+def test_a_stop_spreads_the_return_of_parked_agents(controller, monkeypatch, returns, interval):
+    """The last of `returns` a second; a small fleet comes back at once."""
+    monkeypatch.setattr(deploybot, "RETURNS", returns)
+    monkeypatch.setattr(deploybot.secrets, "randbelow", lambda limit: limit - 1)
+    agents = [controller.register(f"web-{number}") for number in range(7)]
+    lanes = controller.daemon.queue._lanes
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        path = f"/v1/agents/{agents[0]['id']}/heartbeat"
+        parked = pool.submit(controller.raw, "POST", path, {"status": "online", "wait": 20})
+        wait_for(lambda: len(lanes["web-0"].woken._waiters) == 1)
+        controller.stop()
+        status, headers, data = parked.result(20)
+    answer = json.loads(data)
+    assert (status, answer["job"], answer["interval"], headers["Connection"]) == (200, None, interval, "close")
