@@ -3655,8 +3655,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._linger()
             return False
         request, self._unread = self._asked, self._headers.length
-        if self.server.is_crowded():
-            request.late = age_of_input(self.request)
+        request.late = age_of_input(self.request) if self.server.is_crowded() else 0.0
         try:
             response = self.server.dispatcher.respond(request, self._read_body)
         finally:
@@ -4327,7 +4326,6 @@ class Daemon(Controller):
 
     def start(self, poll_interval: float = 0.5) -> None:
         threading.stack_size(STACK)
-        gc.freeze()  # what is there now stays: no collection has to walk through a queue of 100,000 jobs
         threading.Thread(target=self.server.serve_forever, args=(poll_interval,), daemon=True).start()
         mode = "open: requests from this machine need no token" if self.config.open else "closed"
         here = "localhost" if self.config.host in ("0.0.0.0", "::") else self.config.host
@@ -4413,6 +4411,7 @@ def serve(config: Config, _: pathlib.Path) -> int:
         signal.signal(number, lambda number, frame: os.write(writer, bytes([number])))
     daemon = Daemon(config)
     daemon.start()
+    gc.freeze()  # what is there now stays: no collection has to walk through a queue of 100,000 jobs
     notify("READY=1")
     run(daemon, signals)
     notify("STOPPING=1")

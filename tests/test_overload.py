@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import http.client
 import json
 import socket
 
@@ -82,6 +83,21 @@ def test_pushes_and_the_health_check_are_taken_however_late(crowded):
 def test_with_few_connections_nobody_looks(controller, monkeypatch):
     monkeypatch.setattr(deploybot, "age_of_input", lambda connection: 9.0)
     assert controller.call("GET", "/v1/jobs")[0] == 200
+
+
+def test_a_request_is_late_once(crowded, monkeypatch):
+    """The next one of the same connection, with the same head, is looked at anew."""
+    wire = http.client.HTTPConnection("127.0.0.1", crowded.port, timeout=20)
+    with contextlib.closing(wire):
+        seen = []
+        for seconds, many in ((9.0, 0), (0.0, 0), (9.0, 0), (9.0, 64)):
+            crowded.late.seconds = seconds
+            monkeypatch.setattr(deploybot, "MANY", many)
+            wire.request("GET", "/v1/jobs")
+            answer = wire.getresponse()
+            answer.read()
+            seen.append(answer.status)
+    assert seen == [503, 200, 503, 200]
 
 
 # -- what the disk cannot take -----------------------------------------------------------------------------------------
