@@ -176,8 +176,7 @@ class Subject:
         store = self.daemon.store
         store._db = Connection(store._db, self.faults)
         for _ in range(store._readers.qsize()):
-            store._readers.queue[:] = [Connection(reader, self.faults) for reader in store._readers.queue]
-            break
+            store._readers.put(Connection(store._readers.get(), self.faults))
 
     def _release(self) -> None:
         self.daemon.server.server_close()
@@ -1134,7 +1133,7 @@ class Machine(RuleBasedStateMachine):
             return
         if "heartbeat" in (first, second):  # it may write twice
             fault = None
-        answers, order = self.in_one_commit(ops, fault)
+        answers, order, shared = self.in_one_commit(ops, fault)
         faults = self.subject.faults
         if any(isinstance(answer, Crash) for answer in answers):
             self.crashed(*ops)
@@ -1144,9 +1143,9 @@ class Machine(RuleBasedStateMachine):
             faults.arm(None)
         else:
             faults.arm(None)
-            HAPPENED["two calls in one commit"] += order is None
+            HAPPENED["two calls in one commit"] += shared
             self.lenient = set(self.jobs)
-            for number in order or (0, 1):
+            for number in order:
                 ops[number].told(answers[number])
             self.lenient = None
             for op, answer in zip(ops, answers, strict=True):
@@ -1177,9 +1176,10 @@ class Machine(RuleBasedStateMachine):
             agent, key, agent.scripts[key].acknowledged, agent.scripts[key].lines[agent.scripts[key].acknowledged :], None
         )
 
-    def in_one_commit(self, ops: list[Op], fault: Any) -> tuple[list[Any], tuple[int, ...] | None]:
-        """Their answers (or the Crash), and the order in which they happened where one of them had nothing to write."""
-        store, answers, early = self.subject.daemon.store, [None, None], []
+    def in_one_commit(self, ops: list[Op], fault: Any) -> tuple[list[Any], list[int], bool]:
+        """Their answers (or the Crash), the order in which they happened (one that has nothing to write is first, one that uploads is
+        last), and whether they shared a commit."""
+        store, answers, early, uploads = self.subject.daemon.store, [None, None], [], []
         self.subject.faults.arm(None)
 
         def call(number: int) -> None:
@@ -1191,11 +1191,13 @@ class Machine(RuleBasedStateMachine):
         threads = [threading.Thread(target=call, args=(number,), daemon=True) for number in (0, 1)]
         with store._writer:
             for number, thread in enumerate(threads):
-                queued = len(store._waiting)
+                waiting, uploading = len(store._waiting), len(store._uploads)
                 thread.start()
-                while thread.is_alive() and len(store._waiting) == queued:
+                while thread.is_alive() and (len(store._waiting), len(store._uploads)) == (waiting, uploading):
                     time.sleep(0.0001)
-                if len(store._waiting) == queued:
+                if len(store._uploads) > uploading:
+                    uploads.append(number)
+                elif len(store._waiting) == waiting:
                     early.append(number)
             self.subject.faults.arm(None if early else fault)
         for thread in threads:
@@ -1203,7 +1205,7 @@ class Machine(RuleBasedStateMachine):
         for answer in answers:
             if isinstance(answer, BaseException) and not isinstance(answer, Crash):
                 raise answer
-        return answers, (*early, *({0, 1} - set(early))) if early else None
+        return answers, sorted((0, 1), key=lambda number: (number not in early, number in uploads, number)), not early
 
     # -- the nine ----------------------------------------------------------------------------------------------------
 
