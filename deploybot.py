@@ -194,6 +194,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 TIMES = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZES = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def quantity(text: str, units: Mapping[str, float], words: str) -> float:
@@ -239,9 +240,6 @@ def flag(text: str) -> bool:
 
 def optional_path(text: str) -> pathlib.Path | None:
     return pathlib.Path(text) if text else None
-
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def networks(text: str) -> tuple[Network, ...]:
@@ -619,8 +617,8 @@ class Model:
 
     @classmethod
     def read(cls: type[T], f: Fields) -> T:
-        there = f.data
-        return cls(**{name: read(f, name) for name, (read, required) in readers(cls).items() if required or name in there})
+        fields, there = readers(cls).items(), f.data  # type: ignore[arg-type]
+        return cls(**{name: read(f, name) for name, (read, required) in fields if required or name in there})
 
     @classmethod
     def parse(cls, data: Any) -> Self:
@@ -663,7 +661,7 @@ class Job(NamedTuple):
 
     def public(self) -> dict[str, Any]:
         """What every reader may see: all but the last three."""
-        shown = dict(zip(self._fields[:-3], self, strict=False))
+        shown: dict[str, Any] = dict(zip(self._fields[:-3], self, strict=False))
         shown["metadata"] = json.loads(self.metadata) if self.metadata != "{}" else {}
         return shown
 
@@ -1297,12 +1295,10 @@ class Queries:
             plus = "+" if column == "status" and len(equal) > 1 else ""  # keeps SQLite to the index that narrows more
             where.append(f"{plus}{column} = ?" + (" COLLATE NOCASE" if column == "repo" else ""))
             values.append(value)
-        if starts:
-            where.append("id >= ? AND id < ?")
-            values += [starts, starts + "~"]
-        if before:
-            where.append("id < ?")
-            values.append(before)
+        for bound, text in (("id >= ?", starts), ("id < ?", starts and starts + "~"), ("id < ?", before)):
+            if text:
+                where.append(bound)
+                values.append(text)
         sql = f"SELECT {JOB_COLUMNS} FROM jobs WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?"
         return [Job._make(row) for row in self.rows(sql, *values, limit)]
 
@@ -1363,15 +1359,11 @@ class Queries:
 
     def old_jobs(self, after: str, oldest_id: str, limit: int) -> list[tuple[str, str | None, bool]]:
         """(id, end, whether it is among the last two successes of its app on its host) of jobs between the ids, oldest first."""
-        kept = (
-            "SELECT count(*) < 2 FROM (SELECT 1 FROM jobs AS newer INDEXED BY jobs_success WHERE newer.status = 'success'"
-            " AND newer.app = jobs.app AND newer.host = jobs.host AND newer.id > jobs.id LIMIT 2)"
-        )
-        return self.rows(
-            f"SELECT id, completed_at, CASE WHEN status = 'success' THEN ({kept}) ELSE 0 END FROM jobs"
-            " WHERE id > ? AND id < ? ORDER BY id LIMIT ?",
-            *(after, oldest_id, limit),
-        )
+        newer = "SELECT 1 FROM jobs AS newer INDEXED BY jobs_success WHERE newer.status = 'success'"
+        newer += " AND newer.app = jobs.app AND newer.host = jobs.host AND newer.id > jobs.id LIMIT 2"
+        kept = f"CASE WHEN status = 'success' THEN (SELECT count(*) < 2 FROM ({newer})) ELSE 0 END"
+        sql = f"SELECT id, completed_at, {kept} FROM jobs WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
+        return self.rows(sql, after, oldest_id, limit)
 
     def delivery(self, delivery_id: str, signature: str) -> tuple[list[str], str] | None:
         """What a delivery of that id, or of that signed body, made: the id is not signed, so it does not count alone."""
@@ -1488,11 +1480,8 @@ class Tx(Queries):
     def change_job(self, job: Job, **columns: Any) -> Job | None:
         """The job with these columns, if it still has the status and the attempt that `job` says; else None."""
         names = ", ".join(f'"{name}" = ?' for name in columns)
-        row = self._do(
-            f"UPDATE jobs SET {names} WHERE id = ? AND status = ? AND attempt = ? RETURNING {JOB_COLUMNS}",
-            *columns.values(),
-            *(job.id, job.status, job.attempt),
-        ).fetchone()
+        sql = f"UPDATE jobs SET {names} WHERE id = ? AND status = ? AND attempt = ? RETURNING {JOB_COLUMNS}"
+        row = self._do(sql, *columns.values(), job.id, job.status, job.attempt).fetchone()
         self.learn(job.id, None)
         return Job._make(row) if row else None
 
@@ -1672,7 +1661,8 @@ class Work:
 
     def __init__(self, do: Callable[[Tx], Any], size: int):
         self.do, self.size, self.done = do, size, False
-        self.value, self.error = None, None
+        self.value: Any = None
+        self.error: BaseException | None = None
         self.turn = threading.Lock()  # its caller waits on it; released when the work is done, or when the caller is to commit
         self.turn.acquire()
 
@@ -1842,15 +1832,14 @@ class Store:
 # Owns which job ids wait for which host. Ignores SQL, models, and what is done with a job.
 
 
+@dataclasses.dataclass(slots=True)
 class Lane:
     """What waits for one host, in order of id, which is the order of creation."""
 
-    __slots__ = ("_lock", "_woken", "ticket", "waiting")
-
-    def __init__(self, lock: threading.Lock):
-        self.waiting: collections.deque[tuple[str, str]] = collections.deque()  # (job id, app)
-        self.ticket = 0  # counts what a parked heartbeat should look at
-        self._lock, self._woken = lock, None
+    _lock: threading.Lock
+    waiting: collections.deque[tuple[str, str]] = dataclasses.field(default_factory=collections.deque)  # (job id, app)
+    ticket: int = 0  # counts what a parked heartbeat should look at
+    _woken: threading.Condition | None = None
 
     @property
     def woken(self) -> threading.Condition:
@@ -1875,10 +1864,7 @@ class JobQueue:
         self.closed = False
 
     def _lane(self, host: str) -> Lane:
-        lane = self._lanes.get(host)
-        if lane is None:
-            lane = self._lanes[host] = Lane(self._lock)
-        return lane
+        return self._lanes.get(host) or self._lanes.setdefault(host, Lane(self._lock))
 
     def put(self, host: str, job_id: str, app: str) -> None:
         """A job that comes back (another attempt, a client that went away) takes its old place."""
@@ -1921,7 +1907,7 @@ class JobQueue:
         with self._lock:
             lane = self._lane(host)
             while True:
-                entry = None if self.closed else self._pick(lane, busy)
+                entry = None if self.closed or busy is None else self._pick(lane, busy)
                 if entry or self.closed or lane.ticket != ticket:
                     return entry
                 remaining = deadline - time.monotonic()
@@ -1930,9 +1916,7 @@ class JobQueue:
                 lane.woken.wait(remaining)
 
     @staticmethod
-    def _pick(lane: Lane, busy: frozenset[str] | None) -> tuple[str, str] | None:
-        if busy is None:
-            return None
+    def _pick(lane: Lane, busy: frozenset[str]) -> tuple[str, str] | None:
         for index, entry in enumerate(lane.waiting):
             if entry[1] not in busy:
                 del lane.waiting[index]
@@ -2014,7 +1998,6 @@ class EventHub:
 # == Metrics ===========================================================================================================
 # Owns counters and their text. Ignores what is counted.
 
-
 METRICS = {
     "deploybot_http_requests_total": "Requests answered, by method, route and status.",
     "deploybot_jobs_created_total": "Jobs created.",
@@ -2064,8 +2047,10 @@ class Metrics:
 # == Auth ==============================================================================================================
 # Owns who a token is. Ignores what a principal then does.
 
-
 NO_TOKEN = "this call needs a token: Authorization: Bearer TOKEN (ctl.py and agents read it from the environment)"
+COOKIE = "deploybot_session"
+COOKIE_VALUE = re.compile(rf"(?:\A|;)[ \t]*{COOKIE}=([\w-]{{1,128}})(?:;|\Z)", re.ASCII)
+TAKEN_NAMES = ("admin", "agents", "reader", "local", "github")
 
 
 def sha256(text: str) -> str:
@@ -2106,11 +2091,6 @@ class RateLimit:
 def network_of(address: str) -> str:
     """What one caller has for sure: an IPv4 address, or the /64 of an IPv6 one."""
     return ":".join(ipaddress.IPv6Address(address.partition("%")[0]).exploded.split(":")[:4]) if ":" in address else address
-
-
-COOKIE = "deploybot_session"
-COOKIE_VALUE = re.compile(rf"(?:\A|;)[ \t]*{COOKIE}=([\w-]{{1,128}})(?:;|\Z)", re.ASCII)
-TAKEN_NAMES = ("admin", "agents", "reader", "local", "github")
 
 
 def new_secret() -> str:
@@ -2422,6 +2402,9 @@ def push_payload(body: bytes, content_type: str) -> Any:
 # == Jobs ==============================================================================================================
 # Owns the use cases of jobs and agents; joins Store, JobQueue and EventHub. Ignores HTTP and argv.
 
+Connected = Callable[[], bool]  # whether the client is still there
+NO_JOB = Job._make([None] * len(Job._fields))
+
 
 @dataclasses.dataclass(slots=True)
 class Lease:
@@ -2436,12 +2419,6 @@ class Lease:
     deadline: float  # monotonic: when the controller ends it itself
     cancel: bool = False
     answered: int | None = None  # tick of Jobs at which the answer that carried it was written
-
-
-Connected = Callable[[], bool]  # whether the client is still there
-
-
-NO_JOB = Job._make([None] * len(Job._fields))
 
 
 def key_of(repo: str, ref: str, host: str, app: str) -> int:
@@ -3259,6 +3236,10 @@ BARE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")  # CR or LF without the other
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 NO_HOST = "the Host header must be a name or an address, and perhaps a port; HTTP/1.1 needs one"
 ONCE = ("host", "content-length", "authorization", "content-type", "expect", "last-event-id", "origin")
+NOBODY = Principal("nobody", Scope.PUBLIC)
+Headers = tuple[tuple[str, str], ...]
+# Ends a side of a connection, also for a thread that does not own it: that of SSLSocket would drop the state of TLS.
+end_of = socket.socket.shutdown
 
 
 class Refusal(DeployBotError):
@@ -3267,9 +3248,6 @@ class Refusal(DeployBotError):
     def __init__(self, status: int, detail: str):
         super().__init__(detail)
         self.status = status
-
-
-NOBODY = Principal("nobody", Scope.PUBLIC)
 
 
 def is_foreign(headers: Mapping[str, str]) -> bool:
@@ -3394,9 +3372,6 @@ def forwarded(peer: str, headers: Mapping[str, str], trusted: tuple[Network, ...
     with contextlib.suppress(ValueError):  # what the proxy passed on may be no address
         peer = str(ipaddress.ip_address(asked))
     return peer, headers.get("x-forwarded-proto", "").lower() == "https"
-
-
-Headers = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(slots=True)
@@ -3581,10 +3556,6 @@ def age_of_input(connection: socket.socket) -> float:
     option = getattr(socket, "TCP_INFO", None)
     info = b"" if option is None else connection.getsockopt(socket.IPPROTO_TCP, option, 56)
     return struct.unpack_from("I", info, 52)[0] / 1000 if len(info) >= 56 else 0.0
-
-
-# Ends a side of a connection, also for a thread that does not own it: that of SSLSocket would drop the state of TLS.
-end_of = socket.socket.shutdown
 
 
 def tls_context(cert: pathlib.Path, key: pathlib.Path) -> ssl.SSLContext:
