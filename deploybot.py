@@ -32,7 +32,6 @@ import functools
 import gc
 import hashlib
 import hmac
-import http
 import http.server
 import ipaddress
 import itertools
@@ -2375,7 +2374,6 @@ class Push(NamedTuple):
         return before == self.commit  # the one that was taken came after this one
 
     def wanted_by(self, app: App) -> bool:
-        """Whether this app deploys this branch."""
         if self.branch is None or not app.deploy_on_push:
             return False
         if app.branches is None:
@@ -2449,10 +2447,9 @@ class Jobs:
         self._open: dict[int, tuple[str, ...]] = {}  # key_of() a deployment to ids of its pending and running jobs, oldest first
         self._open_on: collections.Counter[str] = collections.Counter()  # host to how many of these
         self._lock = threading.Lock()  # guards Lease.answered: of two heartbeats one gets the job again
-        self._flushed = clock.monotonic()
+        self._flushed = self._retention_due = clock.monotonic()
         self._ticks = itertools.count(1)  # orders the coming of heartbeats and the writing of answers
         self._retained = ""  # the last job that the walk over the old ones looked at
-        self._retention_due = clock.monotonic()
         self._seen: set[str] = set()  # ids of agents whose contact is not in the database yet
         with store.read() as db:
             self._new_id = TimeOrderedIds(clock, db.last_job_id())
@@ -2601,11 +2598,9 @@ class Jobs:
         """What an older session ran: goes on where the agent still holds it, else it has crashed with the agent."""
         session = self._current(agent.id, beat).session
         for lease in self._leases_of(agent.hostname):
-            if lease.session == session:
-                continue
             if (lease.job_id, lease.attempt) in (beat.running or ()):
                 lease.session = session
-            else:
+            elif lease.session != session:
                 error = "the agent was restarted and knows nothing of this job"
                 self._close(lease, Status.FAILED, Reason.AGENT_CRASHED, error, may_retry=True)
 
@@ -2681,7 +2676,6 @@ class Jobs:
     def append_logs(self, job_id: str, upload: LogUpload, principal: Principal) -> tuple[int, bool]:
         """Stores what is new of the upload; (next offset, whether the job is to be cancelled).
         Raises Conflict for an attempt that is not running any more, and for a gap, with `next_offset`."""
-
         now = self.clock.stamp()
         for line in upload.lines:
             line[2] = line[2] or now
@@ -2841,8 +2835,7 @@ class Jobs:
             return f"{job.host} is drained: the job waits until ctl.py hosts resume {job.host}"
         repos = [app.repo for app in self.apps.all]
         if not asked.app and repos and not self.apps.of_repo(asked.repo):
-            hint = nearest(asked.repo, repos)
-            return f"apps.yaml has no app of {asked.repo}{hint} (it deploys without commands of its own)"
+            return f"apps.yaml has no app of {asked.repo}{nearest(asked.repo, repos)} (it deploys without commands of its own)"
         if asked.app and not self.apps.named(asked.app):
             known = [app.name for app in self.apps.all]
             return f"apps.yaml has no app {asked.app}{nearest(asked.app, known)} (it deploys without commands of its own)"
@@ -3286,26 +3279,18 @@ class Request:
     def json(self) -> Any:
         return load_json(self.body)
 
-    def query(self, texts: Iterable[str] = (), integers: Iterable[str] = ()) -> Fields:
+    def query(self, texts: tuple[str, ...], integers: tuple[str, ...]) -> Fields:
         """The parameters; an unknown or repeated one is an error, an empty one is none."""
         try:
             pairs = urllib.parse.parse_qsl(self.query_text, errors="strict", max_num_fields=32)
         except ValueError:
             raise Malformed("the query cannot be parsed") from None
-        integers = tuple(integers)
         values = {name: int(value) if name in integers and re.fullmatch(r"[0-9]{1,18}", value) else value for name, value in pairs}
         fields = Fields(values, {*texts, *integers})
         for name, count in collections.Counter(name for name, _ in pairs).items():
             if count > 1:
                 fields.wrong(name[:100], "is given more than once")
         return fields
-
-
-def content_length(headers: Mapping[str, str]) -> int:
-    text = headers.get("content-length", "0")
-    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
-        raise Refusal(400, "Content-Length must be 1 to 9 digits")
-    return int(text)
 
 
 class FirstLine(NamedTuple):
@@ -3347,13 +3332,15 @@ def parse_headers(block: bytes) -> HeaderBlock:
         values[name] = value
     if "transfer-encoding" in values:
         raise Refusal(400, "Transfer-Encoding is not taken: send Content-Length")
-    expected = values.get("expect", "").lower()
+    expected, length = values.get("expect", "").lower(), values.get("content-length", "0")
     ends = "close" in re.split(r"[ \t]*,[ \t]*", values.get("connection", "").lower())
     if not AUTHORITY.fullmatch(values.get("host", "missing")):
         raise Refusal(400, NO_HOST)
     if expected not in ("", "100-continue"):
         raise Refusal(417, "the only expectation known is 100-continue")
-    return HeaderBlock(values, content_length(values), expected != "", ends)
+    if not re.fullmatch(r"[0-9]{1,9}", length, re.ASCII):
+        raise Refusal(400, "Content-Length must be 1 to 9 digits")
+    return HeaderBlock(values, int(length), expected != "", ends)
 
 
 def is_one_of(address: str, trusted: Iterable[Network]) -> bool:
@@ -3472,13 +3459,14 @@ class Dispatcher:
     """From a request to its answer: route, token, body, function; every error becomes a problem."""
 
     def __init__(self, api: Any, routes: Iterable[Route], auth: Auth, metrics: Metrics, writes: RateLimit | None = None):
-        self._api, self._router, self._auth, self._metrics = api, Router(routes), auth, metrics
-        self._writes = writes
+        self._api, self._router, self._auth, self._metrics, self._writes = api, Router(routes), auth, metrics, writes
 
     def respond(self, request: Request, read_body: Callable[[int, bool], bytes]) -> Response:
         """`read_body(limit, is_public)` is called once path and token are accepted. Raises OSError where the client goes away."""
         try:
-            route = request.route or self._find(request)
+            if request.route is None:
+                request.route, request.params = self._router.find(request.method, request.path)
+            route = request.route
             if request.is_foreign and route.method != "GET":
                 raise Forbidden("this call comes from another site's page")
             if route.scope is not Scope.PUBLIC:
@@ -3501,36 +3489,25 @@ class Dispatcher:
         self._metrics.count("deploybot_http_requests_total", labels)
         return response
 
-    def _find(self, request: Request) -> Route:
-        """Raises NotFound and MethodNotAllowed."""
-        request.route, request.params = self._router.find(request.method, request.path)
-        return request.route
-
     def _admit(self, request: Request, route: Route) -> None:
         """Raises what refuses a request before its body is read: Unauthorized, Forbidden, TooMany."""
         known = self._auth.find(request.digest) if request.digest else None
         if known is None or known != request.known:
             self._identify(request)
         if request.granted is not route:
-            self._check_rights(request.principal, route)
+            if not request.principal.may(route.scope):
+                raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {request.principal.scope}")
+            if request.principal.app and not route.for_app:
+                raise Forbidden(f"this token is for the app {request.principal.app} alone")
             request.granted = route
         if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
             self._writes.add(request.principal.name, "writes came with this token")
 
-    @staticmethod
-    def _check_rights(principal: Principal, route: Route) -> None:
-        if not principal.may(route.scope):
-            raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {principal.scope}")
-        if principal.app and not route.for_app:
-            raise Forbidden(f"this token is for the app {principal.app} alone")
-
     def _identify(self, request: Request) -> None:
         request.known = request.granted = None
-        request.principal = self._auth.principal(
-            request.headers, request.address, lambda: is_from_here(request.peer, request.headers)
-        )
-        token = bearer_token(request.headers)
-        if token is not None:
+        is_local = functools.partial(is_from_here, request.peer, request.headers)
+        request.principal = self._auth.principal(request.headers, request.address, is_local)
+        if (token := bearer_token(request.headers)) is not None:
             request.digest = sha256(token)
             request.known = self._auth.find(request.digest)
 
@@ -3751,7 +3728,6 @@ class Handler(socketserver.BaseRequestHandler):
             return False
 
     def _start(self, response: Response, keep: bool, length: str) -> bytes:
-        """The head of an answer."""
         more = "".join(f"{name}: {header_value(value)}\r\n" for name, value in response.headers) if response.headers else ""
         start = start_of(response.status, response.content_type, keep, int(time.time()))
         return start + f"{length}{more}\r\n".encode("latin-1", "replace")
@@ -3794,17 +3770,13 @@ class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, a thread each, and ends them all within STOP_DEADLINE at stop."""
 
     request_queue_size = 1024
-    daemon_threads = True
-    allow_reuse_address = True
 
     def __init__(self, address: tuple[str, int], dispatcher: Dispatcher, tls: ssl.SSLContext | None, trusted: tuple[Network, ...]):
-        self.tls, self.trusted = tls, trusted
+        self.tls, self.trusted, self.dispatcher, self.stopping = tls, trusted, dispatcher, False
         self.budget = MAX_PUBLIC_BODIES
         self.budget_lock = threading.Lock()  # guards budget
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        self.dispatcher = dispatcher
-        self.stopping = False
         # Guards _connections; stop() waits on it, each connection that ends wakes it.
         self._ended = threading.Condition()
         self._connections: set[socket.socket] = set()
@@ -3868,13 +3840,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         with self._ended:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):
-                    end_of(connection, socket.SHUT_RD)  # an idle one ends now, a working one after its answer
-            if not self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2):
-                for connection in self._connections:  # its reader does not read
+            # First an idle one ends at once, a working one after its answer; then those whose reader does not read.
+            for side in (socket.SHUT_RD, socket.SHUT_RDWR):
+                for connection in self._connections:
                     with contextlib.suppress(OSError):
-                        end_of(connection, socket.SHUT_RDWR)
+                        end_of(connection, side)
                 self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2)
 
 
@@ -3978,13 +3948,8 @@ class Controller:
 
     def list_jobs(self, request: Request) -> Answer:
         f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
-        status, host = f.choice("status", Status), f.text("host", is_host, fold=True)
-        equal = {
-            "status": status,
-            "host": host,
-            "app": request.principal.sees(f.text("app", is_app)),
-            "repo": f.text("repo", is_repo),
-        }
+        equal = {"status": f.choice("status", Status), "host": f.text("host", is_host, fold=True)}
+        equal |= {"app": request.principal.sees(f.text("app", is_app)), "repo": f.text("repo", is_repo)}
         starts = f.text("id", matches("[0-9a-f-]{1,36}", "the start of a job's id"), fold=True)
         before = f.text("before", is_id)
         limit = f.done(f.integer("limit", 1, 1000)) or 100
@@ -4029,8 +3994,7 @@ class Controller:
         return {"lines": lines, "next": following}
 
     def report_result(self, request: Request) -> Answer:
-        job = self.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)
-        return answer_with(self.jobs.text(job))
+        return answer_with(self.jobs.text(self.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)))
 
     def create_token(self, request: Request) -> Answer:
         token, secret = self.auth.create(TokenRequest.parse(request.json()).check(), request.principal)
@@ -4038,8 +4002,7 @@ class Controller:
 
     def who_asks(self, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
         who = principal or request.principal
-        expires_at = self.auth.expiry(who)
-        shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": expires_at}
+        shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": self.auth.expiry(who)}
         return answer(200, shown, headers=(("Set-Cookie", cookie),) if cookie else ())
 
     def sign_in(self, request: Request) -> Answer:
@@ -4104,9 +4067,8 @@ class Controller:
 
     def stream_logs(self, request: Request) -> Answer:
         f = request.query(("host", "app", "job_id"), ("tail",))
-        wanted = EventFilter(
-            f.text("host", is_host, fold=True), request.principal.sees(f.text("app", is_app)), f.text("job_id", is_id)
-        )
+        host, app = f.text("host", is_host, fold=True), request.principal.sees(f.text("app", is_app))
+        wanted = EventFilter(host, app, f.text("job_id", is_id))
         tail = f.done(f.integer("tail", 0, 1000))
         if wanted.job_id is not None:
             request.principal.sees(self.jobs.shown(wanted.job_id)[0])
@@ -4117,7 +4079,6 @@ class Controller:
         return Response(200, chunks, "text/event-stream", (("X-Accel-Buffering", "no"),))  # nginx would gather it in its buffer
 
     def webhook_secrets(self) -> set[str]:
-        """Of the controller and of the apps."""
         return {*secrets_in(self.config.webhook_secret), *(one for app in self.apps.all for one in app.webhook_secrets)}
 
     def admit_webhook(self, request: Request) -> None:
@@ -4524,22 +4485,16 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
     options, env = ([], {}) if verb == "check-apps" else (OPTIONS, os.environ)
     secret_lines = "".join(f"  {secret.variable:<26}{secret.help}\n" for secret in SECRETS.values())
     verbs = "".join(f"  {f'{name} {file}':<26}{help}\n" for name, (_, file, help) in VERBS.items() if name != "serve")
-    parser = argparse.ArgumentParser(
-        prog=f"deploybot.py {verb}".removesuffix(" serve"),
-        description=description,
-        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n\n\nOther verbs:\n{verbs}"
-        if options
-        else "",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    also = "Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_...."
+    epilog = f"Secrets are never flags:\n{secret_lines}{also}\n\n\nOther verbs:\n{verbs}" if options else ""
+    name, raw = f"deploybot.py {verb}".removesuffix(" serve"), argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=name, description=description, epilog=epilog, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"deploybot {VERSION}")
     if takes:
         parser.add_argument("file", metavar=takes, type=pathlib.Path)
     for option in options:
-        more: dict[str, Any] = {"metavar": option.field.upper()}
-        if option.parse is flag:
-            more = {"action": "store_const", "const": "true"}
+        switch, value = {"action": "store_const", "const": "true"}, {"metavar": option.field.upper()}
+        more: dict[str, Any] = switch if option.parse is flag else value
         parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
     given = vars(parser.parse_args(arguments))
     return Config.load(given, env), given.get("file", pathlib.Path())
