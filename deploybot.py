@@ -838,8 +838,7 @@ class Principal(NamedTuple):
         return cls(f"agent:{host}", Scope.AGENT, host, is_own=True)
 
     def may(self, scope: Scope) -> bool:
-        open_to_all = scope in (Scope.PUBLIC, Scope.ANY)
-        return open_to_all or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
+        return scope in (Scope.PUBLIC, Scope.ANY) or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -1321,8 +1320,7 @@ class Queries:
         return (row[1] if row[0] == attempt else 0, row[2]) if row else (0, 0)
 
     def last_position_of(self, job_id: str, kind: str) -> int:
-        row = self.one("SELECT max(position) FROM events WHERE job_id = ? AND kind = ?", job_id, kind)
-        return row[0] or 0
+        return self.one("SELECT max(position) FROM events WHERE job_id = ? AND kind = ?", job_id, kind)[0] or 0
 
     def recent_chunks(self, wanted: EventFilter, limit: int) -> list[tuple[int, int]]:
         """(position, lines) of the newest log chunks, newest first. For a host or an app: those of its 20 newest jobs;
@@ -1714,15 +1712,11 @@ class Store:
             self._migrate(number)
 
     def _migrate(self, number: int) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._db:  # COMMIT at its end, ROLLBACK after an error
+            self._db.execute("BEGIN IMMEDIATE")
             for statement in MIGRATIONS[number]:
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {number + 1}")
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
 
     def write(self, do: Callable[[Tx], T], size: int = 0) -> T:
         """Runs do(tx) in a transaction that others may share; returns its value once it is durable and its effects have happened.
@@ -1976,13 +1970,8 @@ class EventHub:
     def since(self, position: int, timeout: float) -> list[Event] | None:
         """Some events after the position, waiting for the first; [] after `timeout` seconds or at the end; None for a reader that is
         behind the window and has to ask the database."""
-        deadline = time.monotonic() + timeout
         with self._cond:
-            while self.head <= position and not self.closed:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    break
-                self._cond.wait(remaining)
+            self._cond.wait_for(lambda: self.head > position or self.closed, timeout)
             if position < self.floor:
                 return None
             newer = list(itertools.takewhile(lambda event: event.position > position, reversed(self._recent)))
@@ -2356,8 +2345,7 @@ class Push(NamedTuple):
         if commit and ref.startswith("refs/tags/"):  # `after` may be the tag's own object
             tagged = said(head, "id", 64)
             commit = tagged if COMMIT.fullmatch(tagged) else commit
-        if commit and set(commit) == {"0"}:
-            commit = None
+        commit = None if commit and set(commit) == {"0"} else commit
         if branch is not None and is_ref(branch):
             f.wrong("ref", "must be a ref as git names them")
         message, pusher, before = said(head, "message", 1000), said(data.get("pusher"), "name", 100), said(data, "before", 64)
@@ -2381,9 +2369,8 @@ class Push(NamedTuple):
         return any(fnmatch.fnmatchcase(self.branch, pattern) for pattern in app.branches)  # * matches a slash, too
 
     def request(self, app: App, host: str) -> JobRequest:
-        told = {"branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
-        metadata = {"app": app.name, **told, "trigger": "github_webhook"}
-        return JobRequest(self.repo, self.commit or "", host, app.name, metadata)
+        told = {"app": app.name, "branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
+        return JobRequest(self.repo, self.commit or "", host, app.name, {**told, "trigger": "github_webhook"})
 
 
 def push_payload(body: bytes, content_type: str) -> Any:
@@ -2724,9 +2711,7 @@ class Jobs:
             rest = {name: getattr(result, name) for name in ("exit_code", "error", "rolled_back_to")}
             return self._end(tx, job, result.status, result.reason, commit=result.commit or job.commit, **rest)
 
-        job = self.store.write(do)
-        self._logged(job)
-        return job
+        return self._logged(self.store.write(do))
 
     def _running(self, tx: Tx, job_id: str, attempt: int, principal: Principal) -> Job:
         """The job, if this attempt of it runs; else Conflict with its state in words."""
@@ -2910,9 +2895,7 @@ class Jobs:
             tx.after(self._tell_cancel, asked)
             return asked
 
-        job = self.store.write(do)
-        self._logged(job)
-        return job
+        return self._logged(self.store.write(do))
 
     def retry(self, job_id: str, principal: Principal) -> tuple[Job, bool]:
         """The same again as a new job, by the mapping in force. Raises Conflict while the job is open."""
@@ -3003,8 +2986,7 @@ class Jobs:
             agent = self._by_host.get(lease.host)
             quiet = now - max(lease.since, agent.contact if agent else 0.0)
             if now > lease.deadline:
-                error = "ran for longer than its timeout, and the agent did not say so"
-                self._close(lease, Status.FAILED, Reason.TIMEOUT, error)
+                self._close(lease, Status.FAILED, Reason.TIMEOUT, "ran for longer than its timeout, and the agent did not say so")
             elif quiet > self.config.lost_after:
                 error = f"no contact with the agent of {lease.host} for {quiet:.0f} s"
                 self._close(lease, Status.FAILED, Reason.AGENT_LOST, error, may_retry=True)
@@ -3078,9 +3060,10 @@ class Jobs:
         tx.after(self.queue.put, waiting.host, waiting.id, waiting.app)
         return waiting
 
-    def _logged(self, job: Job | None) -> None:
+    def _logged(self, job: Any) -> Any:
         if job:
             log.info("job %s of %s on %s: %s", job.id, job.app, job.host, in_words(job))
+        return job
 
     def _expire(self) -> None:
         limit = self.config.pending_expiry
@@ -3632,8 +3615,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _request(self, headers: dict[str, str]) -> Request:
         address, secure = forwarded(self._peer, headers, self.server.trusted)
-        secure = secure or self._is_tls
-        return Request("", "", "", headers, self._peer, address, secure, self._connected, is_foreign(headers))
+        return Request("", "", "", headers, self._peer, address, secure or self._is_tls, self._connected, is_foreign(headers))
 
     def _read_head(self) -> bytes | None:
         """The head without its blank line; None where the client ended the connection or said nothing for too long."""
@@ -3878,8 +3860,7 @@ def answer_with(text: str, status: int = 200, **more: Any) -> Response:
 
 def cookie_of(request: Request, secret: str, seconds: int) -> str:
     """RFC 6265. SameSite: no other site's page brings it along; HttpOnly: no script reads it."""
-    secure = "; Secure" if request.secure else ""
-    return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
+    return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{'; Secure' if request.secure else ''}"
 
 
 def frame(event: Event, epoch: str) -> bytes:
