@@ -1337,8 +1337,7 @@ class Queries:
 
     def releases(self) -> dict[tuple[str, str], tuple[str, str | None, str]]:
         """(app, host) to (job id, commit, time)."""
-        found = self.rows('SELECT app, host, job_id, "commit", deployed_at FROM releases')
-        return {(app, host): (job, commit, at) for app, host, job, commit, at in found}
+        return {(row[0], row[1]): row[2:] for row in self.rows('SELECT app, host, job_id, "commit", deployed_at FROM releases')}
 
     def newest_push(self, app: str, ref: str) -> tuple[int | None, str] | None:
         """(pushed_at, the commit that it came after) of the newest push that the app took."""
@@ -3546,8 +3545,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._block: bytes | None = None
         self._line, self._headers = FirstLine("GET", "/", "", 1), HeaderBlock({}, 0, False, False)
         self._asked = self._request({})
-        self._unread = 0  # bytes of the current body that nobody has read
-        self._reserved = 0  # bytes of the server's budget
+        self._unread = self._reserved = 0  # bytes of the current body that nobody has read, and of the server's budget
 
     def handle(self) -> None:
         with contextlib.suppress(OSError):  # a client that goes away is no error
