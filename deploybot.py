@@ -32,7 +32,6 @@ import functools
 import gc
 import hashlib
 import hmac
-import http
 import http.server
 import ipaddress
 import itertools
@@ -192,6 +191,7 @@ def nearest(word: str, words: Iterable[str]) -> str:
 
 TIMES = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 SIZES = {"": 1, "KiB": KIB, "MiB": MIB, "GiB": 1024 * MIB}
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def quantity(text: str, units: Mapping[str, float], words: str) -> float:
@@ -237,9 +237,6 @@ def flag(text: str) -> bool:
 
 def optional_path(text: str) -> pathlib.Path | None:
     return pathlib.Path(text) if text else None
-
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 def networks(text: str) -> tuple[Network, ...]:
@@ -620,8 +617,8 @@ class Model:
 
     @classmethod
     def read(cls: type[T], f: Fields) -> T:
-        there = f.data
-        return cls(**{name: read(f, name) for name, (read, required) in readers(cls).items() if required or name in there})
+        fields, there = readers(cls).items(), f.data  # type: ignore[arg-type]
+        return cls(**{name: read(f, name) for name, (read, required) in fields if required or name in there})
 
     @classmethod
     def parse(cls, data: Any) -> Self:
@@ -664,7 +661,7 @@ class Job(NamedTuple):
 
     def public(self) -> dict[str, Any]:
         """What every reader may see: all but the last three."""
-        shown = dict(zip(self._fields[:-3], self, strict=False))
+        shown: dict[str, Any] = dict(zip(self._fields[:-3], self, strict=False))
         shown["metadata"] = json.loads(self.metadata) if self.metadata != "{}" else {}
         return shown
 
@@ -842,8 +839,7 @@ class Principal(NamedTuple):
         return cls(f"agent:{host}", Scope.AGENT, host, is_own=True)
 
     def may(self, scope: Scope) -> bool:
-        open_to_all = scope in (Scope.PUBLIC, Scope.ANY)
-        return open_to_all or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
+        return scope in (Scope.PUBLIC, Scope.ANY) or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
 
     def speaks_for(self, host: str) -> None:
         """Raises Forbidden."""
@@ -1298,12 +1294,10 @@ class Queries:
             plus = "+" if column == "status" and len(equal) > 1 else ""  # keeps SQLite to the index that narrows more
             where.append(f"{plus}{column} = ?" + (" COLLATE NOCASE" if column == "repo" else ""))
             values.append(value)
-        if starts:
-            where.append("id >= ? AND id < ?")
-            values += [starts, starts + "~"]
-        if before:
-            where.append("id < ?")
-            values.append(before)
+        for bound, text in (("id >= ?", starts), ("id < ?", starts and starts + "~"), ("id < ?", before)):
+            if text:
+                where.append(bound)
+                values.append(text)
         sql = f"SELECT {JOB_COLUMNS} FROM jobs WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?"
         return [Job._make(row) for row in self.rows(sql, *values, limit)]
 
@@ -1327,8 +1321,7 @@ class Queries:
         return (row[1] if row[0] == attempt else 0, row[2]) if row else (0, 0)
 
     def last_position_of(self, job_id: str, kind: str) -> int:
-        row = self.one("SELECT max(position) FROM events WHERE job_id = ? AND kind = ?", job_id, kind)
-        return row[0] or 0
+        return self.one("SELECT max(position) FROM events WHERE job_id = ? AND kind = ?", job_id, kind)[0] or 0
 
     def recent_chunks(self, wanted: EventFilter, limit: int) -> list[tuple[int, int]]:
         """(position, lines) of the newest log chunks, newest first. For a host or an app: those of its 20 newest jobs;
@@ -1345,8 +1338,7 @@ class Queries:
 
     def releases(self) -> dict[tuple[str, str], tuple[str, str | None, str]]:
         """(app, host) to (job id, commit, time)."""
-        found = self.rows('SELECT app, host, job_id, "commit", deployed_at FROM releases')
-        return {(app, host): (job, commit, at) for app, host, job, commit, at in found}
+        return {(row[0], row[1]): row[2:] for row in self.rows('SELECT app, host, job_id, "commit", deployed_at FROM releases')}
 
     def newest_push(self, app: str, ref: str) -> tuple[int | None, str] | None:
         """(pushed_at, the commit that it came after) of the newest push that the app took."""
@@ -1364,15 +1356,11 @@ class Queries:
 
     def old_jobs(self, after: str, oldest_id: str, limit: int) -> list[tuple[str, str | None, bool]]:
         """(id, end, whether it is among the last two successes of its app on its host) of jobs between the ids, oldest first."""
-        kept = (
-            "SELECT count(*) < 2 FROM (SELECT 1 FROM jobs AS newer INDEXED BY jobs_success WHERE newer.status = 'success'"
-            " AND newer.app = jobs.app AND newer.host = jobs.host AND newer.id > jobs.id LIMIT 2)"
-        )
-        return self.rows(
-            f"SELECT id, completed_at, CASE WHEN status = 'success' THEN ({kept}) ELSE 0 END FROM jobs"
-            " WHERE id > ? AND id < ? ORDER BY id LIMIT ?",
-            *(after, oldest_id, limit),
-        )
+        newer = "SELECT 1 FROM jobs AS newer INDEXED BY jobs_success WHERE newer.status = 'success'"
+        newer += " AND newer.app = jobs.app AND newer.host = jobs.host AND newer.id > jobs.id LIMIT 2"
+        kept = f"CASE WHEN status = 'success' THEN (SELECT count(*) < 2 FROM ({newer})) ELSE 0 END"
+        sql = f"SELECT id, completed_at, {kept} FROM jobs WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
+        return self.rows(sql, after, oldest_id, limit)
 
     def delivery(self, delivery_id: str, signature: str) -> tuple[list[str], str] | None:
         """What a delivery of that id, or of that signed body, made: the id is not signed, so it does not count alone."""
@@ -1489,11 +1477,8 @@ class Tx(Queries):
     def change_job(self, job: Job, **columns: Any) -> Job | None:
         """The job with these columns, if it still has the status and the attempt that `job` says; else None."""
         names = ", ".join(f'"{name}" = ?' for name in columns)
-        row = self._do(
-            f"UPDATE jobs SET {names} WHERE id = ? AND status = ? AND attempt = ? RETURNING {JOB_COLUMNS}",
-            *columns.values(),
-            *(job.id, job.status, job.attempt),
-        ).fetchone()
+        sql = f"UPDATE jobs SET {names} WHERE id = ? AND status = ? AND attempt = ? RETURNING {JOB_COLUMNS}"
+        row = self._do(sql, *columns.values(), job.id, job.status, job.attempt).fetchone()
         self.learn(job.id, None)
         return Job._make(row) if row else None
 
@@ -1673,7 +1658,8 @@ class Work:
 
     def __init__(self, do: Callable[[Tx], Any], size: int):
         self.do, self.size, self.done = do, size, False
-        self.value, self.error = None, None
+        self.value: Any = None
+        self.error: BaseException | None = None
         self.turn = threading.Lock()  # its caller waits on it; released when the work is done, or when the caller is to commit
         self.turn.acquire()
 
@@ -1726,15 +1712,11 @@ class Store:
             self._migrate(number)
 
     def _migrate(self, number: int) -> None:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._db:  # COMMIT at its end, ROLLBACK after an error
+            self._db.execute("BEGIN IMMEDIATE")
             for statement in MIGRATIONS[number]:
                 self._db.execute(statement)
             self._db.execute(f"PRAGMA user_version = {number + 1}")
-            self._db.execute("COMMIT")
-        except BaseException:
-            self._db.execute("ROLLBACK")
-            raise
 
     def write(self, do: Callable[[Tx], T], size: int = 0, patient: bool = False) -> T:
         """Runs do(tx) in a transaction that others may share; returns its value once it is durable and its effects have happened.
@@ -1844,15 +1826,14 @@ class Store:
 # Owns which job ids wait for which host. Ignores SQL, models, and what is done with a job.
 
 
+@dataclasses.dataclass(slots=True)
 class Lane:
     """What waits for one host, in order of id, which is the order of creation."""
 
-    __slots__ = ("_lock", "_woken", "ticket", "waiting")
-
-    def __init__(self, lock: threading.Lock):
-        self.waiting: collections.deque[tuple[str, str]] = collections.deque()  # (job id, app)
-        self.ticket = 0  # counts what a parked heartbeat should look at
-        self._lock, self._woken = lock, None
+    _lock: threading.Lock
+    waiting: collections.deque[tuple[str, str]] = dataclasses.field(default_factory=collections.deque)  # (job id, app)
+    ticket: int = 0  # counts what a parked heartbeat should look at
+    _woken: threading.Condition | None = None
 
     @property
     def woken(self) -> threading.Condition:
@@ -1877,10 +1858,7 @@ class JobQueue:
         self.closed = False
 
     def _lane(self, host: str) -> Lane:
-        lane = self._lanes.get(host)
-        if lane is None:
-            lane = self._lanes[host] = Lane(self._lock)
-        return lane
+        return self._lanes.get(host) or self._lanes.setdefault(host, Lane(self._lock))
 
     def put(self, host: str, job_id: str, app: str) -> None:
         """A job that comes back (another attempt, a client that went away) takes its old place."""
@@ -1923,7 +1901,7 @@ class JobQueue:
         with self._lock:
             lane = self._lane(host)
             while True:
-                entry = None if self.closed else self._pick(lane, busy)
+                entry = None if self.closed or busy is None else self._pick(lane, busy)
                 if entry or self.closed or lane.ticket != ticket:
                     return entry
                 remaining = deadline - time.monotonic()
@@ -1932,9 +1910,7 @@ class JobQueue:
                 lane.woken.wait(remaining)
 
     @staticmethod
-    def _pick(lane: Lane, busy: frozenset[str] | None) -> tuple[str, str] | None:
-        if busy is None:
-            return None
+    def _pick(lane: Lane, busy: frozenset[str]) -> tuple[str, str] | None:
         for index, entry in enumerate(lane.waiting):
             if entry[1] not in busy:
                 del lane.waiting[index]
@@ -1995,13 +1971,8 @@ class EventHub:
     def since(self, position: int, timeout: float) -> list[Event] | None:
         """Some events after the position, waiting for the first; [] after `timeout` seconds or at the end; None for a reader that is
         behind the window and has to ask the database."""
-        deadline = time.monotonic() + timeout
         with self._cond:
-            while self.head <= position and not self.closed:
-                remaining = deadline - time.monotonic()
-                if remaining <= 0:
-                    break
-                self._cond.wait(remaining)
+            self._cond.wait_for(lambda: self.head > position or self.closed, timeout)
             if position < self.floor:
                 return None
             newer = list(itertools.takewhile(lambda event: event.position > position, reversed(self._recent)))
@@ -2015,7 +1986,6 @@ class EventHub:
 
 # == Metrics ===========================================================================================================
 # Owns counters and their text. Ignores what is counted.
-
 
 METRICS = {
     "deploybot_http_requests_total": "Requests answered, by method, route and status.",
@@ -2066,8 +2036,10 @@ class Metrics:
 # == Auth ==============================================================================================================
 # Owns who a token is. Ignores what a principal then does.
 
-
 NO_TOKEN = "this call needs a token: Authorization: Bearer TOKEN (ctl.py and agents read it from the environment)"
+COOKIE = "deploybot_session"
+COOKIE_VALUE = re.compile(rf"(?:\A|;)[ \t]*{COOKIE}=([\w-]{{1,128}})(?:;|\Z)", re.ASCII)
+TAKEN_NAMES = ("admin", "agents", "reader", "local", "github")
 
 
 def sha256(text: str) -> str:
@@ -2108,11 +2080,6 @@ class RateLimit:
 def network_of(address: str) -> str:
     """What one caller has for sure: an IPv4 address, or the /64 of an IPv6 one."""
     return ":".join(ipaddress.IPv6Address(address.partition("%")[0]).exploded.split(":")[:4]) if ":" in address else address
-
-
-COOKIE = "deploybot_session"
-COOKIE_VALUE = re.compile(rf"(?:\A|;)[ \t]*{COOKIE}=([\w-]{{1,128}})(?:;|\Z)", re.ASCII)
-TAKEN_NAMES = ("admin", "agents", "reader", "local", "github")
 
 
 def new_secret() -> str:
@@ -2379,8 +2346,7 @@ class Push(NamedTuple):
         if commit and ref.startswith("refs/tags/"):  # `after` may be the tag's own object
             tagged = said(head, "id", 64)
             commit = tagged if COMMIT.fullmatch(tagged) else commit
-        if commit and set(commit) == {"0"}:
-            commit = None
+        commit = None if commit and set(commit) == {"0"} else commit
         if branch is not None and is_ref(branch):
             f.wrong("ref", "must be a ref as git names them")
         message, pusher, before = said(head, "message", 1000), said(data.get("pusher"), "name", 100), said(data, "before", 64)
@@ -2397,7 +2363,6 @@ class Push(NamedTuple):
         return before == self.commit  # the one that was taken came after this one
 
     def wanted_by(self, app: App) -> bool:
-        """Whether this app deploys this branch."""
         if self.branch is None or not app.deploy_on_push:
             return False
         if app.branches is None:
@@ -2405,9 +2370,8 @@ class Push(NamedTuple):
         return any(fnmatch.fnmatchcase(self.branch, pattern) for pattern in app.branches)  # * matches a slash, too
 
     def request(self, app: App, host: str) -> JobRequest:
-        told = {"branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
-        metadata = {"app": app.name, **told, "trigger": "github_webhook"}
-        return JobRequest(self.repo, self.commit or "", host, app.name, metadata)
+        told = {"app": app.name, "branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
+        return JobRequest(self.repo, self.commit or "", host, app.name, {**told, "trigger": "github_webhook"})
 
 
 def push_payload(body: bytes, content_type: str) -> Any:
@@ -2424,6 +2388,9 @@ def push_payload(body: bytes, content_type: str) -> Any:
 # == Jobs ==============================================================================================================
 # Owns the use cases of jobs and agents; joins Store, JobQueue and EventHub. Ignores HTTP and argv.
 
+Connected = Callable[[], bool]  # whether the client is still there
+NO_JOB = Job._make([None] * len(Job._fields))
+
 
 @dataclasses.dataclass(slots=True)
 class Lease:
@@ -2438,12 +2405,6 @@ class Lease:
     deadline: float  # monotonic: when the controller ends it itself
     cancel: bool = False
     answered: int | None = None  # tick of Jobs at which the answer that carried it was written
-
-
-Connected = Callable[[], bool]  # whether the client is still there
-
-
-NO_JOB = Job._make([None] * len(Job._fields))
 
 
 def key_of(repo: str, ref: str, host: str, app: str) -> int:
@@ -2474,10 +2435,9 @@ class Jobs:
         self._open: dict[int, tuple[str, ...]] = {}  # key_of() a deployment to ids of its pending and running jobs, oldest first
         self._open_on: collections.Counter[str] = collections.Counter()  # host to how many of these
         self._lock = threading.Lock()  # guards Lease.answered: of two heartbeats one gets the job again
-        self._flushed = clock.monotonic()
+        self._flushed = self._retention_due = clock.monotonic()
         self._ticks = itertools.count(1)  # orders the coming of heartbeats and the writing of answers
         self._retained = ""  # the last job that the walk over the old ones looked at
-        self._retention_due = clock.monotonic()
         self._seen: set[str] = set()  # ids of agents whose contact is not in the database yet
         with store.read() as db:
             self._new_id = TimeOrderedIds(clock, db.last_job_id())
@@ -2626,11 +2586,9 @@ class Jobs:
         """What an older session ran: goes on where the agent still holds it, else it has crashed with the agent."""
         session = self._current(agent.id, beat).session
         for lease in self._leases_of(agent.hostname):
-            if lease.session == session:
-                continue
             if (lease.job_id, lease.attempt) in (beat.running or ()):
                 lease.session = session
-            else:
+            elif lease.session != session:
                 error = "the agent was restarted and knows nothing of this job"
                 self._close(lease, Status.FAILED, Reason.AGENT_CRASHED, error, may_retry=True)
 
@@ -2706,7 +2664,6 @@ class Jobs:
     def append_logs(self, job_id: str, upload: LogUpload, principal: Principal) -> tuple[int, bool]:
         """Stores what is new of the upload; (next offset, whether the job is to be cancelled).
         Raises Conflict for an attempt that is not running any more, and for a gap, with `next_offset`."""
-
         now = self.clock.stamp()
         for line in upload.lines:
             line[2] = line[2] or now
@@ -2755,9 +2712,7 @@ class Jobs:
             rest = {name: getattr(result, name) for name in ("exit_code", "error", "rolled_back_to")}
             return self._end(tx, job, result.status, result.reason, commit=result.commit or job.commit, **rest)
 
-        job = self.store.write(do)
-        self._logged(job)
-        return job
+        return self._logged(self.store.write(do))
 
     def _running(self, tx: Tx, job_id: str, attempt: int, principal: Principal) -> Job:
         """The job, if this attempt of it runs; else Conflict with its state in words."""
@@ -2866,8 +2821,7 @@ class Jobs:
             return f"{job.host} is drained: the job waits until ctl.py hosts resume {job.host}"
         repos = [app.repo for app in self.apps.all]
         if not asked.app and repos and not self.apps.of_repo(asked.repo):
-            hint = nearest(asked.repo, repos)
-            return f"apps.yaml has no app of {asked.repo}{hint} (it deploys without commands of its own)"
+            return f"apps.yaml has no app of {asked.repo}{nearest(asked.repo, repos)} (it deploys without commands of its own)"
         if asked.app and not self.apps.named(asked.app):
             known = [app.name for app in self.apps.all]
             return f"apps.yaml has no app {asked.app}{nearest(asked.app, known)} (it deploys without commands of its own)"
@@ -2942,9 +2896,7 @@ class Jobs:
             tx.after(self._tell_cancel, asked)
             return asked
 
-        job = self.store.write(do)
-        self._logged(job)
-        return job
+        return self._logged(self.store.write(do))
 
     def retry(self, job_id: str, principal: Principal) -> tuple[Job, bool]:
         """The same again as a new job, by the mapping in force. Raises Conflict while the job is open."""
@@ -3035,8 +2987,7 @@ class Jobs:
             agent = self._by_host.get(lease.host)
             quiet = now - max(lease.since, agent.contact if agent else 0.0)
             if now > lease.deadline:
-                error = "ran for longer than its timeout, and the agent did not say so"
-                self._close(lease, Status.FAILED, Reason.TIMEOUT, error)
+                self._close(lease, Status.FAILED, Reason.TIMEOUT, "ran for longer than its timeout, and the agent did not say so")
             elif quiet > self.config.lost_after:
                 error = f"no contact with the agent of {lease.host} for {quiet:.0f} s"
                 self._close(lease, Status.FAILED, Reason.AGENT_LOST, error, may_retry=True)
@@ -3110,9 +3061,10 @@ class Jobs:
         tx.after(self.queue.put, waiting.host, waiting.id, waiting.app)
         return waiting
 
-    def _logged(self, job: Job | None) -> None:
+    def _logged(self, job: Any) -> Any:
         if job:
             log.info("job %s of %s on %s: %s", job.id, job.app, job.host, in_words(job))
+        return job
 
     def _expire(self) -> None:
         limit = self.config.pending_expiry
@@ -3261,6 +3213,10 @@ BARE = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)")  # CR or LF without the other
 AUTHORITY = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 NO_HOST = "the Host header must be a name or an address, and perhaps a port; HTTP/1.1 needs one"
 ONCE = ("host", "content-length", "authorization", "content-type", "expect", "last-event-id", "origin")
+NOBODY = Principal("nobody", Scope.PUBLIC)
+Headers = tuple[tuple[str, str], ...]
+# Ends a side of a connection, also for a thread that does not own it: that of SSLSocket would drop the state of TLS.
+end_of = socket.socket.shutdown
 
 
 class Refusal(DeployBotError):
@@ -3269,9 +3225,6 @@ class Refusal(DeployBotError):
     def __init__(self, status: int, detail: str):
         super().__init__(detail)
         self.status = status
-
-
-NOBODY = Principal("nobody", Scope.PUBLIC)
 
 
 def is_foreign(headers: Mapping[str, str]) -> bool:
@@ -3310,26 +3263,18 @@ class Request:
     def json(self) -> Any:
         return load_json(self.body)
 
-    def query(self, texts: Iterable[str] = (), integers: Iterable[str] = ()) -> Fields:
+    def query(self, texts: tuple[str, ...], integers: tuple[str, ...]) -> Fields:
         """The parameters; an unknown or repeated one is an error, an empty one is none."""
         try:
             pairs = urllib.parse.parse_qsl(self.query_text, errors="strict", max_num_fields=32)
         except ValueError:
             raise Malformed("the query cannot be parsed") from None
-        integers = tuple(integers)
         values = {name: int(value) if name in integers and re.fullmatch(r"[0-9]{1,18}", value) else value for name, value in pairs}
         fields = Fields(values, {*texts, *integers})
         for name, count in collections.Counter(name for name, _ in pairs).items():
             if count > 1:
                 fields.wrong(name[:100], "is given more than once")
         return fields
-
-
-def content_length(headers: Mapping[str, str]) -> int:
-    text = headers.get("content-length", "0")
-    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII):
-        raise Refusal(400, "Content-Length must be 1 to 9 digits")
-    return int(text)
 
 
 class FirstLine(NamedTuple):
@@ -3371,13 +3316,15 @@ def parse_headers(block: bytes) -> HeaderBlock:
         values[name] = value
     if "transfer-encoding" in values:
         raise Refusal(400, "Transfer-Encoding is not taken: send Content-Length")
-    expected = values.get("expect", "").lower()
+    expected, length = values.get("expect", "").lower(), values.get("content-length", "0")
     ends = "close" in re.split(r"[ \t]*,[ \t]*", values.get("connection", "").lower())
     if not AUTHORITY.fullmatch(values.get("host", "missing")):
         raise Refusal(400, NO_HOST)
     if expected not in ("", "100-continue"):
         raise Refusal(417, "the only expectation known is 100-continue")
-    return HeaderBlock(values, content_length(values), expected != "", ends)
+    if not re.fullmatch(r"[0-9]{1,9}", length, re.ASCII):
+        raise Refusal(400, "Content-Length must be 1 to 9 digits")
+    return HeaderBlock(values, int(length), expected != "", ends)
 
 
 def is_one_of(address: str, trusted: Iterable[Network]) -> bool:
@@ -3396,9 +3343,6 @@ def forwarded(peer: str, headers: Mapping[str, str], trusted: tuple[Network, ...
     with contextlib.suppress(ValueError):  # what the proxy passed on may be no address
         peer = str(ipaddress.ip_address(asked))
     return peer, headers.get("x-forwarded-proto", "").lower() == "https"
-
-
-Headers = tuple[tuple[str, str], ...]
 
 
 @dataclasses.dataclass(slots=True)
@@ -3499,13 +3443,14 @@ class Dispatcher:
     """From a request to its answer: route, token, body, function; every error becomes a problem."""
 
     def __init__(self, api: Any, routes: Iterable[Route], auth: Auth, metrics: Metrics, writes: RateLimit | None = None):
-        self._api, self._router, self._auth, self._metrics = api, Router(routes), auth, metrics
-        self._writes = writes
+        self._api, self._router, self._auth, self._metrics, self._writes = api, Router(routes), auth, metrics, writes
 
     def respond(self, request: Request, read_body: Callable[[int, bool], bytes]) -> Response:
         """`read_body(limit, is_public)` is called once path and token are accepted. Raises OSError where the client goes away."""
         try:
-            route = request.route or self._find(request)
+            if request.route is None:
+                request.route, request.params = self._router.find(request.method, request.path)
+            route = request.route
             if request.is_foreign and route.method != "GET":
                 raise Forbidden("this call comes from another site's page")
             if route.scope is not Scope.PUBLIC:
@@ -3528,36 +3473,25 @@ class Dispatcher:
         self._metrics.count("deploybot_http_requests_total", labels)
         return response
 
-    def _find(self, request: Request) -> Route:
-        """Raises NotFound and MethodNotAllowed."""
-        request.route, request.params = self._router.find(request.method, request.path)
-        return request.route
-
     def _admit(self, request: Request, route: Route) -> None:
         """Raises what refuses a request before its body is read: Unauthorized, Forbidden, TooMany."""
         known = self._auth.find(request.digest) if request.digest else None
         if known is None or known != request.known:
             self._identify(request)
         if request.granted is not route:
-            self._check_rights(request.principal, route)
+            if not request.principal.may(route.scope):
+                raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {request.principal.scope}")
+            if request.principal.app and not route.for_app:
+                raise Forbidden(f"this token is for the app {request.principal.app} alone")
             request.granted = route
         if self._writes and route.method != "GET" and route.scope is not Scope.AGENT:
             self._writes.add(request.principal.name, "writes came with this token")
 
-    @staticmethod
-    def _check_rights(principal: Principal, route: Route) -> None:
-        if not principal.may(route.scope):
-            raise Forbidden(f"this call needs a token of the role {route.scope}; this one has {principal.scope}")
-        if principal.app and not route.for_app:
-            raise Forbidden(f"this token is for the app {principal.app} alone")
-
     def _identify(self, request: Request) -> None:
         request.known = request.granted = None
-        request.principal = self._auth.principal(
-            request.headers, request.address, lambda: is_from_here(request.peer, request.headers)
-        )
-        token = bearer_token(request.headers)
-        if token is not None:
+        is_local = functools.partial(is_from_here, request.peer, request.headers)
+        request.principal = self._auth.principal(request.headers, request.address, is_local)
+        if (token := bearer_token(request.headers)) is not None:
             request.digest = sha256(token)
             request.known = self._auth.find(request.digest)
 
@@ -3583,10 +3517,6 @@ def age_of_input(connection: socket.socket) -> float:
     option = getattr(socket, "TCP_INFO", None)
     info = b"" if option is None else connection.getsockopt(socket.IPPROTO_TCP, option, 56)
     return struct.unpack_from("I", info, 52)[0] / 1000 if len(info) >= 56 else 0.0
-
-
-# Ends a side of a connection, also for a thread that does not own it: that of SSLSocket would drop the state of TLS.
-end_of = socket.socket.shutdown
 
 
 def tls_context(cert: pathlib.Path, key: pathlib.Path) -> ssl.SSLContext:
@@ -3617,8 +3547,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._block: bytes | None = None
         self._line, self._headers = FirstLine("GET", "/", "", 1), HeaderBlock({}, 0, False, False)
         self._asked = self._request({})
-        self._unread = 0  # bytes of the current body that nobody has read
-        self._reserved = 0  # bytes of the server's budget
+        self._unread = self._reserved = 0  # bytes of the current body that nobody has read, and of the server's budget
 
     def handle(self) -> None:
         with contextlib.suppress(OSError):  # a client that goes away is no error
@@ -3685,8 +3614,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _request(self, headers: dict[str, str]) -> Request:
         address, secure = forwarded(self._peer, headers, self.server.trusted)
-        secure = secure or self._is_tls
-        return Request("", "", "", headers, self._peer, address, secure, self._connected, is_foreign(headers))
+        return Request("", "", "", headers, self._peer, address, secure or self._is_tls, self._connected, is_foreign(headers))
 
     def _read_head(self) -> bytes | None:
         """The head without its blank line; None where the client ended the connection or said nothing for too long."""
@@ -3781,7 +3709,6 @@ class Handler(socketserver.BaseRequestHandler):
             return False
 
     def _start(self, response: Response, keep: bool, length: str) -> bytes:
-        """The head of an answer."""
         more = "".join(f"{name}: {header_value(value)}\r\n" for name, value in response.headers) if response.headers else ""
         start = start_of(response.status, response.content_type, keep, int(time.time()))
         return start + f"{length}{more}\r\n".encode("latin-1", "replace")
@@ -3824,17 +3751,13 @@ class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, a thread each, and ends them all within STOP_DEADLINE at stop."""
 
     request_queue_size = 1024
-    daemon_threads = True
-    allow_reuse_address = True
 
     def __init__(self, address: tuple[str, int], dispatcher: Dispatcher, tls: ssl.SSLContext | None, trusted: tuple[Network, ...]):
-        self.tls, self.trusted = tls, trusted
+        self.tls, self.trusted, self.dispatcher, self.stopping = tls, trusted, dispatcher, False
         self.budget = MAX_PUBLIC_BODIES
         self.budget_lock = threading.Lock()  # guards budget
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        self.dispatcher = dispatcher
-        self.stopping = False
         # Guards _connections; stop() waits on it, each connection that ends wakes it.
         self._ended = threading.Condition()
         self._connections: set[socket.socket] = set()
@@ -3898,13 +3821,11 @@ class Server(http.server.ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
         with self._ended:
-            for connection in self._connections:
-                with contextlib.suppress(OSError):
-                    end_of(connection, socket.SHUT_RD)  # an idle one ends now, a working one after its answer
-            if not self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2):
-                for connection in self._connections:  # its reader does not read
+            # First an idle one ends at once, a working one after its answer; then those whose reader does not read.
+            for side in (socket.SHUT_RD, socket.SHUT_RDWR):
+                for connection in self._connections:
                     with contextlib.suppress(OSError):
-                        end_of(connection, socket.SHUT_RDWR)
+                        end_of(connection, side)
                 self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2)
 
 
@@ -3938,8 +3859,7 @@ def answer_with(text: str, status: int = 200, **more: Any) -> Response:
 
 def cookie_of(request: Request, secret: str, seconds: int) -> str:
     """RFC 6265. SameSite: no other site's page brings it along; HttpOnly: no script reads it."""
-    secure = "; Secure" if request.secure else ""
-    return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{secure}"
+    return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{'; Secure' if request.secure else ''}"
 
 
 def frame(event: Event, epoch: str) -> bytes:
@@ -4008,13 +3928,8 @@ class Controller:
 
     def list_jobs(self, request: Request) -> Answer:
         f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
-        status, host = f.choice("status", Status), f.text("host", is_host, fold=True)
-        equal = {
-            "status": status,
-            "host": host,
-            "app": request.principal.sees(f.text("app", is_app)),
-            "repo": f.text("repo", is_repo),
-        }
+        equal = {"status": f.choice("status", Status), "host": f.text("host", is_host, fold=True)}
+        equal |= {"app": request.principal.sees(f.text("app", is_app)), "repo": f.text("repo", is_repo)}
         starts = f.text("id", matches("[0-9a-f-]{1,36}", "the start of a job's id"), fold=True)
         before = f.text("before", is_id)
         limit = f.done(f.integer("limit", 1, 1000)) or 100
@@ -4059,8 +3974,7 @@ class Controller:
         return {"lines": lines, "next": following}
 
     def report_result(self, request: Request) -> Answer:
-        job = self.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)
-        return answer_with(self.jobs.text(job))
+        return answer_with(self.jobs.text(self.jobs.finish(job_id(request), Result.parse(request.json()), request.principal)))
 
     def create_token(self, request: Request) -> Answer:
         token, secret = self.auth.create(TokenRequest.parse(request.json()).check(), request.principal)
@@ -4068,8 +3982,7 @@ class Controller:
 
     def who_asks(self, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
         who = principal or request.principal
-        expires_at = self.auth.expiry(who)
-        shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": expires_at}
+        shown = {"name": who.name, "role": who.scope, "app": who.app, "host": who.host, "expires_at": self.auth.expiry(who)}
         return answer(200, shown, headers=(("Set-Cookie", cookie),) if cookie else ())
 
     def sign_in(self, request: Request) -> Answer:
@@ -4134,9 +4047,8 @@ class Controller:
 
     def stream_logs(self, request: Request) -> Answer:
         f = request.query(("host", "app", "job_id"), ("tail",))
-        wanted = EventFilter(
-            f.text("host", is_host, fold=True), request.principal.sees(f.text("app", is_app)), f.text("job_id", is_id)
-        )
+        host, app = f.text("host", is_host, fold=True), request.principal.sees(f.text("app", is_app))
+        wanted = EventFilter(host, app, f.text("job_id", is_id))
         tail = f.done(f.integer("tail", 0, 1000))
         if wanted.job_id is not None:
             request.principal.sees(self.jobs.shown(wanted.job_id)[0])
@@ -4147,7 +4059,6 @@ class Controller:
         return Response(200, chunks, "text/event-stream", (("X-Accel-Buffering", "no"),))  # nginx would gather it in its buffer
 
     def webhook_secrets(self) -> set[str]:
-        """Of the controller and of the apps."""
         return {*secrets_in(self.config.webhook_secret), *(one for app in self.apps.all for one in app.webhook_secrets)}
 
     def admit_webhook(self, request: Request) -> None:
@@ -4554,22 +4465,16 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
     options, env = ([], {}) if verb == "check-apps" else (OPTIONS, os.environ)
     secret_lines = "".join(f"  {secret.variable:<26}{secret.help}\n" for secret in SECRETS.values())
     verbs = "".join(f"  {f'{name} {file}':<26}{help}\n" for name, (_, file, help) in VERBS.items() if name != "serve")
-    parser = argparse.ArgumentParser(
-        prog=f"deploybot.py {verb}".removesuffix(" serve"),
-        description=description,
-        epilog=f"Secrets are never flags:\n{secret_lines}Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_....\n\n\nOther verbs:\n{verbs}"
-        if options
-        else "",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    also = "Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_...."
+    epilog = f"Secrets are never flags:\n{secret_lines}{also}\n\n\nOther verbs:\n{verbs}" if options else ""
+    name, raw = f"deploybot.py {verb}".removesuffix(" serve"), argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog=name, description=description, epilog=epilog, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"deploybot {VERSION}")
     if takes:
         parser.add_argument("file", metavar=takes, type=pathlib.Path)
     for option in options:
-        more: dict[str, Any] = {"metavar": option.field.upper()}
-        if option.parse is flag:
-            more = {"action": "store_const", "const": "true"}
+        switch, value = {"action": "store_const", "const": "true"}, {"metavar": option.field.upper()}
+        more: dict[str, Any] = switch if option.parse is flag else value
         parser.add_argument(f"--{option.name}", help=f"{option.help} [{option.variable}, {option.default}]", **more)
     given = vars(parser.parse_args(arguments))
     return Config.load(given, env), given.get("file", pathlib.Path())
