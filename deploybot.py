@@ -3193,11 +3193,11 @@ class Jobs:
         self.queue.wake(job.host)
 
     def gauges(self) -> dict[str, float]:
-        agents = list(self._agents.values())
+        agents, oldest = list(self._agents.values()), self.clock.monotonic() - self.config.agent_timeout
         return {
             "deploybot_queue_jobs": self.queue.depth(),
             "deploybot_running_jobs": len(self._all_leases()),
-            "deploybot_agents_online": sum(map(self.is_online, agents)),
+            "deploybot_agents_online": sum(agent.online and agent.contact >= oldest for agent in agents),
             "deploybot_agents_registered": len(agents),
         }
 

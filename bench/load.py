@@ -105,7 +105,7 @@ def drive(
         load = by_wrk(port, requests, connections, round(seconds), folder, own=own)
     else:
         load = as_load(in_process(closed_loop, port, requests, connections, seconds).result())
-    if load.refused or load.failed:
+    if load.failed or load.refused * 100 > load.requests:  # a large fleet may have some of them shed
         raise Wrong(f"of {load.requests} requests {load.refused} were refused and {load.failed} failed")
     return load
 
