@@ -416,7 +416,7 @@ def is_too_deep(body: bytes) -> bool:
     if b"\\" in body:
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     brackets = b"".join(body.translate(ONE_KIND, NO_MARK).split(b'"')[::2])  # outside of strings
-    levels = 0
+    levels = MAX_DEPTH if b"[" * (MAX_DEPTH + 1) in brackets else 0  # so many in a row are so many levels
     while brackets and levels < MAX_DEPTH:  # each round takes the innermost level away
         brackets, levels = brackets.replace(b"[]", b""), levels + 1
     return brackets != b""
@@ -1407,7 +1407,7 @@ class Tx(Queries):
         except Exception as error:
             if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
                 raise
-            if self._is_changed or isinstance(error, sqlite3.IntegrityError):
+            if self._is_changed or not isinstance(error, DeployBotError):  # it may have met a row of another part
                 raise TryAlone from error
             del self.effects[effects:]
             for into, rows in self._put_off.items():
@@ -1721,7 +1721,7 @@ class Store:
     def write(self, do: Callable[[Tx], T], size: int = 0, patient: bool = False) -> T:
         """Runs do(tx) in a transaction that others may share; returns its value once it is durable and its effects have happened.
         `size`: bytes that it stores; who stores many waits for one another, and nobody else for more than some of them.
-        `patient`: waits however many wait already, where others are sent away.
+        `patient`: waits however many wait already, where others are sent away: a push, and the sweep.
         What `do` raises undoes its own changes alone and is raised here. Raises Unavailable where SQLite cannot write now."""
         work, waiting = Work(do, size), self._uploads if size else self._waiting
         if len(waiting) >= MAX_WRITES and not patient:
@@ -1759,13 +1759,12 @@ class Store:
             results = [(work, *tx.part(work.do)) for work in batch]
             tx.flush()
             self._db.execute("COMMIT")
-        except (TryAlone, sqlite3.IntegrityError) as error:
-            self._give_up(batch if len(batch) == 1 else [], error.__cause__ or error)
-            for work in batch if len(batch) > 1 else []:
-                self._commit([work])
-            return
         except BaseException as error:
-            self._give_up(batch, error)
+            is_of_one = not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.IntegrityError)
+            shared = batch if len(batch) > 1 and is_of_one and isinstance(error, Exception) else []
+            self._give_up([] if shared else batch, (error.__cause__ or error) if isinstance(error, TryAlone) else error)
+            for work in shared:
+                self._commit([work])
             return
         self.position = tx.position
         self._remember(tx.learned)
@@ -1787,8 +1786,8 @@ class Store:
 
     def _give_up(self, batch: list[Work], error: BaseException) -> None:
         """Nothing of the batch happened; each caller is told."""
-        if self._db.in_transaction:
-            with contextlib.suppress(sqlite3.Error):
+        with contextlib.suppress(sqlite3.Error):
+            if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
         if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
             log.error("the database cannot be written: %s", error)
@@ -2256,7 +2255,7 @@ class Auth:
                 self._delete(tx, token)
 
         if used or over:
-            self._store.write(do)
+            self._store.write(do, patient=True)
 
 
 def is_loopback(address: str) -> bool:
@@ -2560,6 +2559,11 @@ class Jobs:
             if lease and lease.attempt == job.attempt:
                 lease.answered = next(self._ticks)
 
+    def heard(self, by: Principal) -> None:
+        """A host has called, be it in vain: it is not lost."""
+        if by.host in self._by_host:
+            self._by_host[by.host].contact = self.clock.monotonic()
+
     def _agent(self, agent_id: str) -> Agent:
         agent = self._agents.get(agent_id)
         if agent is None:
@@ -2809,7 +2813,7 @@ class Jobs:
         if left:
             self._open[key] = left
         self._open_on[job.host] -= 1
-        if not self._open_on[job.host]:
+        if self._open_on[job.host] <= 0:  # below: what a restore cancels was never counted
             del self._open_on[job.host]
 
     def _warning(self, job: Job, asked: JobRequest) -> str | None:
@@ -3001,7 +3005,7 @@ class Jobs:
         """Removes what is old for RETENTION_BUDGET; at the end of the walk, pauses until the next."""
         stop = time.monotonic() + RETENTION_BUDGET
         while time.monotonic() < stop:
-            if not self.store.write(self._remove_some):
+            if not self.store.write(self._remove_some, patient=True):
                 self._retained, self._retention_due = "", self.clock.monotonic() + RETENTION_PAUSE
                 return
 
@@ -3037,7 +3041,7 @@ class Jobs:
             agent.last_heartbeat = self._last_seen(agent)
         times = [(agent.last_heartbeat, agent.id) for agent in agents]
         if times:
-            self.store.write(lambda tx: tx.each("agents", "last_heartbeat", "id", times))
+            self.store.write(lambda tx: tx.each("agents", "last_heartbeat", "id", times), patient=True)
 
     def _close(self, lease: Lease, status: Status, reason: Reason, error: str | None = None, may_retry: bool = False) -> None:
         """Ends that attempt from here, if it still runs; `may_retry`: the job waits for another if its `retries` say so."""
@@ -3050,7 +3054,7 @@ class Jobs:
                 return self._requeue(tx, job)
             return self._end(tx, job, status, reason, error=error)
 
-        self._logged(self.store.write(do))
+        self._logged(self.store.write(do, patient=True))
 
     def _requeue(self, tx: Tx, job: Job) -> Job | None:
         nobody = {"started_at": None, "assigned_agent": None, "session": None, "commit": None}
@@ -3071,7 +3075,7 @@ class Jobs:
         with self.store.read() as db:
             expired = db.expired(TimeOrderedIds.layout(self.clock.ms(ago=limit)), self.clock.stamp(ago=limit))
         if expired:
-            for job in self.store.write(functools.partial(self._expire_some, job_ids=expired)):
+            for job in self.store.write(functools.partial(self._expire_some, job_ids=expired), patient=True):
                 self._logged(job)
 
     def _expire_some(self, tx: Tx, job_ids: list[str]) -> list[Job]:
@@ -3459,6 +3463,7 @@ class Dispatcher:
                 route.admit(self._api, request)
             request.body = read_body(route.limit, route.scope is Scope.PUBLIC)
             if request.late > TOO_LATE.get(route.scope, math.inf):
+                self._api.jobs.heard(request.principal)
                 raise Unavailable("the controller has more to do than it can: try again later")
             made = route.function(self._api, request)
             response = answer(200, made) if isinstance(made, dict) else made
@@ -3584,7 +3589,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._linger()
             return False
         request, self._unread = self._asked, self._headers.length
-        request.late = age_of_input(self.request) if self.server.is_crowded() else 0.0
+        request.late = age_of_input(self.request) if len(self.server.open) > MANY else 0.0
         try:
             response = self.server.dispatcher.respond(request, self._read_body)
         finally:
@@ -3758,9 +3763,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.budget_lock = threading.Lock()  # guards budget
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
-        # Guards _connections; stop() waits on it, each connection that ends wakes it.
+        # Guards open; stop() waits on it, each connection that ends wakes it.
         self._ended = threading.Condition()
-        self._connections: set[socket.socket] = set()
+        self.open: set[socket.socket] = set()
         # Connections that owe us a request or the reading of an answer, oldest first; each is put in and out by its own thread.
         self.waiting: dict[socket.socket, None] = {}
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -3782,7 +3787,7 @@ class Server(http.server.ThreadingHTTPServer):
             super().shutdown_request(request)
             return
         with self._ended:
-            self._connections.add(request)
+            self.open.add(request)
         try:
             threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True).start()
         except RuntimeError:  # no more threads: this client is sent away, and the next one finds room
@@ -3802,18 +3807,15 @@ class Server(http.server.ThreadingHTTPServer):
         super().shutdown_request(request)
         self.waiting.pop(request, None)
         with self._ended:
-            self._connections.discard(request)
+            self.open.discard(request)
             self._ended.notify_all()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("a connection failed")
 
-    def is_crowded(self) -> bool:
-        return len(self._connections) > MANY
-
     def connections(self) -> int:
         with self._ended:
-            return len(self._connections)
+            return len(self.open)
 
     def stop(self) -> None:
         """Ends the accepting, lets what is being answered be answered, and ends every connection."""
@@ -3823,10 +3825,10 @@ class Server(http.server.ThreadingHTTPServer):
         with self._ended:
             # First an idle one ends at once, a working one after its answer; then those whose reader does not read.
             for side in (socket.SHUT_RD, socket.SHUT_RDWR):
-                for connection in self._connections:
+                for connection in self.open:
                     with contextlib.suppress(OSError):
                         end_of(connection, side)
-                self._ended.wait_for(lambda: not self._connections, STOP_DEADLINE / 2)
+                self._ended.wait_for(lambda: not self.open, STOP_DEADLINE / 2)
 
 
 # == Routes ============================================================================================================
@@ -3915,7 +3917,7 @@ class Controller:
         return {**shown, "token": secret} if secret else shown
 
     def heartbeat(self, request: Request) -> Answer:
-        beat = heartbeat_of(request.body)
+        beat = heartbeat_of(request.body) if len(request.body) <= KIB else Heartbeat.parse(request.json())
         job, stops, interval = self.jobs.heartbeat(request.params[0], beat, request.principal, request.connected)
         if job is None and not stops:
             return nothing_to_do(interval)

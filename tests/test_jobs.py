@@ -682,3 +682,12 @@ def test_a_second_attempt_does_not_expire_by_the_age_of_the_job(timed, clock):
     timed.passes(timed.config.lost_after + 1)
     timed.jobs.sweep()
     assert timed.job(job["id"])["status"] == "pending"
+
+
+def test_a_heartbeat_with_much_beside_it_is_not_kept(controller):
+    agent = controller.register()
+    deploybot.heartbeat_of.cache_clear()
+    controller.beat(agent, x="y" * 5000)
+    assert deploybot.heartbeat_of.cache_info().currsize == 0
+    controller.beat(agent)
+    assert deploybot.heartbeat_of.cache_info().currsize == 1

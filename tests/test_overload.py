@@ -168,3 +168,24 @@ def test_a_stop_spreads_the_return_of_parked_agents(controller, monkeypatch, ret
         status, headers, data = parked.result(20)
     answer = json.loads(data)
     assert (status, answer["job"], answer["interval"], headers["Connection"]) == (200, None, interval, "close")
+
+
+def test_an_agent_that_is_told_to_come_again_is_not_lost(crowded):
+    crowded.token = None
+    token = crowded.ok("POST", "/v1/agents/register", {"hostname": "web-01", "token_sha256": deploybot.sha256("own")})
+    agent = crowded.jobs._by_host["web-01"]
+    agent.contact = before = agent.contact - 100
+    crowded.late.seconds = 0.5
+    path = f"/v1/agents/{token['id']}/heartbeat"
+    assert crowded.acting("own").call("POST", path, {"status": "online"})[0] == 503
+    assert agent.contact > before + 99
+
+
+def test_the_sweep_is_not_shed(controller, monkeypatch):
+    controller.register()
+    monkeypatch.setattr(deploybot, "MAX_WRITES", 0)
+    controller.jobs.flush_contacts()
+    controller.daemon.auth.sweep(every=0)
+    controller.jobs._retain()
+    with pytest.raises(deploybot.Unavailable):
+        controller.daemon.store.write(lambda tx: None)

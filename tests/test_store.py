@@ -700,3 +700,18 @@ def test_the_walk_of_retention_reads_a_page_of_ids_and_two_successes_a_job(aged)
         assert "sqlite_autoindex_jobs_1 (id>? AND id<?)" in reads
         assert "jobs_success (app=? AND host=? AND id>?)" in reads
         assert "SCAN jobs" not in reads and "TEMP B-TREE" not in reads
+
+
+def test_a_row_that_sqlite_cannot_take_is_the_fault_of_its_work_alone(store, outside):
+    """Its own work did not give it to SQLite; whoever looks next must not pay for it, and nobody is told that it was stored."""
+
+    def bad(tx):
+        tx.add("audit", None, NOW, "\ud800", "", "a", "b", "c")
+        return "stored"
+
+    def look(tx):
+        return len(tx.audit({}, None, 10))
+
+    done = together(store, add(1), bad, look, add(2))
+    assert isinstance(done[1].exception(), UnicodeEncodeError)
+    assert (done[0].result(), done[2].result(), done[3].result(), ids(outside)) == (1, 0, 2, [job(1).id, job(2).id])

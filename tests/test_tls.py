@@ -434,7 +434,7 @@ def test_what_is_being_answered_at_a_stop_is_answered_in_tls(secure, monkeypatch
     monkeypatch.setattr(secure.jobs, "hosts", slow)
     with tls(secure, b"GET /v1/hosts HTTP/1.1\r\n" + HOST + BEARER + b"\r\n") as wire:
         assert working.wait(20)
-        for connection in list(secure.daemon.server._connections):
+        for connection in list(secure.daemon.server.open):
             deploybot.end_of(connection, socket.SHUT_RD)
         go_on.set()
         assert read_until(wire, b"}\n").startswith(b"HTTP/1.1 200 ")
