@@ -182,7 +182,7 @@ def test_an_agent_that_is_told_to_come_again_is_not_lost(crowded):
 
 
 def test_the_sweep_is_not_shed(controller, monkeypatch):
-    controller.register()
+    controller.beat(controller.register())
     monkeypatch.setattr(deploybot, "MAX_WRITES", 0)
     controller.jobs.flush_contacts()
     controller.daemon.auth.sweep(every=0)
