@@ -2187,7 +2187,7 @@ class Agent:
     # The heart.
 
     def _beat(self) -> None:
-        backoff = self._backoff(RETURN_FIRST)
+        backoff, refused = self._backoff(RETURN_FIRST), self._backoff(BACKOFF_FIRST)
         while not self._silent.is_set():
             self._nudge.clear()
             self._heart.resume()
@@ -2197,6 +2197,7 @@ class Agent:
                     self._register()
                 pause = self._obey(self._send_heartbeat())
                 backoff.reset()
+                refused.reset()
                 self._complain("")
             except Unreachable as trouble:
                 if self._heart.interrupted:
@@ -2207,7 +2208,7 @@ class Agent:
                 if self._is_newer(refusal):
                     self.events.put("newer")
                     return
-                pause = backoff.next()
+                pause = refused.next()  # the controller is there, and this one may only have to register again
             except OSError as error:
                 pause = backoff.next()
                 self._complain(f"no job is taken: {one_line(error)}")

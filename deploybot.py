@@ -366,7 +366,7 @@ Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "
 ROLES = (Scope.ADMIN, Scope.OPERATOR, Scope.VIEWER, Scope.AGENT)
 # Seconds that a request may have lain unread: then it is told to come again, so that waiting has an end. An agent can wait better
 # than a person; a push, which GitHub sends once, is always taken.
-TOO_LATE = {Scope.AGENT: 0.2, Scope.VIEWER: 0.8, Scope.OPERATOR: 0.8, Scope.ADMIN: 0.8}
+TOO_LATE = {Scope.AGENT: 2.0, Scope.VIEWER: 5.0, Scope.OPERATOR: 5.0, Scope.ADMIN: 5.0}
 # What each role may call, beside what is public and what takes any token; an admin may call all.
 GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPERATOR}, Scope.AGENT: {Scope.AGENT}}
 

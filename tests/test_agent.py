@@ -2194,15 +2194,15 @@ def welcoming(heartbeat, elsewhere=(200, {}, {})):
 
 
 @pytest.mark.parametrize(
-    ("answer", "pause"),
+    ("answer", "least", "most"),
     [
-        ((None, {}, {}), 2.0),  # a controller that was killed cuts all parked calls in one moment
-        ((503, {"detail": "stopping"}, {"Retry-After": "3"}), 5.0),
-        ((404, {"detail": "unknown"}, {}), 2.0),
-        ((200, {"interval": 7.5}, {}), 7.5),
+        ((None, {}, {}), 2.0, 2.0),  # a controller that was killed cuts all parked calls in one moment
+        ((503, {"detail": "stopping"}, {"Retry-After": "3"}), 5.0, 5.0),
+        ((404, {"detail": "unknown"}, {}), 0.01, agent.IDLE_PAUSE),  # it is there: the agent has but to register again
+        ((200, {"interval": 7.5}, {}), 7.5, 7.5),
     ],
 )
-def test_how_long_the_heart_pauses_before_it_comes_back(lone, scripted, answer, pause):
+def test_how_long_the_heart_pauses_before_it_comes_back(lone, scripted, answer, least, most):
     server = scripted(welcoming(lambda body: answer))
     one = lone(server.url).agent
     one._backoff = lambda first: agent.Backoff(first, chance=lambda: 0.25)
@@ -2213,7 +2213,8 @@ def test_how_long_the_heart_pauses_before_it_comes_back(lone, scripted, answer, 
     one._silent.set()
     one._hurry()
     heart.join(5)
-    assert pauses.asked == [pause] and len(beats(server)) == 1 and not heart.is_alive()
+    (pause,) = pauses.asked
+    assert least <= pause <= most and len(beats(server)) == 1 and not heart.is_alive()
 
 
 def test_a_heart_that_is_interrupted_looks_again_at_once(lone, scripted):
@@ -2329,7 +2330,7 @@ def test_a_script_ends_when_its_attempt_is_no_longer_its_own(host, lone, scripte
     one = lone(server.url).agent
     heart = threading.Thread(target=one._beat, daemon=True)
     heart.start()
-    until(lambda: len(named) > 2 and named[-1] == [] and [data["id"]] in named)
+    until(lambda: len(named) > 2 and named[-1] == [] and (tmp_path / "pids").exists())  # it may end before a heartbeat names it
     one._silent.set()
     one._hurry()
     heart.join(5)
