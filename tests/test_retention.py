@@ -235,8 +235,8 @@ def after_each_write(c, look):
     """`look()` is called after each transaction."""
     write = c.daemon.store.write
 
-    def watched(do):
-        value = write(do)
+    def watched(do, **how):
+        value = write(do, **how)
         look()
         return value
 
