@@ -1,1 +1,0 @@
-wrk.headers["Authorization"]="Bearer dbt_admin_token_for_bench_000000"
