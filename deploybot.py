@@ -220,12 +220,12 @@ port = functools.partial(whole, most=65535, words="a port from 0 to 65535")  # 0
 
 def one_of(*words: str) -> Callable[[str], str]:
     """A check that takes these words, in any case, and returns them as they stand here."""
+    known = {word.lower(): word for word in words}
 
     def check(text: str) -> str:
-        for word in words:
-            if word.lower() == text.lower():
-                return word
-        raise ValueError("must be one of " + ", ".join(words))
+        if text.lower() not in known:
+            raise ValueError("must be one of " + ", ".join(words))
+        return known[text.lower()]
 
     return check
 
@@ -2089,11 +2089,9 @@ class Auth:
     """Tokens (RFC 6750) to principals. All are known by their SHA-256, in memory, so a look-up tells nothing by its time and
     asks no database; those made over the API stand in `tokens` as well."""
 
-    def __init__(
-        self, tokens: Mapping[str, Principal], is_open: bool, of_host: Callable[[str], Principal | None], store: Store, clock: Clock
-    ):
+    def __init__(self, tokens: Mapping[str, Principal], is_open: bool, hosts: Mapping[str, Principal], store: Store, clock: Clock):
         self._configured = {sha256(token): principal for token, principal in tokens.items()}
-        self._open, self._of_host, self._store, self._clock = is_open, of_host, store, clock
+        self._open, self._hosts, self._store, self._clock = is_open, hosts, store, clock
         self._failed = RateLimit(MAX_FAILED_SIGN_INS, clock)
         self._new_id = TimeOrderedIds(clock, None)
         # By SHA-256. Changed after a commit alone, by the thread that holds Store._writer; read without a lock.
@@ -2110,16 +2108,12 @@ class Auth:
         token = bearer_token(headers)
         if token is not None:
             return self.of_token(token, address)
-        principal = self._signed_in(headers.get("cookie", ""))
+        found = COOKIE_VALUE.search(headers.get("cookie", ""))
+        session = self._tokens.get(sha256(found[1])) if found else None
+        principal = self.find(session.sha256) if session and session.parent else None  # not any token: only what sign_in() made
         if principal or (self._open and is_local()):
             return (principal or Principal("local", Scope.ADMIN))._replace(address=address)
         raise Unauthorized(NO_TOKEN)
-
-    def _signed_in(self, cookie: str) -> Principal | None:
-        """Whose browser it is: only what sign_in() made counts here, so there is nothing that one could guess."""
-        found = COOKIE_VALUE.search(cookie)
-        token = self._tokens.get(sha256(found[1])) if found else None
-        return self.find(token.sha256) if token and token.parent else None
 
     def of_token(self, token: str, address: str) -> Principal:
         """As principal(). The answer is the same for a token that never was, that ran out and that was revoked."""
@@ -2138,7 +2132,7 @@ class Auth:
         return principal
 
     def _known(self, digest: str) -> Principal | None:
-        principal = self._configured.get(digest) or self._of_host(digest)  # as nearly always
+        principal = self._configured.get(digest) or self._hosts.get(digest)  # as nearly always
         if principal is None and (token := self._tokens.get(digest)) and self._counts(token):
             principal = token.principal()
         return principal
@@ -2163,48 +2157,38 @@ class Auth:
 
     def create(self, asked: TokenRequest, by: Principal) -> tuple[Token, str]:
         """The new token, and its secret, which is told this once. Raises Conflict for a name in use."""
-        secret = new_secret()
-
-        def do(tx: Tx) -> Token:
-            token = self._token(asked, sha256(secret), None, by.name)
-            if token.name in TAKEN_NAMES or any(token.name == other.name for other in tx.tokens()):
-                raise Conflict(f"there is a token named {token.name}: choose another name, or revoke that one first")
-            only = f" for {asked.host or asked.app}" if asked.host or asked.app else ""
-            self._add(tx, token, by, "token.create", f"{asked.role}{only}, expires {token.expires_at or 'never'}")
-            return token
-
-        return self._store.write(do), secret
+        return self._store.write(lambda tx: self._add(tx, asked, by))
 
     def sign_in(self, text: str, address: str) -> tuple[Token, str]:
         """A token of its own for a browser, and its secret. Raises Forbidden for the tokens of agents."""
         by = self.of_token(text, address)
         if not by.may(Scope.VIEWER):
             raise Forbidden(f"a token of the role {by.scope} cannot sign in")
-        asked = TokenRequest(by.scope, None, None, by.app, SESSION_LIFETIME)
-        secret, used = new_secret(), self._tokens.get(sha256(text))
+        used = self._tokens.get(sha256(text))
         parent = used.parent if used and used.parent else sha256(text)
 
-        def do(tx: Tx) -> Token:
-            token = self._token(asked, sha256(secret), parent, by.name)
-            if (ends := self.expiry(by)) is not None:
-                token = token._replace(expires_at=min(ends, token.expires_at or ends))
+        def do(tx: Tx) -> tuple[Token, str]:
             for older in sorted(one for one in self._tokens.values() if one.parent == parent)[: 1 - MAX_SESSIONS]:
                 self._remove(tx, older, by, "session.end")
-            self._add(tx, token, by, "session.create", "")
-            return token
+            return self._add(tx, TokenRequest(by.scope, None, None, by.app, SESSION_LIFETIME), by, parent)
 
-        return self._store.write(do), secret
+        return self._store.write(do)
 
-    def _token(self, asked: TokenRequest, digest: str, parent: str | None, by: str) -> Token:
-        new = self._new_id()
-        ends = None if asked.expires_in is None else self._clock.stamp(ago=-asked.expires_in)
+    def _add(self, tx: Tx, asked: TokenRequest, by: Principal, parent: str | None = None) -> tuple[Token, str]:
+        """As create(); with a `parent` it is a sign-in, which ends with the token of `by` at the latest."""
+        new, secret, now = self._new_id(), new_secret(), self._clock.stamp()
         name = asked.name or (f"session-{new}" if parent else f"{asked.role}-{new[-6:]}")
-        return Token(new, name, asked.role, asked.host, asked.app, digest, parent, self._clock.stamp(), by, ends, None)
-
-    def _add(self, tx: Tx, token: Token, by: Principal, action: str, detail: str) -> None:
+        if name in TAKEN_NAMES or any(name == other.name for other in tx.tokens()):
+            raise Conflict(f"there is a token named {name}: choose another name, or revoke that one first")
+        own = None if asked.expires_in is None else self._clock.stamp(ago=-asked.expires_in)
+        ends = min(filter(None, (own, self.expiry(by) if parent else None)), default=None)
+        token = Token(new, name, asked.role, asked.host, asked.app, sha256(secret), parent, now, by.name, ends, None)
+        only = f" for {asked.host or asked.app}" if asked.host or asked.app else ""
+        action, detail = ("session.create", "") if parent else ("token.create", f"{asked.role}{only}, expires {ends or 'never'}")
         tx.add("tokens", *token)
-        tx.audited(token.created_at, by, action, token.name, detail)
+        tx.audited(now, by, action, name, detail)
         tx.after(self._tokens.__setitem__, token.sha256, token)
+        return token, secret
 
     def revoke(self, token_id: str, by: Principal) -> Token:
         """Raises NotFound."""
@@ -2218,22 +2202,18 @@ class Auth:
         if token and token.parent:
             self._store.write(lambda tx: self._remove(tx, token, by, "session.end"))
 
-    def _remove(self, tx: Tx, token: Token, by: Principal, action: str) -> bool:
-        """False where it has just ended."""
-        is_there = self._delete(tx, token) > 0
-        if is_there:
-            tx.audited(self._clock.stamp(), by, action, token.name)
-        return is_there
-
-    def _delete(self, tx: Tx, token: Token) -> int:
-        """With the sign-ins made with it."""
+    def _remove(self, tx: Tx, token: Token, by: Principal | None, action: str = "") -> bool:
+        """With the sign-ins made with it. False where it has just ended. `by` None: it ran out, which nobody did."""
 
         def forget() -> None:
             for other in [other for other in self._tokens.values() if token.sha256 in (other.sha256, other.parent)]:
                 del self._tokens[other.sha256]
 
         tx.after(forget)
-        return tx.remove("tokens", "parent", token.sha256) + tx.remove("tokens", "sha256", token.sha256)
+        is_there = tx.remove("tokens", "parent", token.sha256) + tx.remove("tokens", "sha256", token.sha256) > 0
+        if is_there and by:
+            tx.audited(self._clock.stamp(), by, action, token.name)
+        return is_there
 
     def sweep(self, every: float = FLUSH_INTERVAL) -> None:
         """Every so many seconds: which tokens were used, and an end for the sign-ins that ran out."""
@@ -2252,7 +2232,7 @@ class Auth:
             tx.each("tokens", "last_used_at", "sha256", [(at, digest) for digest in used])
             tx.after(remember)
             for token in over:
-                self._delete(tx, token)
+                self._remove(tx, token, by=None)
 
         if used or over:
             self._store.write(do, patient=True)
@@ -3902,7 +3882,7 @@ class Controller:
         with database_errors(config.db):
             self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
             self.jobs.recover()
-            self.auth = Auth(tokens, config.open, self.jobs.by_secret.get, store, clock)
+            self.auth = Auth(tokens, config.open, self.jobs.by_secret, store, clock)
         self.connections: Callable[[], int] = lambda: 0
         # Uploads are parsed one after another: each holds the GIL for milliseconds, and who else needs it would wait for all of them.
         self.parsing = threading.Lock()
@@ -4432,8 +4412,7 @@ def doctor(config: Config, _: pathlib.Path) -> int:
     found: list[Finding] = []
     for look in (look_at_database, look_at_files, look_at_settings, look_at_tls):
         try:
-            for finding in look(config):
-                found.append(finding)
+            found.extend(look(config))
         except StartError as error:
             found += [("FAIL", line) for line in error.problems]
         except (OSError, ValueError) as error:

@@ -30,7 +30,7 @@ def auth(tmp_path, clock):
     store = deploybot.Store(tmp_path / "auth.db")
 
     def make(open_mode=False, secrets=()):
-        made = Auth({"dbt_a": ADMIN, "dbt_b": AGENT}, open_mode, {sha256(one): own for one, own in secrets}.get, store, clock)
+        made = Auth({"dbt_a": ADMIN, "dbt_b": AGENT}, open_mode, {sha256(one): own for one, own in secrets}, store, clock)
         return lambda header, where: made.principal(
             {} if header is None else {"authorization": header}, "10.0.0.1", where
         )._replace(address="")
