@@ -37,6 +37,7 @@ SSE_READ_BYTES = 65536
 PAGE_JOBS = 1000  # the most that GET /v1/jobs gives at once
 PAGE_LINES = 1000
 PAGE_AUDIT = 1000
+PAGE_NAMES = 1000  # of hosts, also of those of the apps
 STREAM_TAIL_MOST = 1000  # the most that GET /v1/logs/stream gives
 DEFAULT_TAIL = 50
 RECENT_JOBS = 20  # whose logs `logs` looks through when no job is named
@@ -815,6 +816,29 @@ def newest(client, path, name, most, limit, filters):
             return {name: found, "next": before}
 
 
+def all_of(client, path, name):
+    """All that `path` lists by name, page after page."""
+    found, after = [], None
+    while True:
+        page = client.call("GET", path, {"limit": PAGE_NAMES, "after": after})
+        found += page[name]
+        after = page["next"]
+        if after is None:
+            return found
+
+
+def list_hosts(client):
+    return {"hosts": all_of(client, "/v1/hosts", "hosts")}
+
+
+def list_apps(client):
+    """Each app once, with all of its hosts: in the pages one with many hosts goes on from one to the next."""
+    apps = {}
+    for part in all_of(client, "/v1/apps", "apps"):
+        apps.setdefault(part["name"], {**part, "hosts": []})["hosts"] += part["hosts"]
+    return {"apps": list(apps.values())}
+
+
 def list_jobs(client, limit, **filters):
     return newest(client, "/v1/jobs", "jobs", PAGE_JOBS, limit, filters)
 
@@ -849,7 +873,7 @@ def waiting(client, jobs):
     """[(job, what it waits for)] of those of `jobs` that are pending and where that is known; no answer, none known."""
     pending = [job for job in jobs if job["status"] == "pending" and not job["hold"]]
     with suppress(Failure):
-        hosts = client.call("GET", "/v1/hosts")["hosts"] if pending else ()
+        hosts = list_hosts(client)["hosts"] if pending else ()
         reasons = {host["hostname"]: why_waits(client, host) for host in hosts}
         return [(job, reasons[job["host"]]) for job in pending if reasons.get(job["host"])]
     return []
@@ -979,7 +1003,7 @@ def change_host(client, screen, options):
 def hosts(client, screen, options):
     if options.action:
         return change_host(client, screen, options)
-    answer = client.call("GET", "/v1/hosts")
+    answer = list_hosts(client)
     screen.show(answer, lambda: show_hosts(screen, answer["hosts"]))
     if not answer["hosts"]:
         screen.note(f"no host has registered at {client.url}; run agent.py on one")
@@ -987,7 +1011,7 @@ def hosts(client, screen, options):
 
 
 def apps(client, screen, options):
-    answer = client.call("GET", "/v1/apps")
+    answer = list_apps(client)
     screen.show(answer, lambda: show_apps(screen, answer["apps"]))
     if not answer["apps"]:
         screen.note(f"no apps at {client.url}; write them into its apps.yaml, then: ctl.py reload")

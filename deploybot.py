@@ -973,7 +973,7 @@ def path(value: Any) -> str:
 class App(Model):
     name: str = field(Fields.text, is_app, required=True)
     repo: str = field(Fields.text, is_repo, required=True)
-    hosts: tuple[str, ...] = field(Fields.texts, is_host, required=True, fold=True)
+    hosts: tuple[str, ...] = field(Fields.texts, is_host, required=True, fold=True, then=lambda hosts: tuple(sorted(hosts)))
     clone_url: str = field(Fields.read, clone_url, default="")
     deploy_on_push: bool = field(Fields.boolean, default=False)
     branches: tuple[str, ...] | None = field(Fields.texts, is_pattern)  # None: the repository's default branch
@@ -1100,7 +1100,7 @@ def signing_secrets(folder: pathlib.Path, file: str) -> tuple[str, ...]:
 
 
 def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
-    """Of a document of parse_apps_text(); `folder`: what its paths are relative to. Raises AppsError with every mistake and its line."""
+    """Of a document of parse_apps_text(), by name; `folder`: of its paths. Raises AppsError with every mistake and its line."""
     if not isinstance(document, Located):
         raise AppsError([(1, "must be a mapping with the key 'apps'")])
     apps: dict[str, App] = {}
@@ -1120,7 +1120,7 @@ def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
     problems = [(f.data.lines.get(name, f.data.line), f"{name}: {message}") for f in parts for name, message in f.errors]
     if problems:
         raise AppsError(sorted(problems))
-    return tuple(apps.values())
+    return tuple(apps[name] for name in sorted(apps))
 
 
 def read_apps(path: pathlib.Path) -> tuple[App, ...]:
@@ -1137,7 +1137,7 @@ class Apps:
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        self.all: tuple[App, ...] = ()
+        self.all: tuple[App, ...] = ()  # by name, and so are the hosts of each
 
     def named(self, name: str) -> App | None:
         return next((app for app in self.all if app.name == name), None)
@@ -1145,6 +1145,15 @@ class Apps:
     def of_repo(self, repo: str) -> list[App]:
         """GitHub compares names of repositories without case, so do we."""
         return [app for app in self.all if app.repo.lower() == repo.lower()]
+
+    def places(self, after: str, only: str | None) -> Iterator[tuple[App, str]]:
+        """Each (app, host) by name, behind `after`: APP/HOST, or an APP with all of its hosts. `only`: of that app."""
+        name, _, host = after.partition("/")
+        apps = self.all
+        for app in apps[bisect.bisect_left(apps, name, key=lambda app: app.name) :]:
+            if only in (None, app.name):
+                begin = bisect.bisect_right(app.hosts, host or "~") if app.name == name else 0  # no host's name reaches ~
+                yield from zip(itertools.repeat(app), app.hosts[begin:])
 
 
 # == Store =============================================================================================================
@@ -1330,9 +1339,11 @@ class Queries:
         recent = f"job_id IN (SELECT id FROM jobs WHERE {jobs} ORDER BY id DESC LIMIT 20)"
         return self.rows(newest.format(recent), *equal.values(), limit)
 
-    def releases(self) -> dict[tuple[str, str], tuple[str, str | None, str]]:
-        """(app, host) to (job id, commit, time)."""
-        return {(row[0], row[1]): row[2:] for row in self.rows('SELECT app, host, job_id, "commit", deployed_at FROM releases')}
+    def releases(self, pairs: list[tuple[str, str]]) -> Iterator[dict[str, str | None]]:
+        """What each (app, host) of these runs, in their order."""
+        sql = """SELECT json_extract(value, '$[1]'), "commit", job_id, deployed_at FROM json_each(?)
+            LEFT JOIN releases ON app = json_extract(value, '$[0]') AND host = json_extract(value, '$[1]') ORDER BY key"""
+        return (dict(zip(("hostname", "commit", "job_id", "deployed_at"), row, strict=True)) for row in self.rows(sql, dump(pairs)))
 
     def newest_push(self, app: str, ref: str) -> tuple[int | None, str] | None:
         """(pushed_at, the commit that it came after) of the newest push that the app took."""
@@ -1845,9 +1856,10 @@ class JobQueue:
     """First come, first served for each host."""
 
     def __init__(self) -> None:
-        # Guards every lane. One Condition a host on this one lock: a job wakes the heartbeats of its host and no other.
+        # Guards every lane and depth. One Condition a host on this one lock: a job wakes the heartbeats of its host and no other.
         self._lock = threading.Lock()
         self._lanes: dict[str, Lane] = {}
+        self.depth = 0  # jobs in all lanes
         self.closed = False
 
     def _lane(self, host: str) -> Lane:
@@ -1861,17 +1873,20 @@ class JobQueue:
                 bisect.insort(lane.waiting, (job_id, app))
             else:
                 lane.waiting.append((job_id, app))
+            self.depth += 1
             lane.alert()
 
-    def load(self, host: str, entries: Iterable[tuple[str, str]]) -> None:
+    def load(self, host: str, entries: list[tuple[str, str]]) -> None:
         """All that waits for a host, in its order, before anybody parks."""
         with self._lock:
             self._lane(host).waiting.extend(entries)
+            self.depth += len(entries)
 
     def remove(self, host: str, job_ids: Set[str]) -> None:
         with self._lock:
             lane = self._lane(host)
-            lane.waiting = collections.deque(entry for entry in lane.waiting if entry[0] not in job_ids)
+            kept = collections.deque(entry for entry in lane.waiting if entry[0] not in job_ids)
+            self.depth, lane.waiting = self.depth - len(lane.waiting) + len(kept), kept
 
     def wake(self, host: str) -> None:
         """Something about this host has changed: parked heartbeats look again."""
@@ -1902,17 +1917,13 @@ class JobQueue:
                     return None
                 lane.woken.wait(remaining)
 
-    @staticmethod
-    def _pick(lane: Lane, busy: frozenset[str]) -> tuple[str, str] | None:
+    def _pick(self, lane: Lane, busy: frozenset[str]) -> tuple[str, str] | None:
         for index, entry in enumerate(lane.waiting):
             if entry[1] not in busy:
                 del lane.waiting[index]
+                self.depth -= 1
                 return entry
         return None
-
-    def depth(self) -> int:
-        with self._lock:
-            return sum(len(lane.waiting) for lane in self._lanes.values())
 
     def close(self) -> None:
         """Parked heartbeats return, and no more park."""
@@ -2399,7 +2410,7 @@ class Jobs:
     def __init__(self, store: Store, queue: JobQueue, hub: EventHub, apps: Apps, metrics: Metrics, config: Config, clock: Clock):
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
-        # The six below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
+        # The seven below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
         # read without a lock, by single look-ups and list().
         self._agents: dict[str, Agent] = {}  # by id
         self._by_host: dict[str, Agent] = {}
@@ -2407,6 +2418,7 @@ class Jobs:
         self._leases: dict[str, dict[str, Lease]] = {}  # host to job id to lease
         self._open: dict[int, tuple[str, ...]] = {}  # key_of() a deployment to ids of its pending and running jobs, oldest first
         self._open_on: collections.Counter[str] = collections.Counter()  # host to how many of these
+        self._changes = 0  # of which hosts there are in the two above: counted after each
         self._lock = threading.Lock()  # guards Lease.answered: of two heartbeats one gets the job again
         self._flushed = self._retention_due = clock.monotonic()
         self._ticks = itertools.count(1)  # orders the coming of heartbeats and the writing of answers
@@ -2780,6 +2792,7 @@ class Jobs:
     def _opened(self, key: int, host: str, job_id: str) -> None:
         self._open[key] = (*self._open.get(key, ()), job_id)
         self._open_on[host] += 1
+        self._changes += host not in self._by_host
 
     def _closed(self, job: Job) -> None:
         key = key_of(job.repo, job.ref, job.host, job.app)
@@ -2789,6 +2802,7 @@ class Jobs:
         self._open_on[job.host] -= 1
         if self._open_on[job.host] <= 0:  # below: what a restore cancels was never counted
             del self._open_on[job.host]
+            self._changes += job.host not in self._by_host
 
     def _warning(self, job: Job, asked: JobRequest) -> str | None:
         """What a person would want to know of a job that was taken all the same."""
@@ -2891,20 +2905,26 @@ class Jobs:
 
     # -- hosts -------------------------------------------------------------------------------------------------------
 
-    def hosts(self, *names: str) -> list[dict[str, Any]]:
-        """These, or all that have an agent or open jobs."""
-        shown = names or sorted({*list(self._by_host), *list(self._open_on)})
-        return [self._host(name, self._by_host.get(name)) for name in shown]
+    def hosts(self, after: str, limit: int) -> list[dict[str, Any]]:
+        """Up to so many that have an agent or open jobs, by name, behind that one."""
+        names = self._names(self._changes)
+        return [self.host(name) for name in names[bisect.bisect_right(names, after) :][:limit]]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019 (there is one Jobs)
+    def _names(self, changes: int) -> list[str]:
+        """Sorted once for each change, as that takes milliseconds where there are thousands."""
+        return sorted({*list(self._by_host), *list(self._open_on)})
 
     def _no_host(self, hostname: str) -> Any:
         raise NotFound(f"no agent has registered as {hostname}{nearest(hostname, list(self._by_host))}")
 
-    def _host(self, name: str, agent: Agent | None) -> dict[str, Any]:
-        running = len(self._leases.get(name, ()))
+    def host(self, name: str) -> dict[str, Any]:
+        agent, running = self._by_host.get(name), len(self._leases.get(name, ()))
+        is_online = agent and agent.online and self.clock.monotonic() - agent.contact <= self.config.agent_timeout
         return {
             "hostname": name,
             "agent_id": agent.id if agent else None,
-            "agent_status": ("online" if self.is_online(agent) else "offline") if agent else "unknown",
+            "agent_status": ("online" if is_online else "offline") if agent else "unknown",
             "last_seen": self._last_seen(agent) if agent else None,
             "capabilities": json.loads(agent.capabilities) if agent else {},
             "slots": agent.slots if agent else 1,
@@ -2915,9 +2935,6 @@ class Jobs:
 
     def _last_seen(self, agent: Agent) -> str:
         return self.clock.stamp(ago=max(0.0, self.clock.monotonic() - agent.contact))
-
-    def is_online(self, agent: Agent) -> bool:
-        return agent.online and self.clock.monotonic() - agent.contact <= self.config.agent_timeout
 
     def change_host(self, hostname: str, by: Principal, action: str, **columns: Any) -> dict[str, Any]:
         """The host with these columns of its agent: what parks there looks again. Raises NotFound."""
@@ -2930,7 +2947,7 @@ class Jobs:
             tx.after(self.queue.wake, hostname)
 
         self.store.write(do)
-        return self.hosts(hostname)[0]
+        return self.host(hostname)
 
     def remove_host(self, hostname: str, principal: Principal) -> dict[str, Any]:
         """Its agent must register anew; jobs that wait for the host wait on. Raises Conflict while one runs there."""
@@ -3142,6 +3159,7 @@ class Jobs:
         if old and not agent.contact:  # read from the database just now
             agent.contact, agent.told, agent.online = old.contact, old.told, old.online and agent.session != ""
         self._agents[agent.id] = self._by_host[agent.hostname] = agent
+        self._changes += old is None
         if old and old.token_sha256:
             self.by_secret.pop(old.token_sha256, None)
         if agent.token_sha256:
@@ -3150,6 +3168,7 @@ class Jobs:
     def _forget(self, hostname: str) -> None:
         agent = self._by_host.pop(hostname)
         self._agents.pop(agent.id, None)
+        self._changes += 1
         self.by_secret.pop(agent.token_sha256 or "", None)
         self.queue.wake(hostname)
 
@@ -3172,8 +3191,8 @@ class Jobs:
     def gauges(self) -> dict[str, float]:
         agents, oldest = list(self._agents.values()), self.clock.monotonic() - self.config.agent_timeout
         return {
-            "deploybot_queue_jobs": self.queue.depth(),
-            "deploybot_running_jobs": len(self._all_leases()),
+            "deploybot_queue_jobs": self.queue.depth,
+            "deploybot_running_jobs": sum(map(len, list(self._leases.values()))),
             "deploybot_agents_online": sum(agent.online and agent.contact >= oldest for agent in agents),
             "deploybot_agents_registered": len(agents),
         }
@@ -3979,16 +3998,28 @@ class Controller:
             rows = db.audit({name: value for name, value in equal.items() if value}, before, limit + 1)
         return {"audit": rows[:limit], "next": rows[limit - 1]["id"] if len(rows) > limit else None}
 
+    def list_hosts(self, request: Request) -> Answer:
+        f = request.query(("after",), ("limit",))
+        after = f.text("after", is_host, fold=True) or ""
+        limit = f.done(f.integer("limit", 1, 1000)) or 100
+        hosts = self.jobs.hosts(after, limit + 1)
+        return {"hosts": hosts[:limit], "next": hosts[limit - 1]["hostname"] if len(hosts) > limit else None}
+
     def list_apps(self, request: Request) -> Answer:
+        """A page has so many hosts: an app that it cannot hold goes on in the next."""
+        f = request.query(("after",), ("limit",))
+        after = f.text("after", matches("[a-z0-9][a-z0-9._-]*(?:/[a-z0-9][a-z0-9.-]*)?", "an app, or app/host")) or ""
+        limit = f.done(f.integer("limit", 1, 1000)) or 100
+        places = self.apps.places(after, request.principal.app)
+        page = list(itertools.islice(places, limit))
         with self.store.read() as db:
-            releases = db.releases()
+            releases = db.releases([(app.name, host) for app, host in page])
         shown: list[dict[str, Any]] = []
-        for app in [app for app in self.apps.all if request.principal.app in (None, app.name)]:
-            running = [(host, *releases.get((app.name, host), (None, None, None))) for host in app.hosts]
-            hosts = [{"hostname": host, "commit": commit, "job_id": job, "deployed_at": at} for host, job, commit, at in running]
-            fields = ("name", "repo", "clone_url", "deploy_on_push", "branches")  # no commands: they may hold secrets
-            shown.append({**{name: getattr(app, name) for name in fields}, "hosts": hosts})
-        return {"apps": shown}
+        fields = ("name", "repo", "clone_url", "deploy_on_push", "branches")  # no commands: they may hold secrets
+        for app, hosts in itertools.groupby(page, key=lambda place: place[0]):
+            shown.append({**{name: getattr(app, name) for name in fields}, "hosts": [next(releases) for _ in hosts]})
+        is_last = next(places, None) is None
+        return {"apps": shown, "next": None if is_last else f"{shown[-1]['name']}/{shown[-1]['hosts'][-1]['hostname']}"}
 
     def reload_apps(self, request: Request) -> Answer:
         try:
@@ -4103,7 +4134,7 @@ ROUTES = [
     Route("GET", "/v1/jobs/{id}/logs", Scope.VIEWER, Controller.read_logs, for_app=True),
     Route("POST", "/v1/jobs/{id}/result", Scope.AGENT, Controller.report_result),
     Route("GET", "/v1/logs/stream", Scope.VIEWER, Controller.stream_logs, for_app=True),
-    Route("GET", "/v1/hosts", Scope.VIEWER, lambda api, _: {"hosts": api.jobs.hosts()}),
+    Route("GET", "/v1/hosts", Scope.VIEWER, Controller.list_hosts),
     Route("POST", "/v1/hosts/{hostname}/drain", Scope.OPERATOR, on_host("host.drain", drained=1)),
     Route("POST", "/v1/hosts/{hostname}/resume", Scope.OPERATOR, on_host("host.resume", drained=0)),
     Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, on_host("host.reset", token_sha256=None, session="")),

@@ -73,6 +73,11 @@ def heartbeat(number: int, wait: int = 0, running: Iterable[tuple[str, int]] = (
     return http_request("POST", f"/v1/agents/{agent_id(number)}/heartbeat", secret_of(number), json.dumps(body).encode())
 
 
+def app_of(host: int) -> str:
+    """The app that is on that host."""
+    return f"{APP}-{host // 100}" if host >= 100 else APP
+
+
 def apps_file(folder: pathlib.Path, hosts: int) -> pathlib.Path:
     """An apps.yaml (as JSON): apps on 100 hosts each, until all hosts have one, and PUSHED ones on two each."""
     apps: list[dict[str, Any]] = []
@@ -285,7 +290,9 @@ class Filler:
     def _add_releases(self) -> None:
         """The last job of each host, where that succeeded."""
         size = self._size
-        columns = {"host": self._host, "job_id": self._ended_id, "commit": "printf('%040x', i)"}
+        number = f"(i % {size.hosts})"
+        app = f"CASE WHEN {number} < 100 THEN {quoted(APP)} ELSE {quoted(APP)} || '-' || {number} / 100 END"  # as app_of()
+        columns = {"app": app, "host": self._host, "job_id": self._ended_id, "commit": "printf('%040x', i)"}
         at = sql_stamp(self._ended_at)
         self._release.add(self._db, max(0, size.ended - size.hosts), size.ended, "i % 10 > 0", **columns, deployed_at=at)
 

@@ -68,7 +68,7 @@ apps:
 
 
 def test_a_yaml_file_with_every_key(read):
-    web, api = read(FULL)
+    api, web = read(FULL)
     assert web.hosts == ("web-01.example.com", "web-02.example.com")
     assert (web.deploy_on_push, web.branches) == (True, ("main", "release/*"))
     assert json.loads(web.spec) == {
@@ -371,8 +371,8 @@ def test_check_apps_says_what_would_be_taken(tmp_path):
     done = run("check-apps", path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "web-frontend: MyOrg/web-frontend to web-01.example.com, web-02.example.com, on push",
         "api: myorg/api to api-01, when asked",
+        "web-frontend: MyOrg/web-frontend to web-01.example.com, web-02.example.com, on push",
         f"{path} is good: 2 apps",
     ]
 
@@ -444,6 +444,61 @@ def test_a_reload_of_a_file_that_is_gone_keeps_the_mapping_in_force(controller):
     assert "No such file" in answer["detail"] and str(controller.apps_file) in answer["detail"]
     controller.daemon.reload()
     assert len(controller.ok("GET", "/v1/apps")["apps"]) == 1
+
+
+def of_app(name, *hosts):
+    return {"name": name, "repo": f"o/{name}", "hosts": hosts}
+
+
+def places(controller, query):
+    """([(app, [host, ...])], next) of a page."""
+    page = controller.ok("GET", f"/v1/apps?{query}")
+    return [(app["name"], [host["hostname"] for host in app["hosts"]]) for app in page["apps"]], page["next"]
+
+
+@pytest.fixture
+def paged(controller):
+    apps = [of_app("web", "h3", "h1", "h2"), of_app("web-2", "h1"), of_app("api", "h9", "h10")]
+    controller.apps_file.write_text(json.dumps({"apps": apps}))
+    controller.ok("POST", "/v1/reload")
+    return controller
+
+
+def test_a_page_of_apps_has_so_many_hosts(paged):
+    assert places(paged, "") == ([("api", ["h10", "h9"]), ("web", ["h1", "h2", "h3"]), ("web-2", ["h1"])], None)
+    assert places(paged, "limit=2") == ([("api", ["h10", "h9"])], "api/h9")
+    assert places(paged, "limit=2&after=api/h9") == ([("web", ["h1", "h2"])], "web/h2")
+    assert places(paged, "limit=2&after=web/h2") == ([("web", ["h3"]), ("web-2", ["h1"])], None)
+    assert places(paged, "limit=3") == ([("api", ["h10", "h9"]), ("web", ["h1"])], "web/h1")
+    assert places(paged, "limit=6&after=web-2/h1") == ([], None)
+
+
+def test_after_an_app_come_the_others(paged):
+    assert places(paged, "after=api")[0] == [("web", ["h1", "h2", "h3"]), ("web-2", ["h1"])]
+    assert places(paged, "after=web")[0] == [("web-2", ["h1"])]
+    assert places(paged, "after=gone/h1")[0] == places(paged, "after=api")[0], "one that has left apps.yaml meanwhile"
+    assert places(paged, "after=web/h11")[0] == [("web", ["h2", "h3"]), ("web-2", ["h1"])], "a host that has left"
+    for wrong in ("limit=0", "limit=1001", "after=/h1", "after=web/", "after=Web", "before=web"):
+        assert paged.call("GET", f"/v1/apps?{wrong}")[0] == 422, wrong
+
+
+def test_a_page_tells_what_each_of_its_hosts_runs(paged):
+    """Read by app and host: not what another app has there, nor what has left apps.yaml."""
+    for app, host, commit in (("web", "h2", "a" * 40), ("api", "h9", "b" * 40), ("web", "h4", "c" * 40)):
+        agent = paged.register(host)
+        job = paged.create(host=host, repo=f"o/{app}", app=app)
+        paged.end(paged.beat(agent)["job"], commit=commit)
+        shown = [one for part in paged.ok("GET", "/v1/apps?limit=5")["apps"] for one in part["hosts"] if one["job_id"] == job["id"]]
+        assert [(one["hostname"], one["commit"]) for one in shown] == ([] if host == "h4" else [(host, commit)])
+    assert [one["commit"] for one in paged.ok("GET", "/v1/apps?limit=2&after=web/h1")["apps"][0]["hosts"]] == ["a" * 40, None]
+
+
+def test_a_token_of_one_app_pages_through_that_app_alone(paged):
+    secret = paged.ok("POST", "/v1/tokens", {"role": "viewer", "app": "web"})["secret"]
+    mine = paged.acting(secret)
+    assert places(mine, "limit=2") == ([("web", ["h1", "h2"])], "web/h2")
+    assert places(mine, "limit=2&after=web/h2") == ([("web", ["h3"])], None)
+    assert places(mine, "after=web-2") == ([], None)
 
 
 def test_what_is_frozen_in_a_job_stays_when_the_mapping_changes(controller):

@@ -66,7 +66,7 @@ class Stage:
         seen = {name: self.c.ok("GET", f"/v1/{name}")[name] for name in ("hosts", "jobs", "apps")}
         listed = [token["name"] for token in self.c.ok("GET", "/v1/tokens")["tokens"]]
         signed_in = self.c.call("GET", "/v1/session", headers=self.browser)[0]
-        return tables, seen, listed, signed_in, self.c.daemon.queue.depth()
+        return tables, seen, listed, signed_in, self.c.daemon.queue.depth
 
 
 def made_job(answer):

@@ -182,6 +182,55 @@ def test_list_hosts(controller):
     assert controller.ok("GET", "/v1/hosts")["hosts"][1]["agent_status"] == "offline"
 
 
+def pages(controller, path, name, limit):
+    """What `path` lists, page by page."""
+    found, after = [], ""
+    while True:
+        page = controller.ok("GET", f"{path}?limit={limit}{after}")
+        assert page[name] not in found or not page[name], "a page comes once"
+        found.append(page[name])
+        if page["next"] is None:
+            return found
+        after = f"&after={page['next']}"
+
+
+def names_in(controller, limit):
+    return [[host["hostname"] for host in page] for page in pages(controller, "/v1/hosts", "hosts", limit)]
+
+
+def test_pages_of_hosts(controller):
+    for name in ("web-03", "web-01", "a.b", "web-02"):
+        controller.register(name)
+    controller.create(host="b-without-agent")
+    known = ["a.b", "b-without-agent", "web-01", "web-02", "web-03"]
+    for limit in (1, 2, 4, 5, 1000):
+        assert names_in(controller, limit) == [known[at : at + limit] for at in range(0, 5, limit)], limit
+    assert controller.ok("GET", "/v1/hosts?after=WEB-0")["hosts"][0]["hostname"] == "web-01", "after a host that is none"
+    assert controller.ok("GET", "/v1/hosts?after=web-03") == {"hosts": [], "next": None}
+    for wrong in ("limit=0", "limit=1001", "limit=x", "after=-", "before=web-01"):
+        assert controller.call("GET", f"/v1/hosts?{wrong}")[0] == 422, wrong
+
+
+def test_the_list_of_hosts_follows_each_change(controller):
+    """Asked for after each, as the order is kept between two pages."""
+    assert names_in(controller, 10) == [[]]
+    job = controller.create(host="web-01")
+    assert names_in(controller, 10) == [["web-01"]], "a job names it"
+    controller.register("db-01")
+    assert names_in(controller, 10) == [["db-01", "web-01"]], "it has an agent"
+    controller.ok("POST", f"/v1/jobs/{job['id']}/cancel")
+    assert names_in(controller, 10) == [["db-01"]], "its last job has ended"
+    job = controller.create(host="db-01")
+    controller.ok("DELETE", "/v1/hosts/db-01")
+    assert names_in(controller, 10) == [["db-01"]], "without an agent, but a job waits"
+    controller.ok("POST", f"/v1/jobs/{job['id']}/cancel")
+    assert names_in(controller, 10) == [[]]
+    controller.register("web-02")
+    assert names_in(controller, 10) == [["web-02"]]
+    controller.ok("DELETE", "/v1/hosts/web-02")
+    assert names_in(controller, 10) == [[]], "nothing names it any more"
+
+
 def test_a_wrong_signature_is_refused(controller, make_controller):
     controller.set_app(**APP)
     for signature in ("", "sha256=", "sha256=" + "0" * 64, "sha1=" + "0" * 40, "sha256=ümlaut", "x" * 4000):

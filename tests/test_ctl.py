@@ -461,7 +461,8 @@ def test_a_host_that_is_offline_is_waited_for(monkeypatch):
 
 
 HOSTS = {
-    "hosts": [{"hostname": "web-01", "agent_status": "unknown", "last_seen": None, "drained": False, "running": 0, "pending": 1}]
+    "hosts": [{"hostname": "web-01", "agent_status": "unknown", "last_seen": None, "drained": False, "running": 0, "pending": 1}],
+    "next": None,
 }
 PENDING = {**JOB, "status": "pending", "attempt": 0, "started_at": None, "completed_at": None}
 
@@ -665,6 +666,22 @@ def test_control_characters_of_every_other_answer_are_stripped(here, scripted, m
 # hosts, apps, cancel, retry, reload, health
 
 
+def test_hosts_and_apps_are_shown_whole_whatever_a_page_holds(run, controller, monkeypatch):
+    """An app that goes over several pages is one."""
+    names = [f"web-{number:02}" for number in range(7)]
+    for name in names:
+        make(controller, host=name)
+    apps = [{"name": name, "repo": f"o/{name}", "hosts": names[:count]} for name, count in (("web", 5), ("api", 2), ("db", 1))]
+    controller.apps_file.write_text(json.dumps({"apps": apps}))
+    controller.ok("POST", "/v1/reload")
+    whole = [json.loads(run(verb, "--json").out) for verb in ("hosts", "apps")]
+    assert [host["hostname"] for host in whole[0]["hosts"]] == names
+    assert [(app["name"], len(app["hosts"])) for app in whole[1]["apps"]] == [("api", 2), ("db", 1), ("web", 5)]
+    for size in (1, 2, 7, 8):
+        monkeypatch.setattr(ctl, "PAGE_NAMES", size)
+        assert [json.loads(run(verb, "--json").out) for verb in ("hosts", "apps")] == whole, size
+
+
 def test_hosts_and_what_is_done_to_them(run, controller, agent):
     make(controller)
     make(controller, host="web-09")
@@ -762,7 +779,7 @@ def test_apps_as_a_table_with_a_row_a_host(here, scripted):
         {"name": "web", "repo": "myorg/web", "hosts": [ran, never], "deploy_on_push": True, "branches": ["main", "release/*"]},
         {"name": "api", "repo": "myorg/api", "hosts": [], "deploy_on_push": False, "branches": None},
     ]
-    server = scripted(as_json(200, {"apps": apps}))
+    server = scripted(as_json(200, {"apps": apps, "next": None}))
     rows = [re.split(r"  +", row) for row in here("apps", "--url", server.url).out.splitlines()]
     assert rows[0] == ["APP", "REPO", "HOST", "COMMIT", "DEPLOYED", "JOB", "ON PUSH"]
     assert rows[1][:4] == ["web", "myorg/web", "web-01", "c0ffee00"] and rows[1][5:] == ["0199c2f0-1111", "main, release/*"]

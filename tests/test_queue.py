@@ -76,7 +76,7 @@ def test_busy_apps_are_skipped_and_keep_their_place(queue):
 def test_busy_none_takes_nothing(queue):
     queue.put("a", "1", "x")
     assert take(queue, busy=None) is None
-    assert queue.depth() == 1
+    assert queue.depth == 1
 
 
 def test_hosts_do_not_share_jobs(queue):
@@ -91,8 +91,27 @@ def test_remove_takes_one_job_out(queue):
     queue.remove("a", "2")
     queue.remove("a", "2")
     queue.remove("b", "2")
-    assert queue.depth() == 2
+    assert queue.depth == 2
     assert [take(queue)[0], take(queue)[0]] == ["1", "3"]
+
+
+def test_the_depth_counts_all_that_waits(queue):
+    """Kept beside the lanes, as a scrape must not walk over thousands of hosts."""
+    seen = []
+    for step in (
+        lambda: queue.load("a", [("1", "x"), ("2", "y")]),
+        lambda: queue.load("b", [("3", "x")]),
+        lambda: queue.put("a", "5", "x"),
+        lambda: queue.put("a", "4", "x"),  # takes its old place
+        lambda: take(queue, busy=frozenset("x")),
+        lambda: take(queue, busy=frozenset("xy")),  # gets none
+        lambda: queue.remove("a", {"1", "5", "gone"}),
+        lambda: queue.remove("nobody", {"1"}),
+        lambda: [take(queue), take(queue, "b"), take(queue)],
+    ):
+        step()
+        seen.append((queue.depth, sum(len(lane.waiting) for lane in queue._lanes.values())))
+    assert seen == [(depth, depth) for depth in (2, 3, 4, 5, 4, 4, 2, 2, 0)]
 
 
 def test_a_ticket_misses_no_wake(queue):

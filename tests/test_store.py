@@ -420,7 +420,7 @@ def test_a_controller_answers_503_and_goes_on(controller):
         status, headers, _ = controller.raw("POST", "/v1/jobs", {"repo": "o/n", "ref": "main", "host": "web-01"})
         assert (status, int(headers["Retry-After"]) > 0) == (503, True)
         assert controller.ok("GET", "/v1/jobs")["jobs"] == []
-    assert controller.daemon.queue.depth() == 0
+    assert controller.daemon.queue.depth == 0
     made = controller.create()
     assert controller.beat(controller.register())["job"]["id"] == made["id"]
 
@@ -605,7 +605,10 @@ QUERIES = {
         (EventFilter("web-01"), 50),
         (EventFilter("web-01", "web"), 50),
     ],
-    "releases": [()],
+    "releases": [
+        ([("web", "host-1"), ("web", "gone"), ("other", "host-1")],),
+        ([("web", f"host-{number}") for number in range(100)],),
+    ],
     "running_apps": [("web-01",)],
     "running_jobs": [()],
     "shown": [(JOB,)],
@@ -626,6 +629,7 @@ def aged(tmp_path_factory):
             tx.add("jobs", *ended)
             tx.add_event(ended, "job", 1, 0, "{}")
             tx.audited(NOW, Principal("github", Scope.PUBLIC), "push", "o/n")
+            tx.put("releases", "web", f"host-{number}", ended.id, None, NOW)
         for number in range(3):
             tx.add("jobs", *job(HISTORY + number, host=f"quiet-{number}", app="other", status="running", attempt=1))
         tx.position += 50_000  # the newest log lines are looked for in the last 50,000 positions
