@@ -168,6 +168,41 @@ def test_signals_count_from_the_moment_it_listens(run):
         assert c.stop() == 0
 
 
+# One core
+
+
+def test_all_threads_stay_on_one_core(run):
+    c = run()
+    agent = c.register()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        parked = pool.submit(c.beat, agent, wait=25)  # a thread of a connection
+        wait_for(lambda: "deploybot_http_connections 2" in c.raw("GET", "/metrics")[2].decode())
+        threads = [int(name) for name in os.listdir(f"/proc/{c.process.pid}/task")]
+        cores = {frozenset(os.sched_getaffinity(thread)) for thread in threads}
+        assert c.stop() == 0
+        assert parked.result(20)["job"] is None
+    assert len(threads) >= 2
+    assert [len(some) for some in cores] == [1], cores
+
+
+def test_it_stays_where_it_may_be(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 5})
+    chosen = []
+    monkeypatch.setattr("os.sched_setaffinity", lambda process, cores: chosen.append(cores))
+    deploybot.stay_on_one_core()
+    assert chosen in ([{3}], [{5}])
+
+
+def test_a_sandbox_may_refuse_it(monkeypatch):
+    def refuse(process, cores):
+        raise PermissionError
+
+    monkeypatch.setattr("os.sched_setaffinity", refuse)
+    deploybot.stay_on_one_core()
+    monkeypatch.delattr("os.sched_setaffinity")
+    deploybot.stay_on_one_core()
+
+
 # kill -9
 
 
