@@ -667,7 +667,7 @@ class Job(NamedTuple):
         return {**self.public(), "spec": json.loads(self.spec)}
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Agent:
     """A registered agent: a row of `agents`, in the order of its columns, and below what is in memory alone."""
 
@@ -772,7 +772,7 @@ class Result(Model):
         self.reason = None if self.status == "success" else self.reason or default
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Event:
     """A row of `events`: log lines of one upload, or one change of one job. A chunk of n lines takes n positions."""
 
@@ -1830,7 +1830,7 @@ class Store:
 # Owns which job ids wait for which host. Ignores SQL, models, and what is done with a job.
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Lane:
     """What waits for one host, in order of id, which is the order of creation."""
 
@@ -2376,7 +2376,7 @@ Connected = Callable[[], bool]  # whether the client is still there
 NO_JOB = Job._make([None] * len(Job._fields))
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Lease:
     """A running job, in memory."""
 
@@ -2445,13 +2445,15 @@ class Jobs:
             for job in db.running_jobs():
                 self._lease(job, answered=0)
                 self._opened(key_of(job.repo, job.ref, job.host, job.app), job.host, job.id)
-            waiting: dict[str, list[tuple[str, str]]] = {}
-            for job_id, repo, ref, host, app, is_held in db.pending():
-                self._opened(key_of(repo, ref, host, app), host, job_id)
-                if not is_held:
-                    waiting.setdefault(host, []).append((job_id, sys.intern(app)))
+            waiting: dict[str, list[tuple[str, str]]] = collections.defaultdict(list)
+            opened = self._open
+            for job_id, repo, ref, host, app, is_held in db.pending():  # of which there may be very many
+                key = key_of(repo, ref, host, app)
+                opened[key] = (*opened[key], job_id) if key in opened else (job_id,)
+                waiting[host].append((job_id, "" if is_held else sys.intern(app)))
         for host, entries in waiting.items():
-            self.queue.load(host, entries)
+            self._open_on[host] += len(entries)
+            self.queue.load(host, [entry for entry in entries if entry[1]])
 
     def _begin_anew(self, tx: Tx, copied_at: str) -> None:
         """A copy is served for the first time: no position, attempt or session that came after it was made is given out again."""
@@ -3230,7 +3232,7 @@ def is_foreign(headers: Mapping[str, str]) -> bool:
     return not is_ours or headers.get("sec-fetch-site", "none") not in ("none", "same-origin")
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Request:
     """What is asked. A client that is kept alive repeats its headers to the letter: then this is the same one with another line and
     body, and whose token it brings is known."""
@@ -3341,7 +3343,7 @@ def forwarded(peer: str, headers: Mapping[str, str], trusted: tuple[Network, ...
     return peer, headers.get("x-forwarded-proto", "").lower() == "https"
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Response:
     status: int
     body: bytes | Iterator[bytes] = b""  # chunks, where its length is not known: sent as they come (RFC 9112, 7.1)
@@ -4333,9 +4335,11 @@ def serve(config: Config, _: pathlib.Path) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: os.write(writer, bytes([number])))
     stay_on_one_core()
+    gc.disable()  # what is made now stays
     daemon = Daemon(config)
     daemon.start()
-    gc.freeze()  # what is there now stays: no collection has to walk through a queue of 100,000 jobs
+    gc.freeze()  # so that no collection has to walk through a queue of 100,000 jobs
+    gc.enable()
     notify("READY=1")
     run(daemon, signals)
     notify("STOPPING=1")
