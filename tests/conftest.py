@@ -202,14 +202,15 @@ class EventStream:
 
 
 class Faulty:
-    """A connection that fails at a statement."""
+    """A connection that fails at a statement. An INSERT that is a transaction by itself is its BEGIN and its COMMIT, too."""
 
     def __init__(self, db, statement, error=None):
         self.db, self.statement, self.seen = db, statement, 0
         self.error = error or sqlite3.OperationalError("disk I/O error")
 
     def execute(self, sql, *values):
-        if sql.startswith(self.statement):
+        is_whole = sql.startswith("INSERT") and not self.db.in_transaction and self.statement in ("BEGIN", "COMMIT")
+        if sql.startswith(self.statement) or is_whole:
             self.seen += 1
             raise self.error
         return self.db.execute(sql, *values)

@@ -19,7 +19,7 @@ import sys
 import threading
 
 import pytest
-from conftest import EventStream, wait_for
+from conftest import EventStream, failing_at, wait_for
 from test_main import PROGRAM, deploybot_py, environment
 from test_main import run as run
 from test_migrations import make as make_old
@@ -87,13 +87,16 @@ def db(tmp_path):
     return path
 
 
+NO_JOB = deploybot.Job._make([None] * len(deploybot.Job._fields))
+
+
 def fill(path, jobs=3, ended=0):
     store = Store(path)
     app = deploybot.app_without_entry("o/n", None)
     clock = deploybot.Clock()
     ids, made = deploybot.TimeOrderedIds(clock, None), []
     for i in range(jobs + ended):
-        job = deploybot.NO_JOB._replace(
+        job = NO_JOB._replace(
             id=ids(), repo="o/n", ref=f"r{i}", host="web-01", app=app.name, metadata="{}", spec=app.spec, attempt=0,
             status="pending" if i < jobs else "success", retries=2, timeout=60, created_by="me", created_at=clock.stamp(),
             queued_at=clock.stamp(),
@@ -403,26 +406,14 @@ def test_a_folder_that_cannot_be_written_is_one_line(db, tmp_path):
 def test_a_write_that_meets_damage_is_told_to_try_later(db, statement):
     """As with every other fault of the database, the whole batch: a transaction that met damage is not committed."""
     store = Store(db)
-    real = store._db
-
-    class Damaged:
-        def execute(self, sql, *values):
-            if sql.startswith(statement):
-                raise sqlite3.DatabaseError("database disk image is malformed")
-            return real.execute(sql, *values)
-
-        def __getattr__(self, name):
-            return getattr(real, name)
-
-    store._db = Damaged()
-    job = deploybot.NO_JOB._replace(
+    job = NO_JOB._replace(
         **{"id": "x", "repo": "o/n", "ref": "main", "host": "web-01", "app": "web", "status": "pending", "metadata": "{}"},
         **{"attempt": 0, "retries": 0, "timeout": 60, "created_at": "", "created_by": "me", "spec": "{}", "queued_at": ""},
     )
-    with pytest.raises(Unavailable, match="malformed"):
+    damage = sqlite3.DatabaseError("database disk image is malformed")
+    with failing_at(store, statement, damage), pytest.raises(Unavailable, match="malformed"):
         store.write(lambda tx: tx.add("jobs", *job))
-    store._db = real
-    assert not real.in_transaction
+    assert not store._db.in_transaction
     store.close()
 
 

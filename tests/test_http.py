@@ -824,7 +824,7 @@ def test_pages_run_only_their_own_script(wire, path):
 
 
 def test_a_500_shows_no_internals(controller, wire, caplog, monkeypatch):
-    def fails():
+    def fails(*page):
         raise RuntimeError("hunter2 in /etc/shadow")
 
     monkeypatch.setattr(controller.jobs, "hosts", fails)

@@ -21,7 +21,7 @@ def positions(events):
 
 def fill(hub, *events):
     for one in events:
-        hub.publish(event(one) if isinstance(one, int) else one)
+        hub.publish([event(one) if isinstance(one, int) else one])
 
 
 @pytest.fixture

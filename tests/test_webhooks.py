@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import hmac
 import json
@@ -9,7 +10,7 @@ import socket
 import urllib.parse
 
 import pytest
-from conftest import SECRET
+from conftest import SECRET, wait_for
 
 import deploybot
 from deploybot import App, Malformed, Push, ValidationError
@@ -258,13 +259,39 @@ def test_another_push_of_a_commit_under_way_makes_no_second_job(hooked):
 
 
 def test_many_deliveries_of_one_push_at_once_make_its_jobs_once(hooked):
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(8) as pool:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda _: deliver(hooked, payload(), X_GitHub_Delivery="d-1"), range(16)))
     assert {status for status, _ in answers} == {200}
     assert len({tuple(answer["jobs_created"]) for _, answer in answers}) == 1
     assert len(jobs(hooked)) == 2
+
+
+def in_one_commit(controller, *bodies, **headers):
+    """Answers to deliveries that all looked at the database before the first of them was stored."""
+    store = controller.daemon.store
+    with concurrent.futures.ThreadPoolExecutor(len(bodies)) as pool:
+        with store._writer:
+            waiting = []
+            for count, body in enumerate(bodies, 1):
+                waiting.append(pool.submit(deliver, controller, body, **headers))
+                wait_for(lambda count=count: len(store._waiting) == count)
+        return [one.result(20) for one in waiting]
+
+
+@pytest.mark.parametrize("headers", [{"X_GitHub_Delivery": "d-1"}, {}], ids=["by its id", "by what was signed"])
+def test_a_redelivery_that_looked_before_the_first_was_stored(hooked, headers):
+    (first, made), (again, same) = in_one_commit(hooked, payload(), payload(), **headers)
+    assert (first, again, len(made["jobs_created"]), same["jobs_created"]) == (200, 200, 2, made["jobs_created"])
+    assert "taken before" in same["message"]
+    assert len(jobs(hooked)) == 2
+
+
+def test_an_older_push_that_looked_before_the_newer_was_stored(hooked):
+    newer = payload(repository={"full_name": "myorg/web", "default_branch": "main", "pushed_at": 200})
+    older = payload(after="b" * 40, repository={"full_name": "myorg/web", "default_branch": "main", "pushed_at": 100})
+    (_, made), (_, late) = in_one_commit(hooked, newer, older)
+    assert (len(made["jobs_created"]), late["jobs_created"]) == (2, [])
+    assert late["message"] == "ignored: a newer push to main was taken before"
 
 
 # -- branches ----------------------------------------------------------------------------------------------------------

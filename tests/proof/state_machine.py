@@ -112,19 +112,19 @@ class Faults:
         self.kind, self.at = fault or ("", 0)
         self.count, self.commits, self.fired = 0, 0, False
 
-    def around(self, sql: str, execute: Callable[[], Any]) -> Any:
-        """Before its statement the disk is full; after it the process has ended."""
+    def around(self, sql: str, execute: Callable[[], Any], commits: bool) -> Any:
+        """Before its statement the disk is full; after it the process has ended. `commits`: what it does is durable then."""
         if "UPDATE jobs" in sql and "WHERE id = ? AND status = ? AND attempt = ?" not in sql:
             self.unfenced = sql
         if sql == "ROLLBACK":
             return execute()
         self.count += 1
-        is_it = sql == "COMMIT" if self.at == AT_COMMIT else self.count == self.at
+        is_it = commits if self.at == AT_COMMIT else self.count == self.at
         if self.kind == "full" and is_it and not self.fired:
             self.fired = True
             raise sqlite3.OperationalError("database or disk is full")
         value = execute()
-        self.commits += sql == "COMMIT"
+        self.commits += commits
         if self.kind == "crash" and is_it and not self.fired:
             self.fired = True
             HAPPENED["crash after COMMIT" if self.commits else "crash before COMMIT"] += 1
@@ -140,10 +140,11 @@ class Connection:
         self._real, self._faults = real, faults
 
     def execute(self, sql: str, *values: Any) -> Any:
-        return self._faults.around(sql, lambda: self._real.execute(sql, *values))
+        commits = sql == "COMMIT" or (sql.startswith("INSERT") and not self._real.in_transaction)
+        return self._faults.around(sql, lambda: self._real.execute(sql, *values), commits)
 
     def executemany(self, sql: str, *values: Any) -> Any:
-        return self._faults.around(sql, lambda: self._real.executemany(sql, *values))
+        return self._faults.around(sql, lambda: self._real.executemany(sql, *values), False)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._real, name)
