@@ -3822,7 +3822,7 @@ class Handler(socketserver.BaseRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, a thread each, and ends them all within STOP_DEADLINE at stop."""
 
-    request_queue_size = 1024
+    request_queue_size = 16_384  # what the system allows of it: who finds it full would come again after a second, then three
 
     def __init__(self, address: tuple[str, int], dispatcher: Dispatcher, tls: ssl.SSLContext | None, trusted: tuple[Network, ...]):
         self.tls, self.trusted, self.dispatcher, self.stopping = tls, trusted, dispatcher, False
