@@ -1253,6 +1253,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
 JOB_COLUMNS = ", ".join(f'"{name}"' for name in Job._fields)
 # Where a new job goes in, with its event and its audit row: all that wait for one commit are then one statement, which SQLite
 # commits by itself. Python lets go of the GIL once for it, where each further statement has to come by it again.
+LANDS = {"INSERT INTO new_jobs": ("jobs", "events", "audit")}  # in which tables, where not in that alone
 NEW_JOB_ROW = (*Job._fields, "position", "data", "address", "action", "detail")
 NEW_JOBS = (
     "CREATE TEMP VIEW new_jobs AS SELECT " + ", ".join(f'NULL AS "{name}"' for name in NEW_JOB_ROW),
@@ -1411,12 +1412,6 @@ class Queries:
         return (json.loads(row[0]), row[1]) if row else None
 
 
-def tables_of(into: str) -> tuple[str, ...]:
-    """Where the rows of an INSERT land."""
-    table = into.rpartition(" ")[2]
-    return ("jobs", "events", "audit") if table == "new_jobs" else (table,)
-
-
 @functools.cache
 def insert(into: str, columns: int, rows: int) -> str:
     row = f"({', '.join('?' * columns)})"
@@ -1475,7 +1470,7 @@ class Tx(Queries):
     def _flush(self, sql: str = "") -> None:
         """Gives SQLite the rows that were put off; with `sql`, those of the tables that it names."""
         for into, rows in self._put_off.items():
-            if rows and (not sql or any(table in sql for table in tables_of(into))):
+            if rows and (not sql or any(table in sql for table in LANDS.get(into, (into.rpartition(" ")[2],)))):
                 self._begin()
                 self._is_changed = self._is_changed or len(rows) > self._before.get(into, 0)
                 self._before[into] = 0
@@ -1889,7 +1884,8 @@ class Store:
     def close(self) -> None:
         """After the last write. Readers that still work are waited for."""
         if self._replicated:  # the last one to close writes the WAL back and removes it, unless it may only read
-            self._db.close()
+            with self._writer:
+                self._db.close()
         for _ in range(READERS):
             with contextlib.suppress(queue.Empty):
                 self._readers.get(timeout=1.0).close()

@@ -392,6 +392,35 @@ def test_an_effect_that_fails_hides_no_commit(store, outside):
     assert ([future.result() for future in done], ran, len(ids(outside))) == ([1, 2], [2], 2)
 
 
+@pytest.mark.parametrize("replicated", [False, True])
+def test_a_write_after_the_end_is_told_so(path, replicated):
+    store = Store(path, replicated=replicated)
+    store.close()
+    for work in (add(1), lambda tx: tx.one("SELECT 1"), lambda tx: None):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, pytest.raises(Unavailable, match="closed"):
+            pool.submit(store.write, work).result(20)
+
+
+@pytest.mark.parametrize("replicated", [False, True])
+def test_the_end_waits_for_the_commit_under_way(path, replicated):
+    store = Store(path, replicated=replicated)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        entered, go_on = threading.Event(), threading.Event()
+
+        def slow(tx):
+            entered.set()
+            assert go_on.wait(20)
+            return add(1)(tx)
+
+        written = pool.submit(store.write, slow)
+        assert entered.wait(20)
+        closed = pool.submit(store.close)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            closed.result(0.3)
+        go_on.set()
+        assert (written.result(20), closed.result(20)) == (1, None)
+
+
 # -- a database that cannot be written ---------------------------------------------------------------------------------
 
 
