@@ -3610,6 +3610,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._peer = peer.removeprefix("::ffff:") if "." in peer else peer
         self._waiting = self.server.waiting
         self._buffer = b""  # what came after the last request
+        self._free = -math.inf  # when that had its answer (monotonic): what came earlier lay behind it
         # The head of the last request, what stands behind its first line, and what they say.
         self._raw: bytes | None = None
         self._block: bytes | None = None
@@ -3652,7 +3653,7 @@ class Handler(socketserver.BaseRequestHandler):
             self._linger()
             return False
         request, self._unread = self._asked, self._headers.length
-        request.late = age_of_input(self.request) if len(self.server.open) > MANY else 0.0
+        request.late = self._age()
         try:
             response = self.server.dispatcher.respond(request, self._read_body)
         finally:
@@ -3665,6 +3666,11 @@ class Handler(socketserver.BaseRequestHandler):
         if self._unread:
             self._linger()
         return keep
+
+    def _age(self) -> float:
+        """Seconds that a request has lain unread in a crowd; those in which it lay behind the one before do not count."""
+        is_crowded = len(self.server.open) > MANY
+        return min(age_of_input(self.request), time.monotonic() - self._free) if is_crowded else 0.0
 
     def _parse(self, raw: bytes) -> None:
         """A head that is not that of the request before. Raises Refusal."""
@@ -3783,7 +3789,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _send(self, response: Response, body: Any, keep: bool) -> None:
         length = "" if response.status == 204 else f"Content-Length: {len(response.body)}\r\n"  # type: ignore[arg-type]
-        self._waiting[self.request] = None  # who does not read may go
+        self._waiting[self.request], self._free = None, time.monotonic()  # who does not read may go
         try:
             self.request.sendall(self._start(response, keep, length) + body[:FREE_BODY])  # one write for nearly all
             if len(body) > FREE_BODY:
@@ -3802,6 +3808,7 @@ class Handler(socketserver.BaseRequestHandler):
                     self.request.sendall(b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunked else chunk)
             except DeployBotError as error:  # too late for another answer: without its last chunk the reader knows
                 raise ConnectionAbortedError(str(error)) from None
+        self._free = time.monotonic()
         if chunked and body:
             self.request.sendall(b"0\r\n\r\n")
 
@@ -3818,6 +3825,7 @@ class Handler(socketserver.BaseRequestHandler):
 class Server(http.server.ThreadingHTTPServer):
     """Accepts connections, a thread each, and ends them all within STOP_DEADLINE at stop."""
 
+    server_bind = socketserver.TCPServer.server_bind  # without the look-up of our own name in DNS that HTTPServer does
     request_queue_size = 16_384  # what the system allows of it: who finds it full would come again after a second, then three
 
     def __init__(self, address: tuple[str, int], dispatcher: Dispatcher, tls: ssl.SSLContext | None, trusted: tuple[Network, ...]):
@@ -3834,10 +3842,6 @@ class Server(http.server.ThreadingHTTPServer):
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._limit = sys.maxsize if files == resource.RLIM_INFINITY else max(16, files - SPARE_FILES)
         super().__init__(address, Handler)
-
-    def server_bind(self) -> None:
-        """Without the look-up of our own name in DNS that HTTPServer does."""
-        socketserver.TCPServer.server_bind(self)
 
     def get_request(self) -> tuple[Any, Any]:
         connection, address = super().get_request()

@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import socket
+import time
 
 import pytest
 from conftest import SECRET, wait_for
@@ -85,19 +86,37 @@ def test_with_few_connections_nobody_looks(controller, monkeypatch):
     assert controller.call("GET", "/v1/jobs")[0] == 200
 
 
-def test_a_request_is_late_once(crowded, monkeypatch):
-    """The next one of the same connection, with the same head, is looked at anew."""
+def test_a_request_is_late_for_itself(crowded, monkeypatch):
+    """The next one of the same connection, with the same head, is looked at anew, and is no later than the answer before."""
     wire = http.client.HTTPConnection("127.0.0.1", crowded.port, timeout=20)
+    real, passed = time.monotonic, 0.0
+    monkeypatch.setattr(deploybot.time, "monotonic", lambda: real() + passed)
     with contextlib.closing(wire):
         seen = []
-        for seconds, many in ((9.0, 0), (0.0, 0), (9.0, 0), (9.0, 64)):
-            crowded.late.seconds = seconds
+        for seconds, after, many in ((9.0, 0.0, 0), (0.0, 10.0, 0), (9.0, 10.0, 0), (9.0, 0.0, 0), (9.0, 10.0, 64)):
+            crowded.late.seconds, passed = seconds, passed + after
             monkeypatch.setattr(deploybot, "MANY", many)
             wire.request("GET", "/v1/jobs")
             answer = wire.getresponse()
             answer.read()
             seen.append(answer.status)
-    assert seen == [503, 200, 503, 200]
+    assert seen == [503, 200, 503, 200, 200]
+
+
+def test_what_lies_behind_a_parked_heartbeat_is_not_late_for_that(crowded):
+    """Two in one segment: the second has waited for the first, which we let wait."""
+    path, lanes = f"/v1/agents/{crowded.register()['id']}/heartbeat", crowded.daemon.queue._lanes
+    body = b'{"status": "online", "wait": %d}'
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body % 0)}\r\n\r\n".encode()
+    with contextlib.closing(socket.create_connection(("127.0.0.1", crowded.port), 20)) as wire:
+        wire.sendall(head + body % 9 + head + body % 0)
+        wait_for(lambda: "web-01" in lanes and len(lanes["web-01"].woken._waiters) == 1)
+        crowded.late.seconds = 9.0
+        crowded.daemon.queue.wake("web-01")
+        said = b""
+        while said.count(b"HTTP/1.1 ") < 2:
+            said += wire.recv(65536)
+        assert said.count(b"HTTP/1.1 200") == 2
 
 
 # -- what the disk cannot take -----------------------------------------------------------------------------------------

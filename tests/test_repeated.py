@@ -5,6 +5,7 @@ Each test sends the same bytes over one connection, as an agent does, and change
 
 import json
 import socket
+import time
 
 import pytest
 from conftest import TOKENS, FakeClock, wait_for
@@ -198,6 +199,9 @@ def test_a_head_that_comes_before_its_body(c, agent):
 def test_one_that_lay_for_too_long_is_shed(c, agent, monkeypatch):
     monkeypatch.setattr("deploybot.MANY", 0)
     monkeypatch.setattr("deploybot.age_of_input", lambda connection: 60.0)
+    assert agent.beat()[0] == 200  # it lay behind the one before until just now
+    real = time.monotonic
+    monkeypatch.setattr("deploybot.time.monotonic", lambda: real() + 60.0)
     assert agent.beat()[0] == 503
     monkeypatch.undo()
     assert agent.beat()[0] == 200
