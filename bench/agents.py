@@ -51,7 +51,7 @@ class Heart:
     def __init__(self, fleet: Fleet, host: int):
         self.host, self._fleet = host, fleet
         self._parked = heartbeat(host, WAIT)
-        self._backoff = fleet.program.Backoff()
+        self._backoff = fleet.program.Backoff(fleet.program.RETURN_FIRST)
         self._connection: Connection | None = None
         self._is_reused = False  # an answer came over this connection
         self._begun = 0.0

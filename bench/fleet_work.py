@@ -137,6 +137,8 @@ def restarts(setting: Setting) -> None:
             setting.row(f"restart_{word}", f"{work}: all are back", back, "s", at_most=30.0)
             slowest = seen["max_ms"] / 1000
             setting.row(f"restart_{word}_person", f"{work}: slowest answer to a person", slowest, "s", at_most=1.0, detail=seen)
+            shed = seen["statuses"].get(503, 0)
+            setting.row(f"restart_{word}_shed", f"{work}: 503 to a person", shed, "answers", at_most=0)
 
 
 def end(controller: Controller, number: int) -> tuple[float, bool]:

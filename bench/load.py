@@ -99,13 +99,13 @@ def as_load(seen: dict[str, Any]) -> Load:
 def drive(
     port: int, requests: list[bytes], connections: int, seconds: float, folder: pathlib.Path, wrk: bool, own: bool = False
 ) -> Load:
-    """By wrk or by a client of ours: so many kept connections, each with one request at a time. Raises Wrong for answers other than 2xx and 3xx. After the last
-    request the first one comes again: who must not send one twice looks at how many were sent."""
+    """By wrk or by a client of ours: so many kept connections, each with one request at a time, none of which may be refused (else
+    raises Wrong). After the last request the first one comes again: who must not send one twice looks at how many were sent."""
     if wrk:
         load = by_wrk(port, requests, connections, round(seconds), folder, own=own)
     else:
         load = as_load(in_process(closed_loop, port, requests, connections, seconds).result())
-    if load.failed or load.refused * 100 > load.requests:  # a large fleet may have some of them shed
+    if load.failed or load.refused:
         raise Wrong(f"of {load.requests} requests {load.refused} were refused and {load.failed} failed")
     return load
 

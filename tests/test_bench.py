@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import threading
 import time
+import types
 import xml.etree.ElementTree
 
 import pytest
@@ -103,6 +104,25 @@ def test_paced_requests_come_whatever_the_answers_take_and_the_wait_for_a_connec
 def test_refused_answers_are_part_of_what_was_asked_and_not_of_what_was_good():
     seen = {"statuses": {200: 30, 503: 10}, "requests": 30, "rate": 60.0, "p50_ms": 1.0, "p99_ms": 2.0, "lost": 1}
     assert load.as_load(seen) == load.Load(80.0, 40, 1.0, 2.0, 10, 1)
+
+
+@pytest.mark.parametrize("status", [404, 503])
+def test_under_a_load_below_the_limit_no_answer_may_be_refused(monkeypatch, tmp_path, status):
+    seen = {"statuses": {200: 10_000}, "requests": 10_000, "rate": 60.0, "p50_ms": 1.0, "p99_ms": 2.0, "lost": 0}
+    monkeypatch.setattr(load, "in_process", lambda *_: types.SimpleNamespace(result=lambda: seen))
+    assert load.drive(1, [], 1, 1.0, tmp_path, wrk=False).requests == 10_000
+    seen["statuses"][status] = 1
+    with pytest.raises(machine.Wrong, match="of 10001 requests 1 were refused"):
+        load.drive(1, [], 1, 1.0, tmp_path, wrk=False)
+
+
+def test_a_heart_of_the_fleet_that_loses_the_controller_waits_as_agent_py_does():
+    program, pauses = agents.load_agent(machine.ROOT / "agent.py"), []
+    loop = types.SimpleNamespace(after=lambda pause, do: pauses.append(pause))
+    fleet = types.SimpleNamespace(program=program, loop=loop, tally=clients.Tally())
+    for number in range(100):
+        agents.Heart(fleet, number)._lost(types.SimpleNamespace(is_busy=True))
+    assert program.BACKOFF_FIRST < max(pauses) < program.RETURN_FIRST
 
 
 def test_chunks_are_taken_apart_wherever_they_are_cut():
