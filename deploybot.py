@@ -116,6 +116,7 @@ RECENT = 4096  # jobs, and ends of their logs, that are known without asking SQL
 READERS = 2  # reading connections: more would only wait for the same two cores
 MIGRATION_LIMIT = 3600  # seconds that systemd is asked to wait for a migration and its backup
 SHORT_SECRET = 20  # characters: shorter ones can be guessed
+ACCEPTS = 256  # connections that are accepted before the others go on
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
@@ -3631,6 +3632,8 @@ class Handler(socketserver.BaseRequestHandler):
     def _serve_one(self) -> bool:
         try:
             self._waiting[self.request] = None
+            with self.server.turnstile:
+                pass
             raw = self._read_head()
             if raw is None:
                 return False
@@ -3821,6 +3824,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.tls, self.trusted, self.dispatcher, self.stopping = tls, trusted, dispatcher, False
         self.budget = MAX_PUBLIC_BODIES
         self.budget_lock = threading.Lock()  # guards budget
+        # Guards nothing: while process_request() holds it, no connection begins another request.
+        self.turnstile = threading.Lock()
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         # Guards open; stop() waits on it, each connection that ends wakes it.
@@ -3831,6 +3836,7 @@ class Server(http.server.ThreadingHTTPServer):
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._limit = sys.maxsize if files == resource.RLIM_INFINITY else max(16, files - SPARE_FILES)
         super().__init__(address, Handler)
+        self.socket.setblocking(False)
 
     def get_request(self) -> tuple[Any, Any]:
         connection, address = super().get_request()
@@ -3839,6 +3845,14 @@ class Server(http.server.ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """With it, those that wait behind it. Of hundreds of threads that want the GIL the accepting one would nearly never get it,
+        and a person not be heard; so the others finish what they do, and stand still until it is done."""
+        with self.turnstile, contextlib.suppress(OSError):  # BlockingIOError: nobody waits any more
+            self._begin(request, client_address)
+            for _ in range(ACCEPTS):
+                self._begin(*self.get_request())
+
+    def _begin(self, request: Any, client_address: Any) -> None:
         if self.connections() >= self._limit and not self._evict():
             super().shutdown_request(request)
             return
@@ -4343,9 +4357,6 @@ class Daemon(Controller):
 
     def stop(self) -> None:
         """Parked heartbeats are answered, streams end, what is known goes to the database."""
-        # All wake up at once, and who waits for the GIL looks up once in this interval: at the usual 5 ms, ten thousand keep a
-        # core busy with nothing else (docs/capacity.md).
-        sys.setswitchinterval(1.0)
         self.server.stopping = True  # who is answered is not waited for again
         self.queue.close()
         self.hub.close()
@@ -4408,6 +4419,9 @@ def serve(config: Config, _: pathlib.Path) -> int:
     notify("READY=1")
     run(daemon, signals)
     notify("STOPPING=1")
+    # All that wait wake up at once, and who then wants the GIL looks up once in this interval: at the usual 5 ms, ten thousand
+    # agents keep a core busy with nothing else.
+    sys.setswitchinterval(1.0)
     daemon.stop()
     return 0
 

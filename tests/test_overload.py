@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -208,3 +209,63 @@ def test_the_sweep_is_not_shed(controller, monkeypatch):
     controller.jobs._retain()
     with pytest.raises(deploybot.Unavailable):
         controller.daemon.store.write(lambda tx: None)
+
+
+# -- the way in ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_that_wait_to_be_accepted_are_accepted_at_once(controller, monkeypatch):
+    server, here, held, calls = controller.daemon.server, threading.Event(), [], []
+    begin, process = server._begin, server.process_request
+
+    def watched(request, address):
+        assert here.wait(20)
+        held.append(server.turnstile.locked())
+        begin(request, address)
+
+    monkeypatch.setattr(server, "_begin", watched)
+    monkeypatch.setattr(server, "process_request", lambda *accepted: (calls.append(accepted), process(*accepted)))
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(socket.create_connection(("127.0.0.1", controller.port), 20)) for _ in range(5)]
+        here.set()
+        for client in clients:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        assert held == [True] * 5 and len(calls) == 1
+        wait_for(lambda: not server.turnstile.locked())
+
+
+def test_who_is_connected_stands_still_while_others_are_accepted(controller, monkeypatch):
+    class Turnstile:
+        """What a connection sees of it, until the accepting is over."""
+
+        arrived, over = threading.Event(), threading.Event()
+
+        def __enter__(self):
+            self.arrived.set()
+            assert self.over.wait(20)
+
+        def __exit__(self, *error):
+            pass
+
+    head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", controller.port, timeout=20)) as wire:
+        wire.connect()
+        wait_for(lambda: controller.daemon.server.open)
+        wire.sock.sendall(head)
+        answer = wire.sock.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 200")
+        monkeypatch.setattr(controller.daemon.server, "turnstile", Turnstile())
+        wire.sock.sendall(head)  # the thread may be behind the old turnstile already, and then takes this one
+        wire.sock.sendall(head)
+        assert Turnstile.arrived.wait(20)
+        wire.sock.setblocking(False)
+        read = b""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                read += wire.sock.recv(4096)
+        assert read.count(b"HTTP/1.1 200") <= 1
+        wire.sock.settimeout(20)
+        Turnstile.over.set()
+        while read.count(b"HTTP/1.1 200") < 2:
+            read += wire.sock.recv(4096)
