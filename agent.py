@@ -710,7 +710,7 @@ TO_JSON = json.JSONEncoder(ensure_ascii=False).encode
 
 
 class Spool:
-    """The messages of one attempt in a file, one JSON object a line; `offset` counts those that are acknowledged.
+    """The messages of one attempt in a file, each a JSON list (message, level, time) on a line; `offset` counts those that are acknowledged.
 
     One thread writes, one reads. The file outlives the agent, so that a killed one loses no output. It holds no word of
     `words`. Its first line is the one that the controller counts as `first`: of an attempt that goes up again, as a
@@ -858,8 +858,8 @@ class Spool:
             self._ready.notify_all()
 
     def _lines(self, messages: list[str], level: str) -> bytes:
-        head, tail = '{"message": ', f', "level": "{level}", "timestamp": "{timestamp(self._now())}"}}\n'
-        return f"{head}{(tail + head).join(map(TO_JSON, messages))}{tail}".encode()
+        tail = f',"{level}","{timestamp(self._now())}"]\n'
+        return f"[{f'{tail}['.join(map(TO_JSON, messages))}{tail}".encode()
 
     # For the reader.
 

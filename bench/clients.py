@@ -308,7 +308,7 @@ def uploads(
     `lines` a call, of `size` bytes each."""
     loop, tally = Loop(port), Tally()
     stamp = "2026-11-22T10:00:00.000Z"
-    text = ",".join(f'{{"message": "{i:06d} {"x" * (size - 7)}", "level": "info", "timestamp": "{stamp}"}}' for i in range(lines))
+    text = ",".join(f'["{i:06d} {"x" * (size - 7)}","info","{stamp}"]' for i in range(lines))
     stored = dict.fromkeys((job for job, _, _ in jobs), 0)
 
     def head_of(job: str, token: str) -> bytes:
@@ -319,7 +319,7 @@ def uploads(
 
     def send(connection: Connection) -> None:
         job, attempt, head = connection.tag
-        body = f'{{"attempt": {attempt}, "offset": {stored[job]}, "lines": [{text}]}}'.encode()
+        body = f'{{"attempt": {attempt}, "offset": {stored[job]}, "lines": [{text}]}}'.encode()  # as agent.py writes it
         connection.send(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
 
     def answered(connection: Connection, answer: Answer) -> None:

@@ -1,6 +1,7 @@
 """The nine invariants of jobs, each with its tests. Where time matters the test holds the clock."""
 
 import concurrent.futures
+import contextlib
 import json
 import socket
 import sqlite3
@@ -650,6 +651,23 @@ def test_9_offsets_count_for_each_attempt(timed, clock):
         (1, 0, "of the first"),
         (2, 0, "of the second"),
     ]
+
+
+@pytest.mark.parametrize("ascii_only", [True, False])
+@pytest.mark.parametrize(
+    "message", ["plain", "", "☕ é \x7f\u2028", 'say "x"', "C:\\x", "\x1b[31mred\t\0", "a, [b], {c}", "x" * 70_000]
+)
+def test_9_a_line_is_stored_as_it_came(controller, message, ascii_only):
+    _, job = claimed(controller)
+    lines = [[message, "error", "2026-11-23T13:13:37.131Z"], {"message": message}, [message, None, None]]
+    body = json.dumps({"attempt": 1, "offset": 0, "lines": lines}, ensure_ascii=ascii_only).encode()
+    assert controller.call("POST", f"/v1/jobs/{job['id']}/logs", body)[0] == 200
+    stored = [(line["message"], line["level"]) for line in controller.lines(job)]
+    kept = deploybot.fit_line(message)
+    assert stored == [(kept, "error"), (kept, "info"), (kept, "info")]
+    with contextlib.closing(sqlite3.connect(controller.config.db)) as db:
+        ((data,),) = db.execute("SELECT data FROM events WHERE kind = 'log'")
+    assert data == deploybot.dump(json.loads(data))
 
 
 def test_9_a_long_line_is_cut_and_says_so(controller):

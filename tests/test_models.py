@@ -164,6 +164,7 @@ def test_query_errors_use_the_same_gathering():
         (b'["' + b'\\"[' * 200 + b'"]', ['"[' * 200]),
         (b"[" + b"[]," * 100 + b"[]]", [[]] * 101),
         (b'[{"a":1},{"a":2}]', [{"a": 1}, {"a": 2}]),
+        (b'["","","' + b"[" * 65 + b'",""]', ["", "", "[" * 65, ""]),
     ],
 )
 def test_good_json_is_taken(body, value):
@@ -204,6 +205,7 @@ def test_good_json_is_taken(body, value):
         b"[" + b'"]",[' * 64 + b"]" * 65,
         b"[" * 500_000,
         b'["' + b'\\\\", ' + b"[" * 65 + b"]" * 65 + b', ""]',
+        b'["","",' + b"[" * 65 + b'""' + b"]" * 65 + b"]",
     ],
     ids=lambda body: repr(body[:20]),
 )
@@ -283,6 +285,48 @@ def test_log_lines_have_defaults():
     assert upload({"message": "x"}).lines == [["x", "info", None]]
     given = {"message": "", "level": "error", "timestamp": "2026-01-02T03:04:05+01:00"}
     assert upload(given, commit=SHA) == LogUpload(1, 0, [["", "error", "2026-01-02T02:04:05.000Z"]], SHA)
+
+
+def test_a_log_line_may_be_a_list():
+    stamp, long = "2026-01-02T03:04:05+01:00", "x" * (deploybot.MAX_MESSAGE + 1)
+    lines = [["a", "error", stamp], ["", None, None], {"message": "b", "timestamp": stamp}, [long, "debug", None]]
+    kept = "2026-01-02T02:04:05.000Z"
+    assert upload(["a", "error", kept], ["b", "info", None]).lines == [["a", "error", kept], ["b", "info", None]]
+    expected = [["a", "error", kept], ["", "info", None], ["b", "info", kept], [deploybot.fit_line(long), "debug", None]]
+    assert upload(*lines).lines == expected
+    assert [upload(line).lines for line in lines] == [[line] for line in expected]
+    assert [deploybot.log_line(line) for line in lines] == expected  # what is read line by line comes to the same
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        [],
+        ["x"],
+        ["x", "info"],
+        ["x", "info", None, None],
+        [1, "info", None],
+        [None, None, None],
+        ["x", "", None],
+        ["x", "loud", None],
+    ]
+    + [
+        ["x", [], None],
+        ["x", None, ""],
+        ["x", None, 1],
+        ["x", None, []],
+        ["x", None, {}],
+        ["x", None, "noon"],
+        "abc",
+        1,
+        None,
+        [{}] * 3,
+    ],
+    ids=repr,
+)
+def test_a_bad_log_line_is_named(line):
+    good = ["y", "info", None]
+    assert errors_of(lambda: upload(good, line, {"message": "z"})).keys() == {"lines[1]"}
 
 
 @pytest.mark.parametrize(
