@@ -78,6 +78,7 @@ INTERVAL_LIMIT = 300  # a controller may not put an agent to sleep for longer
 BACKOFF_FIRST, BACKOFF_LIMIT = 0.5, 15.0  # the first window to try again in, and the last: no person is to wait for it
 RETURN_FIRST = 8.0  # the first one of a heart: 10,000 that lose the controller at once come back at about 1,250 a second
 TICK = 0.04  # how often a running script's limits, and its lines without newline, are looked at
+TURN = 0.0005  # reading a script's output keeps the thread that sends it waiting for so long after each answer
 PARTIAL_AFTER = 0.06  # a line without newline waits this long for the rest of it ...
 BATCH_AFTER = 0.05  # ... and a batch this long for more lines: with a TICK, the 200 ms that output may be late
 HELD_FOR = 10.0  # a controller that took no line for so long is away: it holds no script back any more
@@ -2478,6 +2479,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"agent.py: another agent works in {config.workdir}", file=sys.stderr)
         return EXIT_BUSY
     set_up_logging(config.log_level)
+    sys.setswitchinterval(TURN)
     hide_memory()
     CHILDREN.adopt()
     more = config.slots, config.allow_repos, config.account, config.variables
