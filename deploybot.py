@@ -3352,6 +3352,7 @@ class HeaderBlock(NamedTuple):
     ends: bool  # the connection, with the answer
 
 
+@functools.lru_cache(maxsize=256)  # a proxy's connection carries the requests of many, who ask the same again and again
 def parse_line(line: bytes) -> FirstLine:
     """Raises Refusal."""
     match = REQUEST_LINE.fullmatch(line)
@@ -3477,6 +3478,7 @@ class Router:
         for route in routes:
             self._methods.setdefault(re.sub(r"{\w+}", "\0", route.pattern), {})[route.method] = route
 
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (there is one Router)
     def find(self, method: str, path: str) -> tuple[Route, tuple[str, ...]]:
         """The route and the segment that its pattern left open. Raises NotFound or MethodNotAllowed."""
         methods = self._methods.get(path)
