@@ -864,8 +864,8 @@ class Spool:
 
     # For the reader.
 
-    def batch(self, timeout: float) -> list[bytes] | None:
-        """The next lines as JSON, when they are due; [] after `timeout` without; None when all is acknowledged and closed."""
+    def batch(self, timeout: float) -> bytes | None:
+        """The next lines as JSON, each with its newline, when they are due; empty after `timeout` without; None when all is acknowledged and closed."""
         deadline = self._clock() + timeout
         with self._ready:
             while (pause := self._pause()) > 0 and (left := deadline - self._clock()) > 0:
@@ -874,11 +874,11 @@ class Spool:
             if pause <= 0 and self._position < self._end:
                 self._since = None
         if pause > 0:
-            return []
-        bridge = [self._bridge] if self._bridge and self.offset < self._first else []
-        lines, position = self._read(self._position, BODY_LINES - len(bridge))
-        self._ahead = self.offset + len(bridge + lines), position
-        return bridge + lines or (None if done else [])
+            return b""
+        bridge = self._bridge if self._bridge and self.offset < self._first else b""
+        lines = self._read(self._position, BODY_LINES - bool(bridge))
+        self._ahead = self.offset + (bridge + lines).count(b"\n"), self._position + len(lines)
+        return bridge + lines or (None if done else b"")
 
     def _pause(self) -> float:
         """Seconds until a batch is due. Called with _ready held."""
@@ -888,18 +888,18 @@ class Spool:
             return float(ANSWER_TIMEOUT)
         return (self._since or 0.0) + BATCH_AFTER - self._clock()
 
-    def _read(self, position: int, count: int) -> tuple[list[bytes], int]:
-        """That many lines, fewer where there are no more or a body holds no more; and where the next one begins."""
+    def _read(self, position: int, count: int) -> bytes:
+        """That many lines, fewer where there are no more or a body holds no more."""
         block = os.pread(self._reader.fileno(), min(BODY_BYTES, self._end - position), position)
-        *lines, rest = block.split(b"\n", count)
-        return lines, position + len(block) - len(rest)
+        rest = block.split(b"\n", count)[-1] if block.count(b"\n") > count else block[block.rfind(b"\n") + 1 :]
+        return block.removesuffix(rest)
 
     def seek(self, offset: int) -> None:
         """Go on at the line that the controller waits for, wherever that is."""
         if offset < self._first - (self._bridge is not None):
             lost, self._first = self._first - offset, offset + 1
             text = f"[deploybot] {lost} line(s) are missing here: the controller lost them, and this host no longer has them"
-            self._bridge = self._lines([text], "warning").rstrip()
+            self._bridge = self._lines([text], "warning")
         if offset == self._ahead[0]:
             at, position = self._ahead
         elif offset >= self.offset:
@@ -907,8 +907,8 @@ class Spool:
         else:
             at, position = min(offset, self._first), self._begin
         while at < offset and position < self._end:
-            lines, position = self._read(position, offset - at)
-            at += len(lines)
+            lines = self._read(position, offset - at)
+            at, position = at + lines.count(b"\n"), position + len(lines)
         moved = offset > self.offset
         self.offset = offset  # past our end: lines that a full disk took; what comes next follows the controller's
         with self._ready:
@@ -2025,18 +2025,18 @@ class Uploader:
                         spool.seek(refusal.next_offset)
                     else:  # lines that are never taken must not keep the result from getting there
                         log.error("job %s: log lines were refused: %s", self._run.key.job_id, refusal)
-                        spool.seek(spool.offset + len(lines))
+                        spool.seek(spool.offset + lines.count(b"\n"))
 
-    def _send(self, lines: list[bytes]) -> None:
+    def _send(self, lines: bytes) -> None:
         run, commit = self._run, self._run.commit
         head = {"attempt": run.key.attempt, "offset": run.spool.offset}
         if commit and not self._commit_sent:
             head["commit"] = commit
-        body = json.dumps(head)[:-1].encode() + b', "lines": [' + b",".join(lines) + b"]}"
+        body = json.dumps(head)[:-1].encode() + b', "lines": [' + lines[:-1].replace(b"\n", b",") + b"]}"
         answer = self._insist(self._path + "/logs", body)
         self._commit_sent = "commit" in head or self._commit_sent
         next_offset = answer.get("next_offset")
-        run.spool.seek(next_offset if type(next_offset) is int else run.spool.offset + len(lines))
+        run.spool.seek(next_offset if type(next_offset) is int else run.spool.offset + lines.count(b"\n"))
         if answer.get("cancel"):
             run.stop.set("cancelled")
 
