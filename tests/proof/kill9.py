@@ -382,6 +382,7 @@ def prove(proof: Proof) -> None:
         controller.start()
         if proof.full and (number + 1) % 10 == 0:
             proof.say(f"{number + 1} kills, {len(load.ledger.facts.created):,} jobs")
+    wait_for(lambda: load.failures or load.ledger.facts.asked, 60, "a cancel of a job that runs")
     load.no_more_jobs.set()
     client = controller.client()
 
