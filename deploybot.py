@@ -110,13 +110,13 @@ HUB_EVENTS = 1024  # recent events kept in memory; a reader that is behind them 
 HUB_BYTES = 8 * MIB
 READ_BYTES = 128 * KIB  # of events that one step of a reader takes: what a slow one holds
 PAGE_BYTES = 1 * MIB  # of events in one page of a log
-MAX_UNCOUNTED = 1000  # counts that wait to be added up
 MANY_ROWS = 64  # of one kind in one statement
 RECENT = 4096  # jobs, and ends of their logs, that are known without asking SQLite: some 3 KiB each
 READERS = 2  # reading connections: more would only wait for the same two cores
 MIGRATION_LIMIT = 3600  # seconds that systemd is asked to wait for a migration and its backup
 SHORT_SECRET = 20  # characters: shorter ones can be guessed
 ACCEPTS = 256  # connections that are accepted before the others go on
+RUSH = 2.0  # seconds of their time that the accepting may owe the others: thousands that connect at once cost 0.2 s
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
@@ -1330,8 +1330,8 @@ class Queries:
             if text:
                 where.append(bound)
                 values.append(text)
-        some = f"SELECT id, json_object({JOB_JSON}) AS text FROM jobs WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?"
-        sql = f"SELECT json_group_array(json(text)), min(id), count(*) FROM ({some})"
+        some = f"SELECT {JOB_COLUMNS} FROM jobs WHERE {' AND '.join(where)} ORDER BY id DESC LIMIT ?"
+        sql = f"SELECT json_group_array(json_object({JOB_JSON})), min(id), count(*) FROM ({some})"
         return self.one(sql, *values, limit)
 
     def events(self, wanted: EventFilter, after: int, until: int) -> Iterator[Event]:
@@ -2071,27 +2071,19 @@ class Metrics:
     """Counters by name and labels, in Prometheus's text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
 
     def __init__(self) -> None:
-        # What was counted and is not added up yet: appended by any thread, without a lock.
-        self._new: collections.deque[tuple[str, str, int]] = collections.deque()
         self._lock = threading.Lock()  # guards _counts
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
 
     def count(self, name: str, labels: str = "", by: int = 1) -> None:
         """`labels` as they stand in the text, made of our own words only."""
-        self._new.append((name, labels, by))
-        if len(self._new) >= MAX_UNCOUNTED:
-            self._add_up()
-
-    def _add_up(self) -> list[tuple[tuple[str, str], int]]:
         with self._lock:
-            for _ in range(len(self._new)):
-                name, labels, by = self._new.popleft()
-                self._counts[name, labels] += by
-            return sorted(self._counts.items())
+            self._counts[name, labels] += by
 
     def text(self, gauges: Mapping[str, float]) -> str:
         lines: list[str] = []
-        samples = [*self._add_up(), *(((name, ""), value) for name, value in gauges.items())]
+        with self._lock:
+            counted = sorted(self._counts.items())
+        samples = [*counted, *(((name, ""), value) for name, value in gauges.items())]
         for name, group in itertools.groupby(samples, key=lambda sample: sample[0][0]):
             lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} {'gauge' if name in gauges else 'counter'}"]
             lines += [f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}" for (_, labels), value in group]
@@ -3832,7 +3824,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.budget = MAX_PUBLIC_BODIES
         self.budget_lock = threading.Lock()  # guards budget
         # Guards nothing: while process_request() holds it, no connection begins another request.
-        self.turnstile = threading.Lock()
+        self.turnstile, self._others_until = threading.Lock(), 0.0
         if ":" in address[0]:
             self.address_family = socket.AF_INET6
         # Guards open; stop() waits on it, each connection that ends wakes it.
@@ -3847,17 +3839,23 @@ class Server(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         connection, address = super().get_request()
+        connection.setblocking(True)  # not on every system does it differ from the socket that listens
         if self.tls:  # says nothing yet: the handshake is the worker's
             connection = self.tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """With it, those that wait behind it. Of hundreds of threads that want the GIL the accepting one would nearly never get it,
-        and a person not be heard; so the others finish what they do, and stand still until it is done."""
-        with self.turnstile, contextlib.suppress(OSError):  # BlockingIOError: nobody waits any more
+        and a person not be heard; so the others stand still until it is done; in the long run for a tenth of the time, whoever connects."""
+        begun = time.monotonic()
+        is_ours = self._others_until - begun < RUSH
+        with self.turnstile if is_ours else contextlib.nullcontext(), contextlib.suppress(OSError):
             self._begin(request, client_address)
-            for _ in range(ACCEPTS):
-                self._begin(*self.get_request())
+            for _ in range(ACCEPTS if is_ours else 0):
+                self._begin(*self.get_request())  # BlockingIOError: nobody waits any more
+        if is_ours:
+            now = time.monotonic()
+            self._others_until = max(now, self._others_until) + 9 * (now - begun)
 
     def _begin(self, request: Any, client_address: Any) -> None:
         if self.connections() >= self._limit and not self._evict():

@@ -215,10 +215,11 @@ def test_the_sweep_is_not_shed(controller, monkeypatch):
 
 
 def test_all_that_wait_to_be_accepted_are_accepted_at_once(controller, monkeypatch):
-    server, here, held, calls = controller.daemon.server, threading.Event(), [], []
+    server, here, held, calls, at = controller.daemon.server, threading.Event(), [], [], []
     begin, process = server._begin, server.process_request
 
     def watched(request, address):
+        at.append(time.monotonic())
         assert here.wait(20)
         held.append(server.turnstile.locked())
         begin(request, address)
@@ -227,12 +228,26 @@ def test_all_that_wait_to_be_accepted_are_accepted_at_once(controller, monkeypat
     monkeypatch.setattr(server, "process_request", lambda *accepted: (calls.append(accepted), process(*accepted)))
     with contextlib.ExitStack() as stack:
         clients = [stack.enter_context(socket.create_connection(("127.0.0.1", controller.port), 20)) for _ in range(5)]
+        wait_for(lambda: at and time.monotonic() >= at[0] + 0.2)
         here.set()
         for client in clients:
             client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert client.recv(12) == b"HTTP/1.1 200"
         assert held == [True] * 5 and len(calls) == 1
-        wait_for(lambda: not server.turnstile.locked())
+        wait_for(lambda: server._others_until >= at[0] + 10 * 0.2)  # nine times as long for the others
+        assert not server.turnstile.locked()
+
+
+def test_who_connects_without_end_does_not_keep_the_others_out(controller, monkeypatch):
+    server, held = controller.daemon.server, []
+    begin = server._begin
+    monkeypatch.setattr(server, "_begin", lambda *accepted: (held.append(server.turnstile.locked()), begin(*accepted)))
+    for ahead, expected in ((deploybot.RUSH + 1000, False), (deploybot.RUSH / 2, True)):
+        server._others_until = time.monotonic() + ahead
+        with contextlib.closing(socket.create_connection(("127.0.0.1", controller.port), 20)) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(12) == b"HTTP/1.1 200"
+        assert held.pop() is expected and not held
 
 
 def test_who_is_connected_stands_still_while_others_are_accepted(controller, monkeypatch):

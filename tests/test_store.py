@@ -644,6 +644,7 @@ QUERIES = {
         *[({"repo": "o/quiet", "status": "success"}, None, None, 20), ({"host": "web-01", "app": "quiet"}, None, None, 20)],
         *[({}, "00000000-0000", None, 20), ({}, None, JOB, 20), ({"status": "pending"}, None, None, 20)],
     ],
+    "jobs_that_are": [("running",)],
     "last_job_id": [()],
     "last_position": [()],
     "last_position_of": [(JOB, "job"), (JOB, "log")],
@@ -664,7 +665,6 @@ QUERIES = {
         ([("web", f"host-{number}") for number in range(100)],),
     ],
     "running_apps": [("web-01",)],
-    "jobs_that_are": [("running",)],
     "shown": [(JOB,)],
     "tokens": [()],
 }
