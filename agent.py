@@ -2171,12 +2171,16 @@ class Agent:
         if self._identity is None or code == EXIT_NEWER:
             return
         farewell = Controller(self._config.url, lambda: self._secret, timeout=2)
-        try:
-            farewell.call("POST", *self._heartbeat_request("offline"))
-        except (Unreachable, Refused) as error:
-            log.debug("the last heartbeat: %s", error)
-        finally:
-            farewell.close()
+        for _ in range(2):  # a controller that has much to do may miss the first
+            try:
+                farewell.call("POST", *self._heartbeat_request("offline"))
+                break
+            except Refused as error:
+                log.debug("the last heartbeat: %s", error)
+                break
+            except Unreachable as error:
+                log.info("the controller was not told that this agent ends: %s", error)
+        farewell.close()
 
     def _holding(self) -> list[Run]:
         with self._lock:

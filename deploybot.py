@@ -2570,7 +2570,9 @@ class Jobs:
             principal.speaks_for(agent.hostname)
         if beat.session != agent.session or not agent.session:
             self._check_session(agent, beat.session)
-        agent.online, agent.contact = beat.status == "online", self.clock.monotonic()
+        # A heartbeat that was held up until its client went may come behind the farewell.
+        agent.online = beat.status == "online" and (agent.online or connected())
+        agent.contact = self.clock.monotonic()
         self._seen.add(agent_id)
         interval = 0 if beat.wait and agent.online else max(POLL_INTERVAL, len(self._agents) // POLLS)
         if not (beat.wait or beat.running or self._leases.get(agent.hostname) or self.queue.holds(agent.hostname)):

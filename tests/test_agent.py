@@ -2256,6 +2256,20 @@ def test_a_signal_ends_a_pause_that_the_controller_asked_for(lone, scripted):
     assert codes == [agent.EXIT_DONE] and beats(server)[-1]["status"] == "offline"
 
 
+def test_a_farewell_that_was_not_heard_is_said_again(lone, scripted):
+    said = []
+
+    def hear(body):
+        said.append(body["status"])
+        return (503, {}, {}) if said == ["online", "offline"] else (200, {"interval": 300}, {})
+
+    one = lone(scripted(welcoming(hear)).url).agent
+    one._register()
+    assert one._send_heartbeat() == {"interval": 300}
+    one._say_goodbye(agent.EXIT_DONE)
+    assert said == ["online", "offline", "offline"]
+
+
 def test_a_job_that_ends_in_a_pause_is_reported_at_once_and_does_not_end_the_pause(host, lone, scripted, tmp_path):
     go = tmp_path / "go"
     data = host.job(build=f"until [ -e {go} ]; do sleep 0.02; done")
@@ -2862,7 +2876,7 @@ def test_an_idle_agent_ends_at_once_and_says_so(site):
     begun = time.monotonic()
     process.terminate()
     assert process.wait(15) == agent.EXIT_DONE and time.monotonic() - begun < 5
-    assert site.agent_status() == "offline"
+    assert site.agent_status() == "offline", process.errors
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, agent.EXIT_DONE), (5, agent.EXIT_FAILED)])

@@ -233,6 +233,18 @@ def test_4_a_late_failure_of_a_lost_job_is_refused(timed, clock):
 # 5. Lost contact
 
 
+def test_5_a_heartbeat_that_comes_behind_the_farewell_brings_nobody_back(controller):
+    """The agent hung up before its last heartbeat was read, and its farewell came first, over another connection."""
+    agent = controller.register()
+    controller.beat(agent, status="offline", session=agent["session"])
+    held_up = deploybot.Heartbeat.parse({"status": "online", "session": agent["session"]})
+    host = deploybot.Principal("web-01", deploybot.Scope.AGENT, "web-01")
+    controller.jobs.heartbeat(agent["id"], held_up, host, lambda: False)
+    assert controller.ok("GET", "/v1/hosts")["hosts"][0]["agent_status"] == "offline"
+    controller.beat(agent, session=agent["session"])
+    assert controller.ok("GET", "/v1/hosts")["hosts"][0]["agent_status"] == "online"
+
+
 def test_5_offline_then_back_and_the_result_is_taken(timed, clock):
     agent, job = claimed(timed)
     timed.passes(timed.config.agent_timeout + 1)
