@@ -361,6 +361,10 @@ ENDED = frozenset((Status.SUCCESS, Status.FAILED, Status.CANCELLED))
 Reason = enum.StrEnum(
     "Reason", "EXIT_CODE FETCH_FAILED TIMEOUT HEALTH_CHECK REJECTED AGENT_LOST AGENT_CRASHED CANCELLED SUPERSEDED STOPPED EXPIRED"
 )
+Hold = enum.StrEnum("Hold", ["BATCH", "PAUSE", "LOCK"])  # why a pending job is in no queue
+State = enum.StrEnum("State", ["PENDING", "RUNNING", "SUCCESS", "PARTIAL", "FAILED", "ROLLED_BACK", "CANCELLED"])  # of a deployment
+UNDER_WAY = frozenset((State.PENDING, State.RUNNING))
+Kind = enum.StrEnum("Kind", ["PUSH", "DEPLOY", "HOOK", "RETRY", "ROLLBACK"])  # what made a deployment
 # What a route asks for (ANY: whoever has a token), and the last four are roles that a principal has.
 Scope = enum.StrEnum("Scope", ["PUBLIC", "ANY", "VIEWER", "OPERATOR", "AGENT", "ADMIN"])
 ROLES = (Scope.ADMIN, Scope.OPERATOR, Scope.VIEWER, Scope.AGENT)
@@ -661,6 +665,75 @@ class Job(NamedTuple):
     def for_agent(self) -> dict[str, Any]:
         return {**self.public(), "spec": json.loads(self.spec)}
 
+    def place(self) -> str:
+        """Which of the counts of its deployment it is in."""
+        return "held" if self.hold and self.status == Status.PENDING else self.status
+
+
+PROGRESS = ("held", "pending", "running", "success", "failed", "cancelled")
+
+
+class Deployment(NamedTuple):
+    """Jobs of one app that belong together: a row of `deployments`, in the order of its columns. The counts are of its jobs."""
+
+    id: str
+    app: str
+    repo: str
+    ref: str
+    branch: str | None  # what a push was to: newer ones to it win
+    kind: str
+    status: str
+    reason: str | None  # in words
+    strategy: str  # JSON
+    hosts: int
+    held: int
+    pending: int
+    running: int
+    success: int
+    failed: int
+    cancelled: int
+    rolled_back: int  # of the failed ones: whose host went back to what it ran before
+    hold: str | None  # why the held ones wait
+    resume_at: str | None  # when a pause is over
+    override: int  # goes on although the app is locked
+    retry_of: str | None
+    superseded_by: str | None
+    delivery_id: str | None
+    created_at: str
+    created_by: str
+    started_at: str | None
+    completed_at: str | None
+
+    def judged(self) -> State:
+        """What the counts say."""
+        if self.held or self.pending or self.running:
+            return State.RUNNING if self.running or self.success or self.failed else State.PENDING
+        if self.success:
+            return State.SUCCESS if self.success == self.hosts else State.PARTIAL
+        if self.failed:
+            return State.ROLLED_BACK if self.rolled_back == self.failed else State.FAILED
+        return State.CANCELLED
+
+    def public(self) -> dict[str, Any]:
+        shown = self._asdict()
+        progress = {name: shown.pop(name) for name in PROGRESS}
+        del shown["rolled_back"]
+        return {**shown, "strategy": json.loads(self.strategy), "override": bool(self.override), "progress": progress}
+
+
+class Lock(NamedTuple):
+    """What keeps an app from being deployed: a row of `locks`."""
+
+    app: str
+    reason: str
+    by: str
+    at: str
+    until: str | None
+
+    def __str__(self) -> str:
+        until = f" until {self.until}" if self.until else ""
+        return f"{self.app} is locked by {self.by} since {self.at}{until}: {self.reason}"
+
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Agent:
@@ -675,12 +748,15 @@ class Agent:
     token_sha256: str | None
     registered_at: str
     last_heartbeat: str  # written every FLUSH_INTERVAL
+    current: str = "{}"  # JSON of `runs`
     contact: float = 0.0  # monotonic
     online: bool = True  # what it last said of itself
     told: frozenset[tuple[str, int]] = frozenset()  # (job id, attempt) that the last answer named as to be stopped
+    labels: frozenset[str] = frozenset()  # key=value, of its capabilities
+    runs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # app to the commit that the host says it runs
 
     def row(self) -> tuple[Any, ...]:
-        return dataclasses.astuple(self)[:9]
+        return tuple(getattr(self, name) for name in self.__slots__[:10])
 
 
 @dataclasses.dataclass(slots=True)
@@ -696,6 +772,68 @@ class JobRequest(Model):
     force: bool = field(Fields.boolean, default=False)
     timeout: int | None = field(Fields.integer, 1, MAX_TIMEOUT)
     retries: int | None = field(Fields.integer, 0, MAX_RETRIES)
+    override: bool = field(Fields.boolean, default=False)  # although the app is locked
+
+
+is_some_commit = matches("[0-9a-f]{7,64}", "a commit, or its first 7 digits or more")
+
+
+@dataclasses.dataclass(slots=True)
+class DeploymentRequest(Model):
+    """POST /v1/deployments."""
+
+    strict = True
+    app: str = field(Fields.text, is_app, required=True)
+    ref: str | None = field(Fields.text, is_ref)
+    hosts: tuple[str, ...] | None = field(Fields.texts, is_host, fold=True)  # None: all of the app
+    rollback: bool = field(Fields.boolean, default=False)
+    to: str | None = field(Fields.text, is_some_commit)
+    lock: bool = field(Fields.boolean, default=True)  # after a rollback
+    override: bool = field(Fields.boolean, default=False)
+    force: bool = field(Fields.boolean, default=False)
+    dry_run: bool = field(Fields.boolean, default=False)
+    metadata: dict[str, Any] = field(Fields.mapping, MAX_METADATA)
+
+    def check(self) -> DeploymentRequest:
+        """Raises ValidationError for fields that do not go together."""
+        if self.rollback and self.ref:
+            raise ValidationError([("ref", "has no place in a rollback: `to` names the commit")])
+        if not self.rollback and self.to:
+            raise ValidationError([("to", "is of a rollback")])
+        if not self.rollback and not self.ref:
+            raise ValidationError([("ref", "is required")])
+        return self
+
+
+@dataclasses.dataclass(slots=True)
+class HookRequest(Model):
+    """POST /v1/hooks/{app}: what a CI says that it has built."""
+
+    strict = True
+    ref: str = field(Fields.text, is_ref, required=True)
+    commit: str | None = field(Fields.text, is_commit)
+    message: str = field(Fields.text, lambda text: None if len(text) <= 1000 else "must have at most 1000 characters", default="")
+    pusher: str = field(Fields.text, lambda text: None if len(text) <= 100 else "must have at most 100 characters", default="")
+    hosts: tuple[str, ...] | None = field(Fields.texts, is_host, fold=True)
+
+
+def is_reason(text: str) -> str | None:
+    return None if text.strip() and len(text) <= 200 and text.isprintable() else "must be one line of 1 to 200 characters"
+
+
+@dataclasses.dataclass(slots=True)
+class LockRequest(Model):
+    strict = True
+    reason: str = field(Fields.text, is_reason, required=True)
+    seconds: int | None = None
+
+    @classmethod
+    def of(cls, data: Any) -> LockRequest:
+        """`for` is a word of Python, so no field can have its name."""
+        f = Fields(data, {"reason", "for"})
+        found = cls.read(f)
+        found.seconds = f.integer("for", 1, 365 * 86400)
+        return f.done(found)
 
 
 @dataclasses.dataclass(slots=True)
@@ -712,12 +850,19 @@ def held_job(value: Any) -> tuple[str, int]:
     return f.done((f.text("job_id", is_id, required=True), f.integer("attempt", 1, 1 << 31, required=True)))
 
 
+def commits_of(said: dict[str, Any]) -> dict[str, str]:
+    """App to commit, of what an agent says that its host runs; what is neither is left out."""
+    found = ((app, commit) for app, commit in said.items() if isinstance(commit, str))
+    return {app: commit for app, commit in found if is_app(app) is None and is_commit(commit) is None}
+
+
 @dataclasses.dataclass(slots=True)
 class Heartbeat(Model):
     status: str = field(Fields.choice, ("online", "offline"), required=True)
     session: str | None = field(Fields.text, matches("[0-9a-f-]{1,64}", "a session that a registration answered"))
     running: frozenset[tuple[str, int]] | None = field(Fields.items, MAX_RUNNING, held_job, then=frozenset)  # None: not said
     wait: int = field(Fields.integer, 0, MAX_WAIT, default=0)  # seconds
+    current: dict[str, Any] = field(Fields.mapping, MAX_METADATA, then=commits_of)
 
 
 def fit_line(message: str) -> str:
@@ -779,17 +924,17 @@ class Result(Model):
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
 class Event:
-    """A row of `events`: log lines of one upload, or one change of one job. A chunk of n lines takes n positions."""
+    """A row of `events`: log lines of one upload, or one change of a job or a deployment. A chunk of n lines takes n positions."""
 
     position: int  # of its last line
     lines: int
-    kind: str  # log | job
-    job_id: str
+    kind: str  # log | job | deployment
+    job_id: str  # or the deployment's
     host: str
     app: str
     attempt: int
     offset: int  # of its first line
-    data: str  # JSON: [[message, level, time], ...] of a log, the job of a job
+    data: str  # JSON: [[message, level, time], ...] of a log, else the job or the deployment
     log_bytes: int = 0  # of the job's log up to here
     frame: bytes | None = None  # in memory alone: what the readers of a stream get, written by the first of them
 
@@ -1162,14 +1307,15 @@ class Apps:
         """GitHub compares names of repositories without case, so do we."""
         return self._in_force[2].get(repo.lower(), ())
 
-    def places(self, after: str, only: str | None) -> Iterator[tuple[App, str]]:
+    def places(self, after: str, only: str | None, hosts_of: Callable[[App], Sequence[str]]) -> Iterator[tuple[App, str]]:
         """Each (app, host) by name, behind `after`: APP/HOST, or an APP with all of its hosts. `only`: of that app."""
         name, _, host = after.partition("/")
         apps = self.all
         for app in apps[bisect.bisect_left(apps, name, key=lambda app: app.name) :]:
             if only in (None, app.name):
-                begin = bisect.bisect_right(app.hosts, host or "~") if app.name == name else 0  # no host's name reaches ~
-                yield from zip(itertools.repeat(app), app.hosts[begin:])
+                hosts = hosts_of(app)
+                begin = bisect.bisect_right(hosts, host or "~") if app.name == name else 0  # no host's name reaches ~
+                yield from zip(itertools.repeat(app), hosts[begin:])
 
 
 # == Store =============================================================================================================
@@ -1237,9 +1383,45 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "ALTER TABLE events ADD COLUMN log_bytes INTEGER NOT NULL DEFAULT 0",
     ),
     ("DROP INDEX jobs_open",),  # memory knows the open jobs: Jobs.recover()
+    (
+        """CREATE TABLE deployments (
+            id TEXT PRIMARY KEY, app TEXT NOT NULL, repo TEXT NOT NULL, ref TEXT NOT NULL, branch TEXT, kind TEXT NOT NULL,
+            status TEXT NOT NULL, reason TEXT, strategy TEXT NOT NULL, hosts INTEGER NOT NULL, held INTEGER NOT NULL,
+            pending INTEGER NOT NULL, running INTEGER NOT NULL, success INTEGER NOT NULL, failed INTEGER NOT NULL,
+            cancelled INTEGER NOT NULL, rolled_back INTEGER NOT NULL, hold TEXT, resume_at TEXT, override INTEGER NOT NULL,
+            retry_of TEXT, superseded_by TEXT, delivery_id TEXT, created_at TEXT NOT NULL, created_by TEXT NOT NULL, started_at TEXT,
+            completed_at TEXT
+        ) STRICT""",
+        "CREATE INDEX deployments_app ON deployments (app, id)",
+        "CREATE INDEX deployments_status ON deployments (status, id)",
+        "CREATE INDEX deployments_open ON deployments (app, id) WHERE completed_at IS NULL",
+        "CREATE INDEX deployments_paused ON deployments (resume_at) WHERE resume_at IS NOT NULL",
+        "CREATE INDEX jobs_deployment ON jobs (deployment_id, id) WHERE deployment_id IS NOT NULL",
+        """CREATE TABLE locks (
+            app TEXT PRIMARY KEY, reason TEXT NOT NULL, "by" TEXT NOT NULL, at TEXT NOT NULL, until TEXT
+        ) STRICT, WITHOUT ROWID""",
+        # What became of each push. `settled`: the same delivery makes nothing new.
+        "ALTER TABLE deliveries ADD COLUMN guid TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE deliveries ADD COLUMN repo TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE deliveries ADD COLUMN ref TEXT NOT NULL DEFAULT ''",
+        'ALTER TABLE deliveries ADD COLUMN "commit" TEXT',
+        "ALTER TABLE deliveries ADD COLUMN pusher TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE deliveries ADD COLUMN outcomes TEXT NOT NULL DEFAULT '[]'",
+        "ALTER TABLE deliveries ADD COLUMN settled INTEGER NOT NULL DEFAULT 1",
+        "UPDATE deliveries SET repo = substr(id, 1, instr(id, ' ') - 1), guid = substr(id, instr(id, ' ') + 1)",
+        "CREATE INDEX deliveries_guid ON deliveries (guid)",
+        "ALTER TABLE agents ADD COLUMN current TEXT NOT NULL DEFAULT '{}'",
+        # Another word in a CHECK changes no row, so the text of the schema is enough: https://sqlite.org/lang_altertable.html, 7
+        "PRAGMA writable_schema = ON",
+        """UPDATE sqlite_schema SET sql = replace(sql, '(''log'', ''job'')', '(''log'', ''job'', ''deployment'')')
+            WHERE name = 'events'""",
+        "PRAGMA writable_schema = RESET",
+    ),
 )
 
 JOB_COLUMNS = ", ".join(f'"{name}"' for name in Job._fields)
+DEPLOYMENT_COLUMNS = ", ".join(f'"{name}"' for name in Deployment._fields)
+DELIVERY_COLUMNS = ("guid", "received_at", "repo", "ref", "commit", "pusher", "message", "outcomes")
 # Where a new job goes in, with its event and its audit row: all that wait for one commit are then one statement, which SQLite
 # commits by itself. Python lets go of the GIL once for it, where each further statement has to come by it again.
 LANDS = {"INSERT INTO new_jobs": ("jobs", "events", "audit")}  # in which tables, where not in that alone
@@ -1278,8 +1460,8 @@ class Queries:
         """Also of those that retention removed: no position is used twice."""
         return max(int(self.one("SELECT coalesce(max(position), 0) FROM events")[0]), int(self.meta("removed_through")))
 
-    def last_job_id(self) -> str | None:
-        return self.one("SELECT max(id) FROM jobs")[0]
+    def last_id(self, table: str) -> str | None:
+        return self.one(f"SELECT max(id) FROM {table}")[0]
 
     def agents(self, where: str = "1", *values: Any) -> list[Agent]:
         return [Agent(*row) for row in self.rows(f"SELECT * FROM agents WHERE {where}", *values)]
@@ -1313,6 +1495,65 @@ class Queries:
         """Ids of some jobs that are pending since before that time; `oldest_id`: the least id that a job made then could have."""
         sql = "SELECT id FROM jobs WHERE status = 'pending' AND id < ? AND queued_at < ? LIMIT 500"
         return [row[0] for row in self.rows(sql, oldest_id, oldest)]
+
+    def _deployments(self, where: str, *values: Any) -> list[Deployment]:
+        return [Deployment._make(row) for row in self.rows(f"SELECT {DEPLOYMENT_COLUMNS} FROM deployments WHERE {where}", *values)]
+
+    def deployment(self, deployment_id: str) -> Deployment:
+        """Raises NotFound."""
+        for found in self._deployments("id = ?", deployment_id):
+            return found
+        raise NotFound(f"no deployment {deployment_id}")
+
+    def deployments(self, equal: Mapping[str, str], starts: str | None, before: str | None, limit: int) -> list[Deployment]:
+        """Newest first. `equal`: column to value, columns of ours alone."""
+        where = [f"{'+' * (column == 'status' and len(equal) > 1)}{column} = ?" for column in equal]
+        bounds = [("id >= ?", starts), ("id < ?", starts and starts + "~"), ("id < ?", before)]
+        where += [bound for bound, text in bounds if text]
+        values = [*equal.values(), *(text for _, text in bounds if text), limit]
+        return self._deployments(f"{' AND '.join(['1', *where])} ORDER BY id DESC LIMIT ?", *values)
+
+    def open_deployments(self, app: str) -> list[Deployment]:
+        return self._deployments("app = ? AND completed_at IS NULL ORDER BY id", app)
+
+    def paused_until(self, now: str) -> list[str]:
+        """Ids of those whose pause is over."""
+        return [row[0] for row in self.rows("SELECT id FROM deployments WHERE resume_at <= ? AND hold = 'pause'", now)]
+
+    def jobs_of(self, deployment_id: str, where: str = "1", limit: int = -1) -> list[Job]:
+        """In the order in which they were made, which is that of their turns."""
+        sql = f"SELECT {JOB_COLUMNS} FROM jobs WHERE deployment_id = ? AND {where} ORDER BY id LIMIT ?"
+        return [Job._make(row) for row in self.rows(sql, deployment_id, limit)]
+
+    def lock_of(self, app: str) -> Lock | None:
+        return next(iter(self.locks("app = ?", app)), None)
+
+    def locks(self, where: str = "1", *values: Any) -> list[Lock]:
+        return [Lock._make(row) for row in self.rows(f"SELECT * FROM locks WHERE {where}", *values)]
+
+    def before(self, app: str, host: str, to: str | None) -> tuple[str | None, str | None]:
+        """(the commit that the host runs, the one that it goes back to) of an app; `to`: the start of that commit.
+        What a rollback brought back counts where it was deployed first, else a second one would go forward again."""
+        row = self.one('SELECT "commit" FROM releases WHERE app = ? AND host = ?', app, host)
+        current, such = row and row[0], "FROM jobs INDEXED BY jobs_success WHERE status = 'success' AND app = ? AND host = ?"
+        if to:
+            found = self.one(f'SELECT "commit" {such} AND substr("commit", 1, ?) = ? ORDER BY id DESC', app, host, len(to), to)
+        else:
+            first = f"""SELECT max(id) {such} AND "commit" = ?
+                AND coalesce((SELECT kind FROM deployments WHERE deployments.id = deployment_id), '') != 'rollback'"""
+            sql = f'SELECT "commit" {such} AND id < ({first}) AND "commit" != ? ORDER BY id DESC'
+            found = self.one(sql, app, host, app, host, current, current)
+        return current, found and found[0]
+
+    def deliveries(self, repo: str | None, before: str | None, limit: int, guid: str | None = None) -> list[dict[str, Any]]:
+        """Newest first; `guid`: of that one alone."""
+        parts = (("guid = ?", guid), ("repo = ? COLLATE NOCASE", repo))
+        parts += (("rowid < (SELECT max(rowid) FROM deliveries WHERE guid = ?)", before),)
+        where = " AND ".join(["1", *(part for part, value in parts if value)])
+        columns = ", ".join(f'"{name}"' for name in DELIVERY_COLUMNS)
+        sql = f"SELECT {columns} FROM deliveries WHERE {where} ORDER BY rowid DESC LIMIT ?"
+        rows = self.rows(sql, *(value for _, value in parts if value), limit)
+        return [dict(zip(("id", *DELIVERY_COLUMNS[1:-1], "outcomes"), (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows]
 
     def running_apps(self, host: str) -> list[str]:
         sql = "SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'"
@@ -1370,10 +1611,14 @@ class Queries:
         return self.rows(newest.format(recent), *equal.values(), limit)
 
     def releases(self, pairs: list[tuple[str, str]]) -> Iterator[dict[str, str | None]]:
-        """What each (app, host) of these runs, in their order."""
-        sql = """SELECT json_extract(value, '$[1]'), "commit", job_id, deployed_at FROM json_each(?)
+        """What each (app, host) of these runs, and is to run by the newest of the last jobs of the host, in their order."""
+        newest = """SELECT coalesce(job."commit", job.ref) FROM (SELECT id, ref, "commit", app, status FROM jobs
+            WHERE host = json_extract(value, '$[1]') ORDER BY id DESC LIMIT 100) AS job
+            WHERE job.app = json_extract(value, '$[0]') AND job.status != 'cancelled' ORDER BY job.id DESC LIMIT 1"""
+        sql = f"""SELECT json_extract(value, '$[1]'), "commit", job_id, deployed_at, coalesce(({newest}), "commit") FROM json_each(?)
             LEFT JOIN releases ON app = json_extract(value, '$[0]') AND host = json_extract(value, '$[1]') ORDER BY key"""
-        return (dict(zip(("hostname", "commit", "job_id", "deployed_at"), row, strict=True)) for row in self.rows(sql, dump(pairs)))
+        names = ("hostname", "commit", "job_id", "deployed_at", "wanted")
+        return (dict(zip(names, row, strict=True)) for row in self.rows(sql, dump(pairs)))
 
     def newest_push(self, app: str, ref: str) -> tuple[int | None, str] | None:
         """(pushed_at, the commit that it came after) of the newest push that the app took."""
@@ -1397,9 +1642,16 @@ class Queries:
         sql = f"SELECT id, completed_at, {kept} FROM jobs WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
         return self.rows(sql, after, oldest_id, limit)
 
+    def old_deployments(self, oldest_id: str, before: str, limit: int) -> list[str]:
+        """Ids of those that ended before that time and have no job any more."""
+        sql = """SELECT id FROM deployments WHERE id < ? AND completed_at < ?
+            AND NOT EXISTS (SELECT 1 FROM jobs WHERE deployment_id = deployments.id) ORDER BY id LIMIT ?"""
+        return [row[0] for row in self.rows(sql, oldest_id, before, limit)]
+
     def delivery(self, delivery_id: str, signature: str) -> tuple[list[str], str] | None:
         """What a delivery of that id, or of that signed body, made: the id is not signed, so it does not count alone."""
-        row = self.one("SELECT jobs, message FROM deliveries WHERE id = ? OR body_sha256 = ?", delivery_id, signature)
+        sql = "SELECT jobs, message FROM deliveries WHERE settled AND (id = ? OR body_sha256 = ?)"
+        row = self.one(sql, delivery_id, signature)
         return (json.loads(row[0]), row[1]) if row else None
 
 
@@ -1407,6 +1659,9 @@ class Queries:
 def insert(into: str, columns: int, rows: int) -> str:
     row = f"({', '.join('?' * columns)})"
     return f"{into} VALUES {', '.join([row] * rows)}"
+
+
+NOTHING: Mapping[str, int] = {}
 
 
 class TryAlone(Exception):
@@ -1427,6 +1682,7 @@ class Tx(Queries):
         self.added: list[Event] = []
         self.opened: dict[int, list[str]] = {}  # key_of() a deployment to ids of jobs that it makes
         self.learned: dict[Any, Any] = {}  # what `recent` learns with the COMMIT
+        self.due: dict[str, Callable[[Tx, str], Any]] = {}  # what to do with that key before the part ends, once for many reasons
         self._put_off: dict[str, list[tuple[Any, ...]]] = {}  # INSERT INTO table to rows that SQLite does not have yet
         # Of the part that runs: what it learned, how many rows were put off before it, whether SQLite has changes of it.
         self._news: dict[Any, Any] = {}
@@ -1441,7 +1697,9 @@ class Tx(Queries):
         self._before = {into: len(rows) for into, rows in self._put_off.items()}
         try:
             value = do(self)
+            self.settle()
         except Exception as error:
+            self.due.clear()
             if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
                 raise
             if self._is_changed or not isinstance(error, DeployBotError):  # it may have met a row of another part
@@ -1453,6 +1711,12 @@ class Tx(Queries):
             return None, error
         self.learned.update(self._news)
         return value, None
+
+    def settle(self) -> None:
+        """Does what is due, and what becomes due by it."""
+        while self.due:
+            key, do = self.due.popitem()
+            do(self, key)
 
     def _begin(self) -> None:
         if not self._db.in_transaction:
@@ -1539,6 +1803,19 @@ class Tx(Queries):
         self.position += 1
         self.add("new_jobs", *job, self.position, data, address, action, detail)
         self.added.append(Event(self.position, 1, "job", job.id, job.host, job.app, job.attempt, 0, data))
+
+    def change_deployment(self, deployment_id: str, by: Mapping[str, int] = NOTHING, **columns: Any) -> Deployment:
+        """With these columns; `by`: counts to what is added to them."""
+        sets = ", ".join([*(f"{name} = {name} + ?" for name in by), *(f"{name} = ?" for name in columns)])
+        sql = f"UPDATE deployments SET {sets} WHERE id = ? RETURNING {DEPLOYMENT_COLUMNS}"
+        return Deployment._make(self._do(sql, *by.values(), *columns.values(), deployment_id).fetchone())
+
+    def add_deployment_event(self, deployment: Deployment) -> None:
+        self.position += 1
+        data = dump(deployment.public())
+        event = Event(self.position, 1, "deployment", deployment.id, "", deployment.app, 0, 0, data)
+        self.added.append(event)
+        self.add("events", *event.row())
 
     def add_event(self, job: Job, kind: str, lines: int, offset: int, data: str, log_bytes: int = 0) -> Event:
         self.position += lines
@@ -2426,7 +2703,19 @@ def push_payload(body: bytes, content_type: str) -> Any:
 # Owns the use cases of jobs and agents; joins Store, JobQueue and EventHub. Ignores HTTP and argv.
 
 Connected = Callable[[], bool]  # whether the client is still there
+NO_JOBS: Mapping[str, str] = {}
 NOTHING_YET = (None,) * (Job._fields.index("retry_of") - Job._fields.index("started_at"))  # of a job that has not run
+
+
+class Part(NamedTuple):
+    """What a deployment says of its jobs."""
+
+    deployment_id: str | None = None
+    hold: Hold | None = None
+    reuses: bool = False  # the release that the host still has
+
+
+ALONE = Part()
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -2462,12 +2751,15 @@ def in_words(job: Job) -> str:
 
 
 class Jobs:
-    """Every public method is a use case: it raises what Errors has, and returns after what it did is durable."""
+    """Every public method is a use case: it raises what Errors has, and returns after what it did is durable. Those that take a
+    transaction are parts of one, which Deployments shares."""
 
     def __init__(self, store: Store, queue: JobQueue, hub: EventHub, apps: Apps, metrics: Metrics, config: Config, clock: Clock):
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
         store.announce = hub.publish
+        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: None  # told of each job with a deployment that changes
+        self.locks: dict[str, Lock] = {}  # app to its lock; changed by effects, as the seven below
         # The seven below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
         # read without a lock, by single look-ups and list().
         self._agents: dict[str, Agent] = {}  # by id
@@ -2483,7 +2775,7 @@ class Jobs:
         self._retained = ""  # the last job that the walk over the old ones looked at
         self._seen: set[str] = set()  # ids of agents whose contact is not in the database yet
         with store.read() as db:
-            self._new_id = TimeOrderedIds(clock, db.last_job_id())
+            self._new_id = TimeOrderedIds(clock, db.last_id("jobs"))
             self.epoch = db.meta("epoch")
             self.removed_through = int(db.meta("removed_through"))
 
@@ -2497,6 +2789,7 @@ class Jobs:
             self.store.write(functools.partial(self._begin_anew, copied_at=copied_at))
             log.warning("this is the backup of %s: a new epoch begins, jobs that waited are cancelled", copied_at)
         with self.store.read() as db:
+            self.locks = {lock.app: lock for lock in db.locks()}
             for agent in db.agents():
                 agent.contact = self.clock.monotonic() - max(0.0, self.clock.now() - unix_time(agent.last_heartbeat))
                 self._remember(agent)
@@ -2518,9 +2811,8 @@ class Jobs:
 
     def _begin_anew(self, tx: Tx, copied_at: str) -> None:
         """A copy is served for the first time: no position, attempt or session that came after it was made is given out again."""
-        for job in tx.jobs_that_are(Status.PENDING):
-            error = f"the database was restored from the backup of {copied_at}"
-            self._end(tx, job, Status.CANCELLED, Reason.CANCELLED, error=error)
+        error = f"the database was restored from the backup of {copied_at}"
+        self.end_pending(tx, tx.jobs_that_are(Status.PENDING), Reason.CANCELLED, error)
         self.epoch = secrets.token_hex(4)
         tx.begin_epoch(self.epoch)
 
@@ -2574,6 +2866,8 @@ class Jobs:
         agent.online = beat.status == "online" and (agent.online or connected())
         agent.contact = self.clock.monotonic()
         self._seen.add(agent_id)
+        if beat.current and beat.current != agent.runs:
+            self._note_runs(agent, beat.current)
         interval = 0 if beat.wait and agent.online else max(POLL_INTERVAL, len(self._agents) // POLLS)
         if not (beat.wait or beat.running or self._leases.get(agent.hostname) or self.queue.holds(agent.hostname)):
             agent.told = frozenset()
@@ -2589,6 +2883,18 @@ class Jobs:
         if self.queue.closed:  # the controller stops: agents come back one by one
             interval = secrets.randbelow(1 + len(self._agents) // RETURNS)
         return job, sorted({job_id for job_id, _ in agent.told}), interval
+
+    def _note_runs(self, agent: Agent, runs: dict[str, str]) -> None:
+        def do(tx: Tx) -> None:
+            tx.each("agents", "current", "id", [(dump(runs), agent.id)])
+            tx.after(setattr, agent, "runs", runs)
+
+        self.store.write(do)
+
+    def runs(self, host: str, app: str) -> str | None:
+        """The commit that the host says it runs."""
+        agent = self._by_host.get(host)
+        return agent.runs.get(app) if agent else None
 
     def _look(self, agent: Agent, beat: Heartbeat, arrived: int, deadline: float, connected: Connected) -> tuple[Job | None, bool]:
         """One look at what there is for the agent, parked until there may be something: (a job or None, whether to look again)."""
@@ -2708,7 +3014,7 @@ class Jobs:
             return None
         taker = {"assigned_agent": agent.id, "session": agent.session}
         claimed = tx.change_job(job, status=Status.RUNNING, attempt=job.attempt + 1, started_at=self.clock.stamp(), **taker)
-        self._announce(tx, claimed)
+        self._announce(tx, claimed, job)
         tx.after(self._lease, claimed)
         return claimed
 
@@ -2762,7 +3068,7 @@ class Jobs:
                 return job
             job = self._running(tx, job_id, result.attempt, principal)
             rest = {name: getattr(result, name) for name in ("exit_code", "error", "rolled_back_to")}
-            return self._end(tx, job, result.status, result.reason, commit=result.commit or job.commit, **rest)
+            return self.end(tx, job, result.status, result.reason, commit=result.commit or job.commit, **rest)
 
         return self._logged(self.store.write(do))
 
@@ -2791,23 +3097,33 @@ class Jobs:
 
     def submit(self, asked: JobRequest, principal: Principal) -> tuple[Job, bool, str | None]:
         """(job, whether it was made now, a warning or None)."""
-        app = self._app_of(asked)
-        self._check_allowed(principal, app.name, asked.host)
-        draft = self._draft(asked, app, principal)
-        job, created = self.store.write(lambda tx: self._submit(tx, draft, asked.force, principal, "job.create"))
+        app = self.app_of(asked)
+        self.check_allowed(principal, app.name, asked.host)
+        lock = self.locks.get(app.name)
+        if lock and not asked.override:
+            raise Conflict(f"{lock}: unlock it, or ask with override")
+        draft = self.draft(asked, app, principal)
+        job, created = self.store.write(lambda tx: self.add(tx, draft, asked.force, principal, "job.create"))
         return job, created, self._warning(job, asked)
 
-    def _check_allowed(self, principal: Principal, name: str, host: str) -> None:
+    def check_allowed(self, principal: Principal, name: str, host: str) -> None:
         """The token of one app deploys what apps.yaml says of it, where apps.yaml says. Raises Forbidden."""
         principal.sees(name)
         app = self.apps.named(name)
-        if principal.app and (app is None or host not in app.hosts):
+        if principal.app and (app is None or host not in self.hosts_of(app)):
             raise Forbidden(f"this token is for {name} alone, and apps.yaml does not name it on {host}")
+
+    def hosts_of(self, app: App) -> tuple[str, ...]:
+        """Those that apps.yaml names, and those whose agents have one of its labels."""
+        if not app.labels:
+            return app.hosts
+        labelled = (agent.hostname for agent in list(self._by_host.values()) if not agent.labels.isdisjoint(app.labels))
+        return tuple(sorted({*app.hosts, *labelled}))
 
     def _audit(self, tx: Tx, principal: Principal, action: str, job: Job) -> None:
         tx.audited(self.clock.stamp(), principal, action, job.id, what_of(job))
 
-    def _app_of(self, asked: JobRequest) -> App:
+    def app_of(self, asked: JobRequest) -> App:
         """The app that the request names; the only one of the repository; else one by convention. Raises ValidationError."""
         apps = self.apps.of_repo(asked.repo)
         if asked.app is None and len(apps) == 1:
@@ -2818,15 +3134,16 @@ class Jobs:
             raise ValidationError([("app", f"{app.name} belongs to {app.repo}")])
         return app
 
-    def _draft(self, asked: JobRequest, app: App, by: Principal, retry_of: str | None = None) -> tuple[Job, str]:
+    def draft(self, asked: JobRequest, app: App, by: Principal, retry_of: str | None = None, of: Part = ALONE) -> tuple[Job, str]:
         """The job that is asked for, without its id, and its public JSON. Made by each caller before the commit that all share."""
         now, metadata = self.clock.stamp(), dump(asked.metadata) if asked.metadata else "{}"
         timeout, retries = asked.timeout or app.timeout, app.retries if asked.retries is None else asked.retries
-        what = ("", asked.repo, asked.ref, asked.host, app.name, Status.PENDING, None, None, metadata)
-        job = Job._make((*what, 0, retries, timeout, now, by.name, *NOTHING_YET, retry_of, None, app.spec, None, now))
+        what = ("", asked.repo, asked.ref, asked.host, app.name, Status.PENDING, None, of.hold, metadata)
+        spec = f'{app.spec[:-1]},"reuse":true}}' if of.reuses else app.spec
+        job = Job._make((*what, 0, retries, timeout, now, by.name, *NOTHING_YET, retry_of, of.deployment_id, spec, None, now))
         return job, dump(job.public())
 
-    def _submit(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "") -> tuple[Job, bool]:
+    def add(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "") -> tuple[Job, bool]:
         """(job, whether it was made now); `action`: of the audit row, where that is not the caller's."""
         wanted, text = draft
         key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
@@ -2843,7 +3160,8 @@ class Jobs:
 
     def _made(self, key: int, job: Job) -> None:
         self._opened(key, job.host, job.id)
-        self.queue.put(job.host, job.id, job.app)
+        if job.hold is None:
+            self.queue.put(job.host, job.id, job.app)
         self.metrics.count("deploybot_jobs_created_total")
 
     def _existing(self, tx: Tx, key: int, wanted: Job) -> Job | None:
@@ -2892,50 +3210,6 @@ class Jobs:
         longer = sorted(host for host in hosts if host.startswith(hostname + "."))
         return f"no agent has registered as {hostname}{nearest(hostname, longer[:1] or hosts)}"
 
-    def push(self, push: Push, delivery: str, signature: str, signers: frozenset[str], address: str) -> tuple[list[str], str]:
-        """Jobs for a signed push, stored in one transaction with its delivery: (ids, message). The same delivery answers the same.
-        `signers`: the secrets that the body was signed with; an app with a secret of its own takes no other."""
-        default = secrets_in(self.config.webhook_secret)
-        trusting = [app for app in self.apps.of_repo(push.repo) if signers.intersection(app.webhook_secrets or default)]
-        apps = [app for app in trusting if push.commit and push.wanted_by(app)]
-        github = Principal("github", Scope.PUBLIC, address=address)
-        drafts = {app.name: [self._draft(push.request(app, host), app, github) for host in app.hosts] for app in apps}
-
-        def do(tx: Tx) -> tuple[list[str], str]:
-            before = tx.delivery(delivery, signature) if trusting else None
-            if before:
-                return before[0], f"taken before, nothing new is made: {before[1]} (ctl.py retry JOB deploys it again)"
-            made: list[str] = []
-            in_time = [app for app in apps if not push.is_older(tx.newest_push(app.name, push.ref))]
-            for app in in_time:
-                tx.put("pushes", app.name, push.ref, push.pushed_at, push.before)
-                for draft in drafts[app.name]:
-                    job, created = self._submit(tx, draft, False, github)
-                    made += [job.id] if created else []
-            message = self._push_message(push, apps, in_time, len(made), bool(trusting))
-            if apps:  # else a redelivery counts, once apps.yaml says more
-                tx.add("deliveries", delivery, signature, self.clock.stamp(), dump(made), message)
-                tx.audited(self.clock.stamp(), github, "push", push.repo, f"{push.branch} {push.commit}: {message}")
-            return made, message
-
-        return self.store.write(do, patient=True)  # GitHub sends it once
-
-    def _push_message(self, push: Push, apps: list[App], in_time: list[App], made: int, is_trusted: bool) -> str:
-        if push.commit is None:
-            return "ignored: the ref was deleted"
-        if push.branch is None:
-            return "ignored: not a branch"
-        if not self.apps.of_repo(push.repo):
-            return f"ignored: no app of apps.yaml has the repository {push.repo}"
-        if not is_trusted:
-            return f"ignored: it is signed with another secret than those of the apps of {push.repo}"
-        if apps and not in_time:
-            return f"ignored: a newer push to {push.branch} was taken before"
-        if not apps:
-            return f"ignored: no app of {push.repo} deploys pushes to {push.branch}"
-        names = ", ".join(app.name for app in in_time)
-        return f"{made} job{'' if made == 1 else 's'} for {names}" + ("" if made else ": the same deployment is under way")
-
     def cancel(self, job_id: str, principal: Principal) -> Job:
         """A pending job ends at once; a running one is stopped by its agent, which reports. Raises Conflict for an ended one."""
 
@@ -2947,14 +3221,10 @@ class Jobs:
             if job.status in ENDED:
                 raise Conflict(f"job {job.id} cannot be cancelled: {in_words(job)}")
             self._audit(tx, principal, "job.cancel", job)
-            now = self.clock.stamp()
             if job.status == Status.PENDING:
                 tx.after(self.queue.remove, job.host, {job.id})
-                return self._end(tx, job, Status.CANCELLED, Reason.CANCELLED, cancel_requested_at=now)
-            asked = tx.change_job(job, cancel_requested_at=now)
-            self._announce(tx, asked)
-            tx.after(self._tell_cancel, asked)
-            return asked
+                return self.end(tx, job, Status.CANCELLED, Reason.CANCELLED, cancel_requested_at=self.clock.stamp())
+            return self.ask_to_stop(tx, job)
 
         return self._logged(self.store.write(do))
 
@@ -2963,12 +3233,12 @@ class Jobs:
 
         def do(tx: Tx) -> tuple[Job, bool]:
             job = tx.job(job_id)
-            self._check_allowed(principal, job.app, job.host)
+            self.check_allowed(principal, job.app, job.host)
             if job.status not in ENDED:
                 raise Conflict(f"job {job.id} cannot be retried: {in_words(job)}")
             asked = JobRequest(job.repo, job.ref, job.host, job.app, json.loads(job.metadata), False, job.timeout, job.retries)
-            draft = self._draft(asked, self._app_of(asked), principal, job.id)
-            return self._submit(tx, draft, False, principal, "job.retry")
+            draft = self.draft(asked, self.app_of(asked), principal, job.id)
+            return self.add(tx, draft, False, principal, "job.retry")
 
         return self.store.write(do)
 
@@ -3087,6 +3357,12 @@ class Jobs:
         delivered = self.clock.stamp(ago=DELIVERY_DAYS * 86400)
         for table, column, oldest in (("audit", "at", before), ("deliveries", "received_at", delivered)):
             more = tx.remove_oldest(table, column, oldest, RETENTION_EVENTS) == RETENTION_EVENTS or more
+        if not more:
+            old = tx.old_deployments(TimeOrderedIds.layout(self.clock.ms(ago=age)), before, RETENTION_JOBS)
+            for deployment_id in old:
+                tx.remove_events(deployment_id, RETENTION_EVENTS)
+                tx.remove("deployments", "id", deployment_id)
+            more = len(old) == RETENTION_JOBS
         tx.give_back(RETENTION_EVENTS)
         tx.after(setattr, self, "_retained", walked)
         tx.after(setattr, self, "removed_through", int(tx.meta("removed_through")))
@@ -3111,14 +3387,14 @@ class Jobs:
                 return None
             if may_retry and job.attempt <= job.retries and not job.cancel_requested_at:
                 return self._requeue(tx, job)
-            return self._end(tx, job, status, reason, error=error)
+            return self.end(tx, job, status, reason, error=error)
 
         self._logged(self.store.write(do, patient=True))
 
     def _requeue(self, tx: Tx, job: Job) -> Job | None:
         nobody = {"started_at": None, "assigned_agent": None, "session": None, "commit": None}
         waiting = tx.change_job(job, status=Status.PENDING, queued_at=self.clock.stamp(), **nobody)
-        self._announce(tx, waiting)
+        self._announce(tx, waiting, job)
         tx.after(self._release, waiting)
         tx.after(self.queue.put, waiting.host, waiting.id, waiting.app)
         return waiting
@@ -3140,10 +3416,8 @@ class Jobs:
         """One transaction for many: a host that is away may have thousands."""
         pending = [job for job in map(tx.job, job_ids) if job.status == Status.PENDING]
         error = f"no agent took it within {self.config.pending_expiry:.0f} s"
-        ended = [self._end(tx, job, Status.CANCELLED, Reason.EXPIRED, error=error) for job in pending]
-        for host in {job.host for job in ended}:
-            tx.after(self.queue.remove, host, {job.id for job in ended if job.host == host})
-        return ended
+        self.end_pending(tx, pending, Reason.EXPIRED, error)
+        return [tx.job(job.id) for job in pending]
 
     # -- streams -----------------------------------------------------------------------------------------------------
 
@@ -3204,15 +3478,18 @@ class Jobs:
 
     # -- small parts that the use cases share ------------------------------------------------------------------------
 
-    def _announce(self, tx: Tx, job: Job) -> None:
+    def _announce(self, tx: Tx, job: Job, before: Job | None = None) -> None:
+        """`before`: where it moves from one count of its deployment to another."""
         text = dump(job.public())
         tx.learn(job.id, (job, text))
         tx.add_event(job, "job", 1, 0, text)
+        if before is not None and job.deployment_id:
+            self.moved(tx, before, job)
 
-    def _end(self, tx: Tx, job: Job, status: str, reason: str | None, **columns: Any) -> Job:
+    def end(self, tx: Tx, job: Job, status: str, reason: str | None, **columns: Any) -> Job:
         """The one way to an end."""
         ended = tx.change_job(job, status=status, reason=reason, completed_at=self.clock.stamp(), **columns)
-        self._announce(tx, ended)
+        self._announce(tx, ended, job)
         if status == Status.SUCCESS:
             tx.put("releases", ended.app, ended.host, ended.id, ended.commit, ended.completed_at)
         tx.after(self._release, ended)
@@ -3221,10 +3498,41 @@ class Jobs:
         tx.after(self.metrics.count, "deploybot_jobs_ended_total", f'status="{status}",reason="{reason or ""}"')
         return ended
 
+    def ask_to_stop(self, tx: Tx, job: Job) -> Job:
+        """A running one: its agent hears of it, and reports."""
+        if job.cancel_requested_at:
+            return job
+        asked = tx.change_job(job, cancel_requested_at=self.clock.stamp())
+        self._announce(tx, asked)
+        tx.after(self._tell_cancel, asked)
+        return asked
+
+    def end_pending(self, tx: Tx, jobs: list[Job], reason: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS) -> None:
+        """Ends many that wait; `by`: host to the job that takes its place."""
+        waited: dict[str, set[str]] = collections.defaultdict(set)
+        for job in jobs:
+            self.end(tx, job, Status.CANCELLED, reason, error=error, superseded_by=by.get(job.host))
+            waited[job.host].add(job.id)
+        for host, job_ids in waited.items():
+            tx.after(self.queue.remove, host, job_ids)
+
+    def let_go(self, tx: Tx, job: Job) -> Job:
+        """Lifts the hold."""
+        ready = tx.change_job(job, hold=None, queued_at=self.clock.stamp())
+        self._announce(tx, ready, job)
+        tx.after(self.queue.put, ready.host, ready.id, ready.app)
+        return ready
+
+    def hold(self, tx: Tx, job: Job, why: Hold) -> None:
+        self._announce(tx, tx.change_job(job, hold=why))
+
     def _remember(self, agent: Agent) -> None:
         old = self._by_host.get(agent.hostname)
         if old and not agent.contact:  # read from the database just now
             agent.contact, agent.told, agent.online = old.contact, old.told, old.online and agent.session != ""
+        labels = json.loads(agent.capabilities).get("labels")
+        agent.labels = frozenset(f"{key}={value}" for key, value in labels.items()) if isinstance(labels, dict) else frozenset()
+        agent.runs = json.loads(agent.current)
         self._agents[agent.id] = self._by_host[agent.hostname] = agent
         self._changes += old is None
         if old and old.token_sha256:
@@ -3263,6 +3571,458 @@ class Jobs:
             "deploybot_agents_online": sum(agent.online and agent.contact >= oldest for agent in agents),
             "deploybot_agents_registered": len(agents),
         }
+
+
+# == Deployments =======================================================================================================
+# Owns groups of jobs: pushes, strategies, locks, rollback. Ignores HTTP, argv, and how a single job runs.
+
+# Why a push did what it did, by the first rule that applies.
+RULES = {
+    "deleted": "the ref was deleted",
+    "not_on_push": "deploy_on_push is not set",
+    "ref": "neither branches nor tags of the app match",
+    "skip": "the head commit's message says [skip deploy]",
+    "paths": "no changed file is one of the app's",
+    "older": "a newer push to this ref was taken before",
+    "no_host": "the app has no host now",
+    "duplicate": "the same deployment is under way",
+    "locked": "the app is locked: it is held until that is unlocked",
+    "deployed": "its jobs were made",
+    "no_app": "apps.yaml has no app of this repository",
+    "wrong_secret": "it is signed with another secret than the apps of this repository have",
+}
+SETTLED = ("deployed", "locked", "duplicate", "older")
+
+
+def what(deployment: Deployment) -> str:
+    return f"{deployment.kind} of {deployment.app} {deployment.ref} on {deployment.hosts} host{'' if deployment.hosts == 1 else 's'}"
+
+
+def outcome(deployment: Deployment) -> str | None:
+    """In words, for one that not all hosts went well with."""
+    parts = [f"{getattr(deployment, name)} {name}" for name in ("failed", "cancelled") if getattr(deployment, name)]
+    return f"{', '.join(parts)} of {deployment.hosts}" if parts else None
+
+
+def batch_size(strategy: Mapping[str, Any], hosts: int) -> int:
+    return Strategy(strategy["type"], strategy["batch"]).size(hosts)
+
+
+def push_message(push: Push, outcomes: list[dict[str, Any]], made: int) -> str:
+    """For the page of GitHub's deliveries."""
+    names = [one["app"] for one in outcomes if one["rule"] in ("deployed", "duplicate", "locked")]
+    if names:
+        held = ", held: the app is locked" if any(one["rule"] == "locked" for one in outcomes) else ""
+        jobs = f"{made} job{'' if made == 1 else 's'} for {', '.join(names)}{held}"
+        return jobs if made else f"{jobs}: the same deployment is under way"
+    rules = {one["rule"] for one in outcomes}
+    where = push.branch or push.tag or push.ref
+    if push.commit is None:
+        return "ignored: the ref was deleted"
+    if "no_app" in rules:
+        return f"ignored: no app of apps.yaml has the repository {push.repo}"
+    if "wrong_secret" in rules:
+        return f"ignored: it is signed with another secret than those of the apps of {push.repo}"
+    if "older" in rules:
+        return f"ignored: a newer push to {where} was taken before"
+    said = "; ".join(f"{one['app']}: {one['detail']}" for one in outcomes if one["rule"] not in ("ref", "not_on_push"))
+    return f"ignored: {said}" if said else f"ignored: no app of {push.repo} deploys pushes to {where}"
+
+
+class Plan(NamedTuple):
+    """What a deployment would do."""
+
+    app: App
+    kind: Kind
+    ref: str
+    targets: list[tuple[str, str]]  # (host, ref), in their turn
+    skipped: list[dict[str, str]] = []  # noqa: RUF012 (nobody changes it)
+    branch: str | None = None
+    metadata: Mapping[str, Any] = {}  # noqa: RUF012
+    override: bool = False
+    force: bool = False
+    retry_of: str | None = None
+    retries: Mapping[str, str] = NO_JOBS  # host to the job that is tried again
+
+    def steps(self) -> list[list[tuple[str, str]]]:
+        """The batches, the canary's first."""
+        strategy, first = self.app.strategy, int(self.canary() is not None)
+        rest, size = self.targets[first:], strategy.size(len(self.targets))
+        return [self.targets[:1]] * first + [rest[at : at + size] for at in range(0, len(rest), size)]
+
+    def canary(self) -> str | None:
+        hosts = [host for host, _ in self.targets[:1]]
+        return self.app.strategy.canary if self.app.strategy.canary in hosts and len(self.targets) > 1 else None
+
+    def strategy(self) -> dict[str, Any]:
+        told = {name: getattr(self.app.strategy, name) for name in ("type", "batch", "pause", "max_failures")}
+        return {**told, "canary": self.canary()}
+
+    def public(self, lock: Lock | None) -> dict[str, Any]:
+        waits = [None, "pause" if self.canary() and self.app.strategy.pause else "success", *["success"] * len(self.targets)]
+        steps = [
+            {"hosts": [host for host, _ in step], "ref": step[0][1], "waits": wait}
+            for step, wait in zip(self.steps(), waits, strict=False)
+        ]
+        commands = {name: getattr(self.app, name) for name in ("build", "activate", "deploy", "health_check")}
+        told = {"app": self.app.name, "repo": self.app.repo, "kind": self.kind, "strategy": self.strategy(), "steps": steps}
+        return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
+
+
+class Made(NamedTuple):
+    """What came of a plan: the deployment, its jobs, and whether it was made now; without a deployment nothing was to be made."""
+
+    deployment: Deployment | None
+    jobs: list[Job]
+    created: bool
+    skipped: list[dict[str, str]] = []  # noqa: RUF012 (nobody changes it)
+
+
+class Deployments:
+    """Every public method is a use case, as in Jobs. One function moves a deployment, _step(): it is due in each transaction that
+    moved one of its jobs, so that there is no state between two steps."""
+
+    def __init__(self, jobs: Jobs):
+        self._jobs, self._store, self._apps, self._clock = jobs, jobs.store, jobs.apps, jobs.clock
+        self._lock = threading.Lock()  # guards _new_id
+        with self._store.read() as db:
+            self._new_id = TimeOrderedIds(self._clock, db.last_id("deployments"))
+        jobs.moved = self._moved
+
+    # -- what a person, a push or a CI asks for ------------------------------------------------------------------------
+
+    def create(self, asked: DeploymentRequest, by: Principal) -> tuple[Plan, Made]:
+        """Raises NotFound, ValidationError, Forbidden, and Conflict where the app is locked or no host can go back."""
+        plan = self.plan(asked, by)
+        action = "deployment.rollback" if asked.rollback else "deployment.create"
+        locks = asked.rollback and asked.lock
+
+        def do(tx: Tx) -> Made:
+            lock = tx.lock_of(plan.app.name)
+            if lock and not plan.override:
+                raise Conflict(f"{lock}: unlock it (ctl.py unlock --app {lock.app}), or deploy all the same with override")
+            made = make(tx)
+            if locks and made.created and not lock:
+                self._put_lock(tx, Lock(plan.app.name, f"rolled back to {plan.ref[:12]}", by.name, self._clock.stamp(), None), by)
+            return made
+
+        make = self._maker(plan, by, action)
+        return plan, self._logged(self._store.write(do))
+
+    def plan(self, asked: DeploymentRequest, by: Principal) -> Plan:
+        app = self._app(asked.app)
+        hosts = self._hosts(app, asked.hosts, by)
+        if not asked.rollback:
+            targets = [(host, asked.ref or "") for host in hosts]
+            told = {**asked.metadata, "app": app.name, "trigger": "deploy"}
+            return Plan(app, Kind.DEPLOY, asked.ref or "", targets, metadata=told, override=asked.override, force=asked.force)
+        targets, skipped = self._ways_back(app, hosts, asked.to)
+        if not targets:
+            raise Conflict("no host can go back: " + "; ".join(f"{one['host']}: {one['reason']}" for one in skipped[:5]))
+        told = {**asked.metadata, "app": app.name, "trigger": "rollback"}
+        return Plan(app, Kind.ROLLBACK, targets[0][1], targets, skipped, metadata=told, override=True, force=asked.force)
+
+    def _app(self, name: str) -> App:
+        app = self._apps.named(name)
+        if app is None:
+            raise NotFound(f"apps.yaml has no app {name}{nearest(name, [app.name for app in self._apps.all])}")
+        return app
+
+    def _hosts(self, app: App, asked: tuple[str, ...] | None, by: Principal) -> list[str]:
+        """Those that are asked for, else all of the app; the canary first."""
+        by.sees(app.name)
+        known = self._jobs.hosts_of(app)
+        errors = [("hosts", f"{host} is no host of {app.name}{nearest(host, known)}") for host in asked or () if host not in known]
+        if errors or not known:
+            raise ValidationError(errors or [("app", f"no agent has a label of {app.name}: it has no hosts now")])
+        return sorted(asked or known, key=lambda host: (host != app.strategy.canary, host))
+
+    def _ways_back(self, app: App, hosts: list[str], to: str | None) -> tuple[list[tuple[str, str]], list[dict[str, str]]]:
+        """(host and commit of those that can go back, why the others cannot)."""
+        targets, skipped = [], []
+        with self._store.read() as db:
+            for host in hosts:
+                current, before = db.before(app.name, host, to)
+                commit = before or (to if to and is_commit(to) is None else None)
+                if commit is None or commit == current:
+                    reason = f"runs {current[:12]} already" if commit and current else f"no release {to or 'before this one'} is known"
+                    skipped.append({"host": host, "reason": reason})
+                else:
+                    targets.append((host, commit))
+        return targets, skipped
+
+    def retry(self, deployment_id: str, by: Principal) -> tuple[Plan, Made]:
+        """The hosts whose job ended without success, as a new deployment by the mapping in force. Raises Conflict while it is open."""
+        with self._store.read() as db:
+            old = db.deployment(deployment_id)
+            failed = db.jobs_of(old.id, "status IN ('failed', 'cancelled')")
+        by.sees(old.app)
+        if old.completed_at is None:
+            raise Conflict(f"deployment {old.id} is {old.status}: cancel it, or wait")
+        app = self._app(old.app)
+        known, refs = self._jobs.hosts_of(app), {job.host: job for job in failed}
+        hosts = [host for host in refs if host in known]
+        if not hosts:
+            raise Conflict(f"deployment {old.id} has no host to try again: " + ("all succeeded" if not refs else "none is the app's now"))
+        targets = [(host, refs[host].ref) for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
+        skipped = [{"host": host, "reason": f"is no host of {app.name} now"} for host in refs if host not in known]
+        told = {"app": app.name, "trigger": "retry"}
+        plan = Plan(app, Kind.RETRY, old.ref, targets, skipped, old.branch, told, retry_of=old.id)
+        plan = plan._replace(retries={host: job.id for host, job in refs.items()})
+        make = self._maker(plan, by, "deployment.retry")
+
+        def do(tx: Tx) -> Made:
+            if lock := tx.lock_of(app.name):
+                raise Conflict(f"{lock}: unlock it first (ctl.py unlock --app {lock.app})")
+            return make(tx)
+
+        return plan, self._logged(self._store.write(do))
+
+    def hook(self, name: str, asked: HookRequest, by: Principal) -> tuple[Plan, Made]:
+        """What a CI says that it has built: held like a push while the app is locked."""
+        app = self._app(name)
+        hosts, ref = self._hosts(app, asked.hosts, by), asked.commit or asked.ref
+        told = {"app": app.name, "branch": asked.ref, "commit_message": asked.message, "pusher": asked.pusher, "trigger": "hook"}
+        plan = Plan(app, Kind.HOOK, ref, [(host, ref) for host in hosts], branch=asked.ref, metadata=told)
+        return plan, self._logged(self._store.write(self._maker(plan, by, "deployment.hook")))
+
+    def cancel(self, deployment_id: str, by: Principal) -> Deployment:
+        """What waits ends at once; what runs is stopped by its agent, which reports. Raises Conflict for an ended one."""
+
+        def do(tx: Tx) -> Deployment:
+            deployment = tx.deployment(deployment_id)
+            by.sees(deployment.app)
+            if deployment.completed_at:
+                raise Conflict(f"deployment {deployment.id} cannot be cancelled: {deployment.status}")
+            tx.change_deployment(deployment.id, reason=f"cancelled by {by.name}")
+            self._jobs.end_pending(tx, tx.jobs_of(deployment.id, "status = 'pending'"), Reason.CANCELLED)
+            for job in tx.jobs_of(deployment.id, "status = 'running'"):
+                self._jobs.ask_to_stop(tx, job)
+            tx.audited(self._clock.stamp(), by, "deployment.cancel", deployment.id, what(deployment))
+            tx.due[deployment.id] = self._step
+            tx.settle()
+            return tx.deployment(deployment.id)
+
+        return self._store.write(do)
+
+    # -- pushes --------------------------------------------------------------------------------------------------------
+
+    def push(self, push: Push, guid: str, signature: str, signers: frozenset[str], address: str) -> tuple[list[str], str]:
+        """What a signed push makes, stored in one transaction with its delivery: (ids of jobs, message). The same delivery answers the
+        same. `signers`: the secrets that the body was signed with; an app with a secret of its own takes no other."""
+        default = secrets_in(self._jobs.config.webhook_secret)
+        known = self._apps.of_repo(push.repo)
+        trusting = [app for app in known if signers.intersection(app.webhook_secrets or default)]
+        github = Principal("github", Scope.PUBLIC, address=address)
+        makers = [(app, self._push_maker(push, app, guid, github)) for app in trusting]
+        delivery = f"{push.repo.lower()} {guid}"[:300]  # the guid is not signed
+
+        def do(tx: Tx) -> tuple[list[str], str]:
+            before = tx.delivery(delivery, signature) if trusting else None
+            if before:
+                return before[0], f"taken before, nothing new is made: {before[1]} (ctl.py retry JOB deploys it again)"
+            outcomes, made = [], list[str]()
+            for app, make in makers:
+                rule, deployment, jobs = make(tx) if callable(make) else (make, None, [])
+                made += jobs
+                outcomes.append({"app": app.name, "rule": rule, "detail": RULES[rule], "deployment_id": deployment})
+            if not makers:
+                rule = "wrong_secret" if known else "no_app"
+                outcomes = [{"app": None, "rule": rule, "detail": RULES[rule], "deployment_id": None}]
+            message = push_message(push, outcomes, len(made))
+            settled = any(one["rule"] in SETTLED for one in outcomes)  # else a redelivery counts, once apps.yaml says more
+            about = (guid[:100], push.repo, push.ref, push.commit, push.pusher, dump(outcomes), int(settled))
+            tx.put("deliveries", delivery, signature, self._clock.stamp(), dump(made), message, *about)
+            if settled:
+                tx.audited(self._clock.stamp(), github, "push", push.repo, f"{push.branch or push.ref} {push.commit}: {message}")
+            return made, message
+
+        return self._store.write(do, patient=True)  # GitHub sends it once
+
+    def _push_maker(self, push: Push, app: App, guid: str, github: Principal) -> str | Callable[[Tx], tuple[str, str | None, list[str]]]:
+        """The rule by which the push does not count for that app, or what makes its deployment: (rule, its id, ids of its jobs)."""
+        if rule := push.rule(app):
+            return rule
+        hosts = self._jobs.hosts_of(app)
+        targets = [(host, push.commit or "") for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
+        told = {"app": app.name, "branch": push.branch or push.tag, "commit_message": push.message, "pusher": push.pusher}
+        told["trigger"] = "github_webhook"
+        plan = Plan(app, Kind.PUSH, push.commit or "", targets, branch=push.branch or push.tag, metadata=told)
+        make = self._maker(plan, github, "", guid)
+
+        def do(tx: Tx) -> tuple[str, str | None, list[str]]:
+            if push.is_older(tx.newest_push(app.name, push.ref)):
+                return "older", None, []
+            tx.put("pushes", app.name, push.ref, push.pushed_at, push.before)
+            made = make(tx)
+            rule = "deployed" if made.created else "duplicate" if targets else "no_host"
+            if made.created and tx.lock_of(app.name):
+                rule = "locked"
+            return rule, made.deployment and made.deployment.id, [job.id for job in made.jobs if made.created]
+
+        return do
+
+    # -- how one is made, and moves on ---------------------------------------------------------------------------------
+
+    def _maker(self, plan: Plan, by: Principal, action: str, delivery: str | None = None) -> Callable[[Tx], Made]:
+        """What makes it in a transaction; the drafts of its jobs are made before."""
+        with self._lock:
+            new = self._new_id()
+        steps = plan.steps()
+        hold = Hold.LOCK if plan.app.name in self._jobs.locks and not plan.override else Hold.BATCH if len(steps) > 1 else None
+        part, told = Part(new, hold, plan.kind is Kind.ROLLBACK), dict(plan.metadata)
+        drafts = []
+        for host, ref in itertools.chain.from_iterable(steps):
+            asked = JobRequest(plan.app.repo, ref, host, plan.app.name, told)
+            drafts.append(self._jobs.draft(asked, plan.app, by, plan.retries.get(host), part))
+
+        def do(tx: Tx) -> Made:
+            found = [self._jobs.add(tx, draft, plan.force, by) for draft in drafts]
+            jobs = [job for job, created in found if created]
+            if not jobs:
+                there = next((job.deployment_id for job, _ in found if job.deployment_id), None)
+                return Made(tx.deployment(there) if there else None, [job for job, _ in found], False)
+            strategy = plan.strategy()
+            strategy["canary"] = strategy["canary"] if jobs[0].host == strategy["canary"] else None
+            counts = (len(jobs), len(jobs), 0) if hold else (len(jobs), 0, len(jobs))
+            about = (plan.app.name, plan.app.repo, plan.ref, plan.branch, plan.kind, State.PENDING, None, dump(strategy))
+            rest = (hold, None, int(plan.override), plan.retry_of, None, delivery, self._clock.stamp(), by.name, None, None)
+            deployment = Deployment(new, *about, *counts, 0, 0, 0, 0, 0, *rest)
+            tx.add("deployments", *deployment)
+            if action:
+                said = what(deployment) + (", although it is locked" if plan.override and tx.lock_of(plan.app.name) else "")
+                tx.audited(self._clock.stamp(), by, action, new, said)
+            tx.add_deployment_event(deployment)
+            self._supersede(tx, deployment, jobs)
+            if hold:
+                tx.due[new] = self._step
+                tx.settle()
+                deployment, jobs = tx.deployment(new), tx.jobs_of(new)
+            there = [job for job, created in found if not created]
+            return Made(deployment, jobs, True, [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in there])
+
+        return do
+
+    def _supersede(self, tx: Tx, new: Deployment, jobs: list[Job]) -> None:
+        """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun ends. A rollback ends what
+        any deployment of the app has not begun."""
+        if new.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
+            return
+        places, any_branch = {job.host: job.id for job in jobs}, new.hold == Hold.LOCK
+        for old in tx.open_deployments(new.app):
+            is_older = old.kind in (Kind.PUSH, Kind.HOOK) and (any_branch or old.branch == new.branch)
+            pending = tx.jobs_of(old.id, "status = 'pending'") if is_older or new.kind == Kind.ROLLBACK else []
+            if pending and old.id != new.id:
+                tx.change_deployment(old.id, superseded_by=new.id, reason=f"superseded by {new.id}")
+                self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"superseded by deployment {new.id}", places)
+
+    def _moved(self, tx: Tx, before: Job, job: Job) -> None:
+        counts = collections.Counter({job.place(): 1})
+        counts[before.place()] -= 1
+        if job.status == Status.FAILED and job.rolled_back_to:
+            counts["rolled_back"] = 1
+        tx.change_deployment(job.deployment_id or "", counts)
+        tx.due[job.deployment_id or ""] = self._step
+
+    def _step(self, tx: Tx, deployment_id: str) -> None:
+        """What follows from where its jobs are: some go, or all that wait end, or it ends itself."""
+        old = deployment = tx.deployment(deployment_id)
+        if deployment.held or deployment.pending:
+            deployment = self._advance(tx, deployment)
+        status = deployment.judged()
+        now, columns = self._clock.stamp(), {"status": status}
+        if deployment.started_at is None and (deployment.running or deployment.success or deployment.failed):
+            columns["started_at"] = now
+        if status not in UNDER_WAY:
+            columns |= {"completed_at": now, "hold": None, "resume_at": None, "reason": deployment.reason or outcome(deployment)}
+            tx.after(self._jobs.metrics.count, "deploybot_deployments_ended_total", f'status="{status}"')
+        if deployment.status != status or "started_at" in columns:
+            deployment = tx.change_deployment(deployment.id, **columns)
+        shown = ("status", "hold", "resume_at", "reason", "superseded_by")
+        if any(getattr(old, name) != getattr(deployment, name) for name in shown):
+            tx.add_deployment_event(deployment)
+
+    def _advance(self, tx: Tx, deployment: Deployment) -> Deployment:
+        strategy = json.loads(deployment.strategy)
+        without, limit = deployment.failed + deployment.cancelled, strategy["max_failures"]
+        if limit is not None and without > limit:
+            why = f"stopped: {outcome(deployment)}"
+            deployment = tx.change_deployment(deployment.id, reason=deployment.reason or why)
+            self._jobs.end_pending(tx, tx.jobs_of(deployment.id, "status = 'pending'"), Reason.STOPPED, why)
+            return tx.deployment(deployment.id)
+        if not deployment.held:
+            return deployment
+        hold, resume_at = self._why_held(tx, deployment, strategy)
+        waiting = tx.jobs_of(deployment.id, "status = 'pending' AND hold IS NOT NULL")
+        if hold is None:
+            is_first = strategy["canary"] is not None and deployment.held == deployment.hosts
+            count = 1 if is_first else batch_size(strategy, deployment.hosts)
+            for job in waiting[:count]:
+                self._jobs.let_go(tx, job)
+            waiting, hold = waiting[count:], Hold.BATCH
+        for job in waiting:
+            if job.hold != hold:
+                self._jobs.hold(tx, job, hold)
+        return tx.change_deployment(deployment.id, hold=hold if waiting else None, resume_at=resume_at)
+
+    def _why_held(self, tx: Tx, deployment: Deployment, strategy: Mapping[str, Any]) -> tuple[Hold | None, str | None]:
+        """(why nothing more may go now, when a pause is over)."""
+        if not deployment.override and tx.lock_of(deployment.app):
+            return Hold.LOCK, deployment.resume_at
+        if deployment.pending or deployment.running:
+            return Hold.BATCH, None
+        is_watched = strategy["canary"] is not None and deployment.held == deployment.hosts - 1 and strategy["pause"]
+        resume_at = deployment.resume_at or (self._clock.stamp(ago=-strategy["pause"]) if is_watched else None)
+        return (Hold.PAUSE, resume_at) if resume_at and resume_at > self._clock.stamp() else (None, None)
+
+    # -- locks ---------------------------------------------------------------------------------------------------------
+
+    def lock(self, name: str, asked: LockRequest, by: Principal) -> Lock:
+        """Until it is unlocked, or for so long: pushes are held, and nothing more of what is under way begins."""
+        app, now = self._app(name), self._clock.stamp()
+        by.sees(app.name)
+        until = self._clock.stamp(ago=-asked.seconds) if asked.seconds else None
+        lock = Lock(app.name, asked.reason, by.name, now, until)
+        self._store.write(lambda tx: self._put_lock(tx, lock, by))
+        return lock
+
+    def _put_lock(self, tx: Tx, lock: Lock, by: Principal) -> None:
+        tx.put("locks", *lock)
+        tx.audited(lock.at, by, "app.lock", lock.app, lock.reason)
+        tx.after(self._jobs.locks.__setitem__, lock.app, lock)
+        tx.due.update((deployment.id, self._step) for deployment in tx.open_deployments(lock.app))
+
+    def unlock(self, name: str, by: Principal) -> list[str]:
+        """Ids of the deployments that go on."""
+
+        def do(tx: Tx) -> list[str]:
+            by.sees(name)
+            if not tx.remove("locks", "app", name):
+                raise NotFound(f"{name} is not locked")
+            tx.audited(self._clock.stamp(), by, "app.unlock", name)
+            tx.after(self._jobs.locks.pop, name, None)
+            held = [deployment.id for deployment in tx.open_deployments(name) if deployment.hold == Hold.LOCK]
+            tx.due.update((deployment_id, self._step) for deployment_id in held)
+            return held
+
+        return self._store.write(do)
+
+    def sweep(self) -> None:
+        """Pauses and locks that are over. Called about once a second."""
+        now = self._clock.stamp()
+        with self._store.read() as db:
+            over = db.paused_until(now)
+        for deployment_id in over:
+            self._store.write(functools.partial(self._step, deployment_id=deployment_id), patient=True)
+        for lock in list(self._jobs.locks.values()):
+            if lock.until and lock.until <= now:
+                with contextlib.suppress(NotFound):
+                    self.unlock(lock.app, Principal("controller", Scope.ADMIN))
+
+    def _logged(self, made: Made) -> Made:
+        if made.created and made.deployment:
+            log.info("deployment %s: %s", made.deployment.id, what(made.deployment))
+        return made
 
 
 # == HTTP ==============================================================================================================
@@ -3936,6 +4696,12 @@ def answer_with(text: str, status: int = 200, **more: Any) -> Response:
     return Response(status, f'{{"job":{text}{rest}\n'.encode())
 
 
+def made_of(plan: Plan, made: Made) -> Response:
+    deployment = made.deployment.public() if made.deployment else None
+    jobs = [job.public() for job in made.jobs]
+    return answer(201, {"deployment": deployment, "created": made.created, "jobs": jobs, "skipped": plan.skipped + made.skipped})
+
+
 def cookie_of(request: Request, secret: str, seconds: int) -> str:
     """RFC 6265. SameSite: no other site's page brings it along; HttpOnly: no script reads it."""
     return f"{COOKIE}={secret}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{'; Secure' if request.secure else ''}"
@@ -3944,8 +4710,8 @@ def cookie_of(request: Request, secret: str, seconds: int) -> str:
 def frame(event: Event, epoch: str) -> bytes:
     """An event as SSE, written once for all readers. JSON has no CR and no LF, so one data line holds it."""
     if event.frame is None:
-        if event.kind == "job":
-            text = f"id: {epoch}-{event.position}\nevent: job\ndata: {event.data}\n\n"
+        if event.kind != "log":
+            text = f"id: {epoch}-{event.position}\nevent: {event.kind}\ndata: {event.data}\n\n"
         else:
             origin = {"job_id": event.job_id, "host": event.host, "app": event.app}
             lines = ((line["position"], dump({**origin, **line})) for line in event.log_lines())
@@ -3978,6 +4744,7 @@ class Controller:
         self.queue, self.metrics, self.hub = JobQueue(), Metrics(), EventHub(store.position)
         with database_errors(config.db):
             self.jobs = Jobs(store, self.queue, self.hub, apps, self.metrics, config, clock)
+            self.deployments = Deployments(self.jobs)
             self.jobs.recover()
             self.auth = Auth(tokens, config.open, self.jobs.by_secret, store, clock)
         self.connections: Callable[[], int] = lambda: 0
@@ -4006,9 +4773,10 @@ class Controller:
         return answer_with(self.jobs.text(job), 201, created=created, **({"warning": warning} if warning else {}))
 
     def list_jobs(self, request: Request) -> Answer:
-        f = request.query(("status", "host", "app", "repo", "id", "before"), ("limit",))
+        f = request.query(("status", "host", "app", "repo", "deployment_id", "id", "before"), ("limit",))
         equal = {"status": f.choice("status", Status), "host": f.text("host", is_host, fold=True)}
         equal |= {"app": request.principal.sees(f.text("app", is_app)), "repo": f.text("repo", is_repo)}
+        equal["deployment_id"] = f.text("deployment_id", is_id)
         starts = f.text("id", matches("[0-9a-f-]{1,36}", "the start of a job's id"), fold=True)
         before = f.text("before", is_id)
         limit = f.done(f.integer("limit", 1, 1000)) or 100
@@ -4030,6 +4798,63 @@ class Controller:
     def retry_job(self, request: Request) -> Answer:
         job, created = self.jobs.retry(job_id(request), request.principal)
         return answer_with(self.jobs.text(job), 201, created=created)
+
+    def create_deployment(self, request: Request) -> Answer:
+        asked = DeploymentRequest.parse(request.json()).check()
+        if asked.dry_run:
+            plan = self.deployments.plan(asked, request.principal)
+            return plan.public(self.jobs.locks.get(plan.app.name))
+        return made_of(*self.deployments.create(asked, request.principal))
+
+    def list_deployments(self, request: Request) -> Answer:
+        f = request.query(("app", "status", "id", "before"), ("limit",))
+        equal = {"app": request.principal.sees(f.text("app", is_app)), "status": f.choice("status", State)}
+        starts = f.text("id", matches("[0-9a-f-]{1,36}", "the start of a deployment's id"), fold=True)
+        before = f.text("before", is_id)
+        limit = f.done(f.integer("limit", 1, 1000)) or 100
+        wanted = {name: value for name, value in equal.items() if value}
+        with self.store.read() as db:
+            found = db.deployments(wanted, starts, before, limit + 1)
+        shown = [deployment.public() for deployment in found[:limit]]
+        return {"deployments": shown, "next": shown[-1]["id"] if len(found) > limit else None}
+
+    def read_deployment(self, request: Request) -> Answer:
+        with self.store.read() as db:
+            deployment = db.deployment(request.params[0])
+        request.principal.sees(deployment.app)
+        return {"deployment": deployment.public()}
+
+    def cancel_deployment(self, request: Request) -> Answer:
+        return {"deployment": self.deployments.cancel(request.params[0], request.principal).public()}
+
+    def retry_deployment(self, request: Request) -> Answer:
+        return made_of(*self.deployments.retry(request.params[0], request.principal))
+
+    def hook(self, request: Request) -> Answer:
+        asked = HookRequest.parse(request.json())
+        return made_of(*self.deployments.hook(request.params[0], asked, request.principal))
+
+    def list_deliveries(self, request: Request) -> Answer:
+        f = request.query(("repo", "before"), ("limit",))
+        repo, before = f.text("repo", is_repo), f.text("before", matches(r"[!-~]{1,100}", "a delivery's id"))
+        limit = f.done(f.integer("limit", 1, 1000)) or 100
+        with self.store.read() as db:
+            found = db.deliveries(repo, before, limit + 1)
+        return {"deliveries": found[:limit], "next": found[limit - 1]["id"] if len(found) > limit else None}
+
+    def read_delivery(self, request: Request) -> Answer:
+        with self.store.read() as db:
+            for delivery in db.deliveries(None, None, 1, request.params[0]):
+                return {"delivery": delivery}
+        raise NotFound(f"no delivery {request.params[0][:100]}: they are kept for {DELIVERY_DAYS} days")
+
+    def lock_app(self, request: Request) -> Answer:
+        lock = self.deployments.lock(request.params[0], LockRequest.of(request.json()), request.principal)
+        return {"lock": lock._asdict()}
+
+    def unlock_app(self, request: Request) -> Answer:
+        going_on = self.deployments.unlock(request.params[0], request.principal)
+        return {"app": request.params[0], "unlocked": True, "deployments": going_on}
 
     def append_logs(self, request: Request) -> Answer:
         with self.parsing:
@@ -4097,14 +4922,17 @@ class Controller:
         f = request.query(("after",), ("limit",))
         after = f.text("after", matches("[a-z0-9][a-z0-9._-]*(?:/[a-z0-9][a-z0-9.-]*)?", "an app, or app/host")) or ""
         limit = f.done(f.integer("limit", 1, 1000)) or 100
-        places = self.apps.places(after, request.principal.app)
+        places = self.apps.places(after, request.principal.app, self.jobs.hosts_of)
         page = list(itertools.islice(places, limit))
         with self.store.read() as db:
             releases = db.releases([(app.name, host) for app, host in page])
         shown: list[dict[str, Any]] = []
         fields = ("name", "repo", "clone_url", "deploy_on_push", "branches")  # no commands: they may hold secrets
         for app, hosts in itertools.groupby(page, key=lambda place: place[0]):
-            shown.append({**{name: getattr(app, name) for name in fields}, "hosts": [next(releases) for _ in hosts]})
+            runs = [{**next(releases), "actual": self.jobs.runs(host, app.name)} for _, host in hosts]
+            lock, strategy = self.jobs.locks.get(app.name), dataclasses.asdict(app.strategy)
+            more = {"labels": app.labels, "strategy": strategy, "lock": lock and lock._asdict(), "hosts": runs}
+            shown.append({**{name: getattr(app, name) for name in fields}, **more})
         is_last = next(places, None) is None
         return {"apps": shown, "next": None if is_last else f"{shown[-1]['name']}/{shown[-1]['hosts'][-1]['hostname']}"}
 
@@ -4171,8 +4999,8 @@ class Controller:
             message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
             return {"received": True, "jobs_created": [], "message": message}
         push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
-        delivery = f"{push.repo.lower()} {request.headers.get('x-github-delivery') or signature}"[:300]  # the id is not signed
-        made, message = self.jobs.push(push, delivery, signature, signers, request.address)
+        guid = request.headers.get("x-github-delivery") or signature.removeprefix("sha256=")[:40]
+        made, message = self.deployments.push(push, guid, signature, signers, request.address)
         self.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
         return {"received": True, "jobs_created": made, "message": message}
 
@@ -4227,6 +5055,16 @@ ROUTES = [
     Route("POST", "/v1/hosts/{hostname}/reset", Scope.ADMIN, on_host("host.reset", token_sha256=None, session="")),
     Route("DELETE", "/v1/hosts/{hostname}", Scope.ADMIN, lambda api, r: api.jobs.remove_host(r.params[0].lower(), r.principal)),
     Route("GET", "/v1/apps", Scope.VIEWER, Controller.list_apps, for_app=True),
+    Route("PUT", "/v1/apps/{app}/lock", Scope.OPERATOR, Controller.lock_app, for_app=True),
+    Route("DELETE", "/v1/apps/{app}/lock", Scope.OPERATOR, Controller.unlock_app, for_app=True),
+    Route("POST", "/v1/deployments", Scope.OPERATOR, Controller.create_deployment, for_app=True),
+    Route("GET", "/v1/deployments", Scope.VIEWER, Controller.list_deployments, for_app=True),
+    Route("GET", "/v1/deployments/{id}", Scope.VIEWER, Controller.read_deployment, for_app=True),
+    Route("POST", "/v1/deployments/{id}/cancel", Scope.OPERATOR, Controller.cancel_deployment, for_app=True),
+    Route("POST", "/v1/deployments/{id}/retry", Scope.OPERATOR, Controller.retry_deployment, for_app=True),
+    Route("POST", "/v1/hooks/{app}", Scope.OPERATOR, Controller.hook, for_app=True),
+    Route("GET", "/v1/deliveries", Scope.VIEWER, Controller.list_deliveries),
+    Route("GET", "/v1/deliveries/{id}", Scope.VIEWER, Controller.read_delivery),
     Route("POST", "/v1/reload", Scope.ADMIN, Controller.reload_apps),
     Route("POST", "/v1/tokens", Scope.ADMIN, Controller.create_token),
     Route("GET", "/v1/tokens", Scope.ADMIN, lambda api, _: {"tokens": [token.public() for token in api.auth.tokens()]}),
@@ -4356,6 +5194,7 @@ class Daemon(Controller):
             if away > LONG_SWEEP:
                 self.jobs.excuse(away)
             self.jobs.sweep()
+            self.controller.deployments.sweep()
             self.auth.sweep()
         except Unavailable as error:
             log.error("sweep: %s", error)
