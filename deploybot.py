@@ -77,6 +77,8 @@ MAX_METADATA = 16 * KIB  # bytes of a job's metadata as JSON
 MAX_ERROR = 4 * KIB  # characters of a job's error
 MAX_TIMEOUT = 7 * 86400  # seconds that a job may run
 MAX_RETRIES = 100
+MAX_VALUE = 32_768  # characters of an environment variable
+MAX_BATCH = 10_000  # hosts at a time, or that may fail
 MAX_RUNNING = 256  # jobs that one heartbeat names
 MAX_FAILED_SIGN_INS = 10  # a minute from one address
 MAX_RATE_KEYS = 10_000  # addresses or tokens that a rate limit remembers
@@ -377,6 +379,10 @@ GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPE
 LEVELS = ("debug", "info", "warning", "error")
 LINE = ("message", "level", "timestamp")  # of a log
 ENDED_WORDS = ("success", "failed", "cancelled")
+NOTIFY_EVENTS = ("started", "success", "failed", "recovered")
+NOTIFY_FORMATS = ("json", "slack")
+# What a job's agent gets of its app.
+IN_SPEC = ("clone_url", "build", "activate", "deploy", "env", "shared", "keep_releases", "health_check", "rollback_on_failure")
 AGENT_REASONS = ("exit_code", "fetch_failed", "timeout", "health_check", "rejected", "agent_crashed", "cancelled")
 
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -1078,6 +1084,80 @@ class TimeOrderedIds:
 # Owns apps.yaml: from text to models, each mistake with its line. Ignores who reads them.
 
 
+class Located(dict[str, Any]):
+    """A mapping of apps.yaml that knows where it stands. `items`: (key, line, value). Raises AppsError for a key that stands twice."""
+
+    def __init__(self, line: int, items: Iterable[tuple[str, int, Any]]):
+        self.line, self.lines = line, dict[str, int]()
+        for key, at, value in items:
+            if key in self:
+                raise AppsError([(at, f"{key}: stands here for the second time")])
+            self[key], self.lines[key] = value, at
+
+
+is_variable = matches("(?!DEPLOY_)[A-Za-z_][A-Za-z0-9_]{0,127}", "the name of a variable, and none of the agent's own, DEPLOY_...")
+
+
+def is_value(value: Any) -> str | None:
+    is_text = type(value) is str and len(value) <= MAX_VALUE and not re.search("[\0\ud800-\udfff]", value)
+    return None if is_text else f"must be a string (in quotes) of at most {MAX_VALUE} characters, without NUL"
+
+
+def one_in(words: Sequence[str]) -> Callable[[str], str | None]:
+    """A check that the text is one of these."""
+    return lambda text: None if text in words else f"must be one of {', '.join(words)}{nearest(text, words)}"
+
+
+class Entry(Fields):
+    """The fields of a mapping of apps.yaml. Each error gets its line, and joins those of the mappings around it in `problems`."""
+
+    def __init__(self, data: Any, known: Set[str] | None, prefix: str = "", problems: list[tuple[int, str]] | None = None):
+        self.problems = [] if problems is None else problems
+        super().__init__(data, known, prefix, quotes=True)
+
+    def wrong(self, name: str, message: str) -> None:
+        super().wrong(name, message)
+        self.problems.append((self.data.lines.get(name, self.data.line), f"{self.prefix}{name}: {message}"))
+
+    def within(self, name: str, known: Set[str] | None = None) -> Entry:
+        """The fields of the mapping that stands there."""
+        return Entry(self.data[name], known, f"{self.prefix}{name}.", self.problems)
+
+    def part(self, name: str, model: Any) -> Any:
+        return None if self.take(name, Located, "a mapping", False) is None else model.of(self.within(name, readers(model).keys()))
+
+    def parts(self, name: str, model: Any) -> list[Any]:
+        found = []
+        for index, value in enumerate(self.take(name, list, "a list of mappings", False) or ()):
+            if isinstance(value, Located):
+                found.append(model.of(Entry(value, readers(model).keys(), f"{self.prefix}{name}[{index}].", self.problems)))
+            else:
+                self.wrong(name, "each must be a mapping")
+        return found
+
+    def variables(self, name: str) -> dict[str, str]:
+        """Of an environment. Values must be texts, as YAML reads 010 as 8 and `on` as true; no error repeats one."""
+        found = self.take(name, Located, "a mapping", False)
+        inner = self.within(name) if found else self
+        for variable, value in (found or {}).items():
+            if problem := is_variable(variable) or is_value(value):
+                inner.wrong(variable, problem)
+        return dict(found or {})
+
+
+class Part(Model):
+    """A model of apps.yaml, which may know what does not go together."""
+
+    @classmethod
+    def of(cls, entry: Entry) -> Self:
+        part = cls.read(entry)
+        part.check(entry)
+        return part
+
+    def check(self, entry: Entry) -> None:
+        """Tells `entry` what does not go together."""
+
+
 def clone_url(text: Any) -> str:
     """https, http, ssh, git and file URLs, paths, and git's own host:path; no password, no option. No error repeats it."""
     if not isinstance(text, str) or not 0 < len(text) <= 2048 or not text.isprintable() or " " in text or text[0] == "-":
@@ -1113,20 +1193,135 @@ def seconds(value: Any) -> int:
     return int(found)
 
 
+def span(value: Any) -> float:
+    """Seconds, a whole number of them as such."""
+    found = duration(str(value))
+    if found > MAX_TIMEOUT:
+        raise ValueError("must be at most 7d")
+    return int(found) if found == int(found) else found
+
+
 def path(value: Any) -> str:
     if not isinstance(value, str) or not value.isprintable():
         raise ValueError("must be the path of a file")
     return value
 
 
+def batch(value: Any) -> int | str:
+    is_share = type(value) is str and re.fullmatch("([1-9][0-9]?|100)%", value, re.ASCII)
+    if not is_share and not (type(value) is int and 1 <= value <= MAX_BATCH):
+        raise ValueError("must be a number of hosts, 1 or more, or a share from 1% to 100%")
+    return value
+
+
+def web_url(value: Any) -> str:
+    """No error repeats it: who knows the URL of a chat's webhook can write there."""
+    message = "must be a URL that starts with http:// or https://"
+    if type(value) is not str or not re.fullmatch("https?://[!-~]{1,2040}", value):
+        raise ValueError(message)
+    try:
+        has_host = bool(urllib.parse.urlsplit(value).hostname)
+    except ValueError:
+        has_host = False
+    if not has_host:
+        raise ValueError(message)
+    return value
+
+
+is_label = matches(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=[A-Za-z0-9._:/@+-]{1,63}", "a label such as role=edge")
+
+
+def is_group_or_host(text: str) -> str | None:
+    wrong = is_app(text[1:]) if text.startswith("@") else is_host(lower(text))
+    return wrong and "must be a host name as in RFC 1123, or the @name of a group"
+
+
+def is_target(text: str) -> str | None:
+    wrong = is_label(text) if "=" in text else is_group_or_host(text)
+    return wrong and "must be a host name as in RFC 1123, the @name of a group, or a label such as role=edge"
+
+
+def is_shared(text: str) -> str | None:
+    parts = text.removesuffix("/").split("/")
+    if 0 < len(text) <= 255 and text.isprintable() and not {"", ".", ".."}.intersection(parts):
+        return None
+    return "must be a path within the release, such as .env or uploads/"
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class Strategy(Part):
+    """In which order the hosts of an app get a commit. `canary` first, alone; then, `pause` seconds after its success, a batch at a
+    time. More failures than `max_failures` stop what has not begun; None: no number does. All at once is a batch of 100%."""
+
+    type: str = field(Fields.text, one_in(("parallel", "rolling")), default="")  # rolling where there is a batch
+    batch: int | str = field(Fields.read, batch, default=0)  # hosts, or a share of them
+    canary: str | None = field(Fields.text, is_host, fold=True)
+    pause: float = field(Fields.read, span, default=0)
+    max_failures: int | None = field(Fields.integer, 0, MAX_BATCH)
+
+    def __post_init__(self) -> None:
+        is_rolling = self.type == "rolling" or (self.type != "parallel" and bool(self.batch))
+        fixed = ("rolling", self.batch or 1) if is_rolling else ("parallel", "100%")
+        failures = 0 if is_rolling and self.max_failures is None else self.max_failures
+        for name, value in zip(("type", "batch", "max_failures"), (*fixed, failures), strict=True):
+            object.__setattr__(self, name, value)
+
+    def check(self, entry: Entry) -> None:
+        if self.type == "parallel" and entry.data.get("batch") is not None:
+            entry.wrong("batch", "is for the type rolling alone")
+        if self.pause and not entry.data.get("canary"):
+            entry.wrong("pause", "comes after the canary: name one")
+
+    def size(self, hosts: int) -> int:
+        """How many of so many hosts are one batch: a share is rounded up."""
+        if isinstance(self.batch, int):
+            return self.batch
+        return max(1, -(-hosts * int(self.batch[:-1]) // 100))
+
+
 @dataclasses.dataclass(slots=True)
-class App(Model):
+class HealthCheck(Part):
+    url: str | None = field(Fields.read, web_url)
+    command: list[str] | str | None = field(Fields.read, command)
+    timeout: float = field(Fields.read, span, default=60)
+    interval: float = field(Fields.read, span, default=2)
+    success: int = field(Fields.integer, 1, 100, default=1)  # times in a row
+
+    def check(self, entry: Entry) -> None:
+        asked = [name for name in ("url", "command") if entry.data.get(name) is not None]
+        if len(asked) != 1:
+            entry.wrong(*(("command", "stands instead of url; keep one") if asked else ("url", "is required, or a command")))
+
+
+@dataclasses.dataclass(slots=True)
+class Notify(Part):
+    url: str | None = field(Fields.read, web_url)
+    events: tuple[str, ...] = field(Fields.texts, one_in(NOTIFY_EVENTS), default=("failed", "recovered"))
+    format: str = field(Fields.text, one_in(NOTIFY_FORMATS), default="json")
+
+    def check(self, entry: Entry) -> None:
+        if entry.data.get("url") is None:
+            entry.wrong("url", "is required")
+
+
+def plain(part: Any) -> Any:
+    """A part as the object of JSON that others get; what was not said is left out."""
+    return {name: value for name, value in dataclasses.asdict(part).items() if value is not None}
+
+
+def texts(*how: Any, default: Any = ()) -> Any:
+    """A field that is a list of strings."""
+    return field(Fields.texts, *how, default=default)
+
+
+@dataclasses.dataclass(slots=True)
+class App(Part):
     name: str = field(Fields.text, is_app, required=True)
     repo: str = field(Fields.text, is_repo, required=True)
-    hosts: tuple[str, ...] = field(Fields.texts, is_host, required=True, fold=True, then=lambda hosts: tuple(sorted(hosts)))
+    hosts: tuple[str, ...] = field(Fields.texts, is_target, required=True)  # as they stand; in force: names alone, sorted
     clone_url: str = field(Fields.read, clone_url, default="")
     deploy_on_push: bool = field(Fields.boolean, default=False)
-    branches: tuple[str, ...] | None = field(Fields.texts, is_pattern)  # None: the repository's default branch
+    branches: tuple[str, ...] | None = texts(is_pattern, default=None)  # None: the repository's default branch
     build: list[str] | str | None = field(Fields.read, command)
     activate: list[str] | str | None = field(Fields.read, command)
     deploy: list[str] | str | None = field(Fields.read, command)
@@ -1135,10 +1330,26 @@ class App(Model):
     webhook_secret_file: str | None = field(Fields.read, path)
     webhook_secrets: tuple[str, ...] = ()  # that sign its pushes; none: the one of the whole controller
     spec: str = ""  # what the agent needs, as JSON: frozen into each job when it is made
+    labels: tuple[str, ...] = ()  # KEY=VALUE: hosts whose agents have registered with that, beside `hosts`
+    tags: tuple[str, ...] = texts(is_pattern)
+    paths: tuple[str, ...] = texts(is_pattern)  # only pushes that change one of these
+    ignore_paths: tuple[str, ...] = texts(is_pattern)  # no push that changes nothing else
+    strategy: Strategy = field(Entry.part, Strategy, default=Strategy())
+    shared: tuple[str, ...] = texts(is_shared)
+    env: dict[str, str] = field(Entry.variables)
+    keep_releases: int = field(Fields.integer, 1, 1000, default=5)
+    health_check: dict[str, Any] | None = field(Entry.part, HealthCheck, then=plain)
+    rollback_on_failure: bool = field(Fields.take, bool, "true or false", False, default=True)
+    notify: list[dict[str, Any]] = field(Entry.parts, Notify, then=lambda parts: [plain(part) for part in parts])  # secret
 
     def __post_init__(self) -> None:
         self.clone_url = self.clone_url or f"https://github.com/{self.repo}.git"
-        self.spec = dump({name: getattr(self, name) for name in ("clone_url", "build", "activate", "deploy")})
+        self.env, self.notify = self.env or {}, self.notify or []
+        self.spec = dump({name: getattr(self, name) for name in IN_SPEC})
+
+    def check(self, entry: Entry) -> None:
+        if self.deploy and (self.build or self.activate):
+            entry.wrong("deploy", "stands instead of build and activate; keep one form")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1149,17 +1360,6 @@ def app_without_entry(repo: str, name: str | None) -> App:
         if len(name) > 64:
             name = f"{name[:51]}-{hashlib.sha256(repo.lower().encode()).hexdigest()[:12]}"
     return App(name, repo, ())
-
-
-class Located(dict[str, Any]):
-    """A mapping of apps.yaml that knows where it stands. `items`: (key, line, value). Raises AppsError for a key that stands twice."""
-
-    def __init__(self, line: int, items: Iterable[tuple[str, int, Any]]):
-        self.line, self.lines = line, dict[str, int]()
-        for key, at, value in items:
-            if key in self:
-                raise AppsError([(at, f"{key}: stands here for the second time")])
-            self[key], self.lines[key] = value, at
 
 
 def parse_json(text: str) -> Any:
@@ -1249,27 +1449,92 @@ def signing_secrets(folder: pathlib.Path, file: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
+def reach(names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> set[str]:
+    """These names, and what stands in the groups among them, however deep."""
+    found, left = set[str](), list(names)
+    while left:
+        if (name := left.pop()) not in found:
+            found.add(name)
+            left += groups.get(name, ())
+    return found
+
+
+def check_groups(entry: Entry, name: str, names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> None:
+    for group in names:
+        if group.startswith("@") and group not in groups:
+            entry.wrong(name, f"{group!r} is no group{nearest(group, groups)}")
+
+
+def read_groups(top: Entry) -> dict[str, tuple[str, ...]]:
+    """@name to what stands in it."""
+    if not top.take("groups", Located, "a mapping", False):
+        return {}
+    inner = top.within("groups")
+    groups = {f"@{name}": inner.texts(name, is_group_or_host, required=True) or () for name in inner.data}
+    for group, names in groups.items():
+        if problem := is_app(group[1:]):
+            inner.wrong(group[1:], problem)
+        check_groups(inner, group[1:], names, groups)
+        if group in reach(names, groups):
+            inner.wrong(group[1:], "holds itself, by the groups in it")
+    return groups
+
+
+def settle(app: App, entry: Entry, groups: Mapping[str, Sequence[str]], folder: pathlib.Path) -> None:
+    """What an app's entry means where it stands: its hosts, and the secrets in its file."""
+    check_groups(entry, "hosts", app.hosts or (), groups)
+    names = reach(app.hosts or (), groups)
+    app.labels = tuple(sorted(name for name in names if "=" in name))
+    app.hosts = tuple(sorted({lower(name) for name in names if "=" not in name and not name.startswith("@")}))
+    canary = app.strategy.canary
+    if canary and canary not in app.hosts and all(name != "hosts" for name, _ in entry.errors):
+        entry.within("strategy").wrong("canary", f"{canary} is none of the hosts that {app.name} names{nearest(canary, app.hosts)}")
+    if app.webhook_secret_file:
+        app.webhook_secrets = entry.read("webhook_secret_file", functools.partial(signing_secrets, folder)) or ()
+
+
+# What an app says in the place of what; a default of the one form says nothing to an app that has the other.
+INSTEAD = {"deploy": ("build", "activate"), "build": ("deploy",), "activate": ("deploy",)}
+
+
+def read_defaults(top: Entry) -> list[tuple[str, int, Any]]:
+    """(key, line, value) of those that are good."""
+    if not top.take("defaults", Located, "a mapping", False):
+        return []
+    known = {name: read for name, (read, required) in readers(App).items() if not required}
+    entry, good = top.within("defaults", known.keys()), []
+    for name in entry.data.keys() & known.keys():
+        before = len(top.problems)
+        known[name](entry, name)
+        good += [(name, entry.data.lines[name], entry.data[name])] if len(top.problems) == before else []
+    return good
+
+
+def with_defaults(said: Located, defaults: Iterable[tuple[str, int, Any]]) -> Located:
+    """What an app says counts, also where it says null."""
+    taken = {*said, *(other for name in INSTEAD if said.get(name) for other in INSTEAD[name])}
+    own = [(name, said.lines[name], value) for name, value in said.items()]
+    return Located(said.line, [*own, *(default for default in defaults if default[0] not in taken)])
+
+
 def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
     """Of a document of parse_apps_text(), by name; `folder`: of its paths. Raises AppsError with every mistake and its line."""
     if not isinstance(document, Located):
         raise AppsError([(1, "must be a mapping with the key 'apps'")])
     apps: dict[str, App] = {}
-    parts = [Fields(document, {"apps"})]
-    for entry in parts[0].take("apps", list, "a list", False) or []:
-        if not isinstance(entry, Located):
-            parts[0].wrong("apps", "each must be a mapping with name, repo and hosts")
+    top = Entry(document, {"groups", "defaults", "apps"})
+    groups, defaults = read_groups(top), read_defaults(top)
+    for value in top.take("apps", list, "a list", False) or []:
+        if not isinstance(value, Located):
+            top.wrong("apps", "each must be a mapping with name, repo and hosts")
             continue
-        parts.append(f := Fields(entry, readers(App).keys(), quotes=True))
-        app = App.read(f)
-        if app.deploy and (app.build or app.activate):
-            f.wrong("deploy", "stands instead of build and activate; keep one form")
-        if app.webhook_secret_file:
-            app.webhook_secrets = f.read("webhook_secret_file", functools.partial(signing_secrets, folder)) or ()
-        if not f.errors and apps.setdefault(app.name, app) is not app:
-            f.wrong("name", f"{app.name} stands here twice")
-    problems = [(f.data.lines.get(name, f.data.line), f"{name}: {message}") for f in parts for name, message in f.errors]
-    if problems:
-        raise AppsError(sorted(problems))
+        entry = Entry(with_defaults(value, defaults), readers(App).keys(), "", top.problems)
+        app = App.of(entry)
+        settle(app, entry, groups, folder)
+        if not entry.errors and apps.setdefault(app.name, app) is not app:
+            entry.wrong("name", f"{app.name} stands here twice")
+    if top.problems:
+        raise AppsError(sorted(set(top.problems)))
     return tuple(apps[name] for name in sorted(apps))
 
 

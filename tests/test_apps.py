@@ -76,6 +76,7 @@ def test_a_yaml_file_with_every_key(read):
         "build": ["npm", "ci"],
         "activate": "systemctl restart web",
         "deploy": None,
+        **{"env": {}, "shared": [], "keep_releases": 5, "health_check": None, "rollback_on_failure": True},
     }
     assert (api.clone_url, api.deploy_on_push, api.branches) == ("https://github.com/myorg/api.git", False, None)
 
