@@ -1899,19 +1899,13 @@ class Queries:
         found = self.rows(sql, (1 << 62) if before is None else before, *equal.values(), limit)
         return [dict(zip(AUDIT_COLUMNS, row, strict=True)) for row in found]
 
-    def old_jobs(self, after: str, oldest_id: str, limit: int) -> list[tuple[str, str | None, bool]]:
-        """(id, end, whether it is among the last two successes of its app on its host) of jobs between the ids, oldest first."""
+    def old_jobs(self, after: str, oldest_id: str, limit: int) -> list[tuple[str, str | None, str | None, bool]]:
+        """(id, end, deployment, whether it is among the last two successes of its app on its host) of jobs between the ids, oldest first."""
         newer = "SELECT 1 FROM jobs AS newer INDEXED BY jobs_success WHERE newer.status = 'success'"
         newer += " AND newer.app = jobs.app AND newer.host = jobs.host AND newer.id > jobs.id LIMIT 2"
         kept = f"CASE WHEN status = 'success' THEN (SELECT count(*) < 2 FROM ({newer})) ELSE 0 END"
-        sql = f"SELECT id, completed_at, {kept} FROM jobs WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
+        sql = f"SELECT id, completed_at, deployment_id, {kept} FROM jobs WHERE id > ? AND id < ? ORDER BY id LIMIT ?"
         return self.rows(sql, after, oldest_id, limit)
-
-    def old_deployments(self, oldest_id: str, before: str, limit: int) -> list[str]:
-        """Ids of those that ended before that time and have no job any more."""
-        sql = """SELECT id FROM deployments WHERE id < ? AND completed_at < ?
-            AND NOT EXISTS (SELECT 1 FROM jobs WHERE deployment_id = deployments.id) ORDER BY id LIMIT ?"""
-        return [row[0] for row in self.rows(sql, oldest_id, before, limit)]
 
     def delivery(self, delivery_id: str, signature: str) -> tuple[list[str], str] | None:
         """What a delivery of that id, or of that signed body, made: the id is not signed, so it does not count alone."""
@@ -2117,6 +2111,11 @@ class Tx(Queries):
             through = max(int(self.meta("removed_through")), *(row[0] for row in rows))
             self._do("UPDATE meta SET value = ? WHERE name = 'removed_through'", str(through))
         return len(rows)
+
+    def remove_empty(self, deployment_id: str) -> int:
+        """A deployment, if it has no job any more; how many events went with it."""
+        sql = "DELETE FROM deployments WHERE id = ? AND NOT EXISTS (SELECT 1 FROM jobs WHERE deployment_id = deployments.id)"
+        return self.remove_events(deployment_id, RETENTION_EVENTS) if self._do(sql, deployment_id).rowcount else 0
 
     def remove(self, table: str, column: str, value: str) -> int:
         return self._do(f"DELETE FROM {table} WHERE {column} = ?", value).rowcount
@@ -2941,6 +2940,13 @@ class Push(NamedTuple):
             return self.pushed_at < pushed_at
         return before == self.commit  # the one that was taken came after this one
 
+    tag = None
+
+    def rule(self, app: App) -> str:
+        if self.commit is None:
+            return "deleted"
+        return "" if self.wanted_by(app) else "ref"
+
     def wanted_by(self, app: App) -> bool:
         if self.branch is None or not app.deploy_on_push:
             return False
@@ -2972,7 +2978,7 @@ NO_JOBS: Mapping[str, str] = {}
 NOTHING_YET = (None,) * (Job._fields.index("retry_of") - Job._fields.index("started_at"))  # of a job that has not run
 
 
-class Part(NamedTuple):
+class Terms(NamedTuple):
     """What a deployment says of its jobs."""
 
     deployment_id: str | None = None
@@ -2980,7 +2986,7 @@ class Part(NamedTuple):
     reuses: bool = False  # the release that the host still has
 
 
-ALONE = Part()
+ALONE = Terms()
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -3399,7 +3405,7 @@ class Jobs:
             raise ValidationError([("app", f"{app.name} belongs to {app.repo}")])
         return app
 
-    def draft(self, asked: JobRequest, app: App, by: Principal, retry_of: str | None = None, of: Part = ALONE) -> tuple[Job, str]:
+    def draft(self, asked: JobRequest, app: App, by: Principal, retry_of: str | None = None, of: Terms = ALONE) -> tuple[Job, str]:
         """The job that is asked for, without its id, and its public JSON. Made by each caller before the commit that all share."""
         now, metadata = self.clock.stamp(), dump(asked.metadata) if asked.metadata else "{}"
         timeout, retries = asked.timeout or app.timeout, app.retries if asked.retries is None else asked.retries
@@ -3609,12 +3615,13 @@ class Jobs:
         before = self.clock.stamp(ago=age)
         jobs = tx.old_jobs(self._retained, TimeOrderedIds.layout(self.clock.ms(ago=age)), RETENTION_JOBS)
         left, walked = RETENTION_EVENTS, self._retained
-        for job_id, ended, is_kept in jobs:
+        for job_id, ended, deployment_id, is_kept in jobs:
             if ended is not None and ended < before and not is_kept:
                 left -= tx.remove_events(job_id, left)
                 if left <= 0:  # it may have more
                     break
                 tx.remove("jobs", "id", job_id)
+                left -= tx.remove_empty(deployment_id) if deployment_id else 0
                 tx.learn(job_id, None)
                 tx.learn(("log", job_id), None)
             walked = job_id
@@ -3622,12 +3629,6 @@ class Jobs:
         delivered = self.clock.stamp(ago=DELIVERY_DAYS * 86400)
         for table, column, oldest in (("audit", "at", before), ("deliveries", "received_at", delivered)):
             more = tx.remove_oldest(table, column, oldest, RETENTION_EVENTS) == RETENTION_EVENTS or more
-        if not more:
-            old = tx.old_deployments(TimeOrderedIds.layout(self.clock.ms(ago=age)), before, RETENTION_JOBS)
-            for deployment_id in old:
-                tx.remove_events(deployment_id, RETENTION_EVENTS)
-                tx.remove("deployments", "id", deployment_id)
-            more = len(old) == RETENTION_JOBS
         tx.give_back(RETENTION_EVENTS)
         tx.after(setattr, self, "_retained", walked)
         tx.after(setattr, self, "removed_through", int(tx.meta("removed_through")))
@@ -3920,8 +3921,10 @@ class Plan(NamedTuple):
         return self.app.strategy.canary if self.app.strategy.canary in hosts and len(self.targets) > 1 else None
 
     def strategy(self) -> dict[str, Any]:
-        told = {name: getattr(self.app.strategy, name) for name in ("type", "batch", "pause", "max_failures")}
-        return {**told, "canary": self.canary()}
+        """As it is stored: where a canary goes first, its failure ends the rest."""
+        told, canary = dataclasses.asdict(self.app.strategy), self.canary()
+        limit = 0 if canary and told["max_failures"] is None else told["max_failures"]
+        return {**told, "canary": canary, "max_failures": limit}
 
     def public(self, lock: Lock | None) -> dict[str, Any]:
         waits = [None, "pause" if self.canary() and self.app.strategy.pause else "success", *["success"] * len(self.targets)]
@@ -4135,11 +4138,11 @@ class Deployments:
             new = self._new_id()
         steps = plan.steps()
         hold = Hold.LOCK if plan.app.name in self._jobs.locks and not plan.override else Hold.BATCH if len(steps) > 1 else None
-        part, told = Part(new, hold, plan.kind is Kind.ROLLBACK), dict(plan.metadata)
+        terms, told = Terms(new, hold, plan.kind is Kind.ROLLBACK), dict(plan.metadata)
         drafts = []
         for host, ref in itertools.chain.from_iterable(steps):
             asked = JobRequest(plan.app.repo, ref, host, plan.app.name, told)
-            drafts.append(self._jobs.draft(asked, plan.app, by, plan.retries.get(host), part))
+            drafts.append(self._jobs.draft(asked, plan.app, by, plan.retries.get(host), terms))
 
         def do(tx: Tx) -> Made:
             found = [self._jobs.add(tx, draft, plan.force, by) for draft in drafts]
@@ -5459,7 +5462,7 @@ class Daemon(Controller):
             if away > LONG_SWEEP:
                 self.jobs.excuse(away)
             self.jobs.sweep()
-            self.controller.deployments.sweep()
+            self.deployments.sweep()
             self.auth.sweep()
         except Unavailable as error:
             log.error("sweep: %s", error)

@@ -83,6 +83,7 @@ class Controller:
         """So much time goes by; Daemon.sweep() would say of the leap that the controller was stopped meanwhile."""
         self.clock.advance(seconds)
         self.daemon.jobs.sweep()
+        self.daemon.deployments.sweep()
         self.daemon.auth.sweep()
 
     def acting(self, token):

@@ -417,7 +417,9 @@ def test_a_reload_takes_the_new_file(controller):
     controller.apps_file.write_text(entry())
     assert controller.ok("POST", "/v1/reload")["apps"] == 1
     (app,) = controller.ok("GET", "/v1/apps")["apps"]
-    assert app["hosts"] == [{"hostname": "web-01", "commit": None, "job_id": None, "deployed_at": None}]
+    assert app["hosts"] == [
+        {"hostname": "web-01", "commit": None, "job_id": None, "deployed_at": None, "wanted": None, "actual": None}
+    ]
     assert not {"build", "activate", "deploy", "spec"} & set(app)
 
 

@@ -71,6 +71,38 @@ SCHEMAS = [
     """
     DROP INDEX jobs_open;
     """,
+    """
+    CREATE TABLE deployments (
+            id TEXT PRIMARY KEY, app TEXT NOT NULL, repo TEXT NOT NULL, ref TEXT NOT NULL, branch TEXT, kind TEXT NOT NULL,
+            status TEXT NOT NULL, reason TEXT, strategy TEXT NOT NULL, hosts INTEGER NOT NULL, held INTEGER NOT NULL,
+            pending INTEGER NOT NULL, running INTEGER NOT NULL, success INTEGER NOT NULL, failed INTEGER NOT NULL,
+            cancelled INTEGER NOT NULL, rolled_back INTEGER NOT NULL, hold TEXT, resume_at TEXT, override INTEGER NOT NULL,
+            retry_of TEXT, superseded_by TEXT, delivery_id TEXT, created_at TEXT NOT NULL, created_by TEXT NOT NULL, started_at TEXT,
+            completed_at TEXT
+        ) STRICT;
+    CREATE INDEX deployments_app ON deployments (app, id);
+    CREATE INDEX deployments_status ON deployments (status, id);
+    CREATE INDEX deployments_open ON deployments (app, id) WHERE completed_at IS NULL;
+    CREATE INDEX deployments_paused ON deployments (resume_at) WHERE resume_at IS NOT NULL;
+    CREATE INDEX jobs_deployment ON jobs (deployment_id, id) WHERE deployment_id IS NOT NULL;
+    CREATE TABLE locks (
+            app TEXT PRIMARY KEY, reason TEXT NOT NULL, "by" TEXT NOT NULL, at TEXT NOT NULL, until TEXT
+        ) STRICT, WITHOUT ROWID;
+    ALTER TABLE deliveries ADD COLUMN guid TEXT NOT NULL DEFAULT '';
+    ALTER TABLE deliveries ADD COLUMN repo TEXT NOT NULL DEFAULT '';
+    ALTER TABLE deliveries ADD COLUMN ref TEXT NOT NULL DEFAULT '';
+    ALTER TABLE deliveries ADD COLUMN "commit" TEXT;
+    ALTER TABLE deliveries ADD COLUMN pusher TEXT NOT NULL DEFAULT '';
+    ALTER TABLE deliveries ADD COLUMN outcomes TEXT NOT NULL DEFAULT '[]';
+    ALTER TABLE deliveries ADD COLUMN settled INTEGER NOT NULL DEFAULT 1;
+    UPDATE deliveries SET repo = substr(id, 1, instr(id, ' ') - 1), guid = substr(id, instr(id, ' ') + 1);
+    CREATE INDEX deliveries_guid ON deliveries (guid);
+    ALTER TABLE agents ADD COLUMN current TEXT NOT NULL DEFAULT '{}';
+    PRAGMA writable_schema = ON;
+    UPDATE sqlite_schema SET sql = replace(sql, '(''log'', ''job'')', '(''log'', ''job'', ''deployment'')')
+            WHERE name = 'events';
+    PRAGMA writable_schema = RESET;
+    """,
 ]
 ROWS = {
     1: """
@@ -84,6 +116,7 @@ ROWS = {
     INSERT INTO tokens VALUES ('t1', 'ci', 'operator', NULL, 'web', 'ab12', NULL, '2026-01-01T00:00:00.000Z', 'admin', NULL, NULL);
     INSERT INTO audit VALUES (1, '2026-01-01T00:00:00.000Z', 'admin', '192.0.2.1', 'token.create', 'ci', '');
     INSERT INTO pushes VALUES ('o/n', 'refs/heads/main', 1767225600, 'b');
+    INSERT INTO deliveries VALUES ('o/n guid-1', 'sha256=ab', '2026-01-01T00:00:00.000Z', '["j1"]', '1 job for web');
     """,
 }
 

@@ -107,7 +107,8 @@ def test_the_last_two_successes_of_each_app_on_each_host_stay(history, clock):
     history.daemon.sweep()
     kept_whole(history, [*history.stay, release["id"]])
     (host,) = history.ok("GET", "/v1/apps")["apps"][0]["hosts"]
-    assert host == {**{"hostname": "web-01", "commit": "c" * 40, "job_id": release["id"], "deployed_at": release["completed_at"]}}
+    runs = {"hostname": "web-01", "commit": "c" * 40, "job_id": release["id"], "deployed_at": release["completed_at"]}
+    assert host == {**runs, "wanted": "c" * 40, "actual": None}
 
 
 def test_what_is_removed_is_found_nowhere(c, clock):

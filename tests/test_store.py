@@ -634,7 +634,12 @@ QUERIES = {
     "agent_of": [("web-01",)],
     "agents": [()],
     "audit": [({}, None, 101), ({}, 500, 101), ({"who": "github"}, None, 101), ({"action": "push", "who": "github"}, 9, 5)],
+    "before": [("web", "host-1", None), ("web", "gone", "abcdef0")],
+    "deliveries": [(None, None, 20), ("o/n", None, 20), (None, "guid-5", 20), (None, None, 1, "guid-5")],
     "delivery": [("x", "y")],
+    "deployment": [(JOB,)],
+    "deployments": [(equal, None, None, 20) for equal in ({}, {"app": "web"}, {"status": "success"}, {"app": "a", "status": "failed"})]
+    + [({}, "00000000-0000", None, 20), ({}, None, JOB, 20)],
     "events": [(EventFilter(), 2990, 3100), (EventFilter(job_id=JOB), 0, 9000), (EventFilter("quiet"), 2990, 3100)],
     "expired": [(JOB, NOW)],
     "job": [(JOB,)],
@@ -644,15 +649,20 @@ QUERIES = {
         *[({"repo": "o/quiet", "status": "success"}, None, None, 20), ({"host": "web-01", "app": "quiet"}, None, None, 20)],
         *[({}, "00000000-0000", None, 20), ({}, None, JOB, 20), ({"status": "pending"}, None, None, 20)],
     ],
+    "jobs_of": [(JOB,), (JOB, "status = 'pending'", 20)],
     "jobs_that_are": [("running",)],
-    "last_job_id": [()],
+    "last_id": [("jobs",), ("deployments",)],
     "last_position": [()],
     "last_position_of": [(JOB, "job"), (JOB, "log")],
+    "lock_of": [("web",)],
+    "locks": [()],
     "log_end": [(JOB, 1)],
     "log_events": [(JOB, 0)],
     "meta": [("epoch",)],
     "newest_push": [("O/N", "refs/heads/main")],
+    "open_deployments": [("web",)],
     "old_jobs": [("", "~", 20), (JOB, "~", 20), ("", JOB, 20)],
+    "paused_until": [(NOW,)],
     "pending": [()],
     "recent_chunks": [
         (EventFilter(), 50),
@@ -684,6 +694,10 @@ def aged(tmp_path_factory):
             tx.add_event(ended, "job", 1, 0, "{}")
             tx.audited(NOW, Principal("github", Scope.PUBLIC), "push", "o/n")
             tx.put("releases", "web", f"host-{number}", ended.id, None, NOW)
+            about = ("web", "o/n", "main", "main", "push", "success", None, "{}", 1, 0, 0, 0, 1, 0, 0, 0, None, None, 0, None, None)
+            tx.add("deployments", ended.id, *about, f"guid-{number}", NOW, "me", NOW, NOW)
+            told = (f"guid-{number}", "o/n", "refs/heads/main", None, "me", "[]", 1)
+            tx.put("deliveries", f"o/n guid-{number}", f"sha256={number}", NOW, "[]", "", *told)
         for number in range(3):
             tx.add("jobs", *job(HISTORY + number, host=f"quiet-{number}", app="other", status="running", attempt=1))
         tx.position += 50_000  # the newest log lines are looked for in the last 50,000 positions
@@ -750,8 +764,8 @@ def test_the_walk_of_retention_reads_a_page_of_ids_and_two_successes_a_job(aged)
     """In the order of the primary key, so that it goes on where it was; what stays is found in the index of successes."""
     seen = []
     aged._db.set_trace_callback(seen.append)
-    assert [kept for _, _, kept in Queries(aged._db).old_jobs("", "~", 3)] == [0, 0, 0]
-    assert [kept for _, _, kept in Queries(aged._db).old_jobs(job(HISTORY - 4).id, "~", 4)] == [0, 1, 1, 0]
+    assert [kept for *_, kept in Queries(aged._db).old_jobs("", "~", 3)] == [0, 0, 0]
+    assert [kept for *_, kept in Queries(aged._db).old_jobs(job(HISTORY - 4).id, "~", 4)] == [0, 1, 1, 0]
     aged._db.set_trace_callback(None)
     for sql in seen:
         reads = str(plan(aged._db, sql))

@@ -246,9 +246,9 @@ def test_a_redelivery_after_a_failure_works(hooked):
     def fail(*_):
         raise deploybot.Unavailable("on purpose")
 
-    push, hooked.jobs._submit = hooked.jobs._submit, fail
+    push, hooked.jobs.add = hooked.jobs.add, fail
     assert deliver(hooked, payload(), X_GitHub_Delivery="d-1")[0] == 503
-    hooked.jobs._submit = push
+    hooked.jobs.add = push
     assert len(deliver(hooked, payload(), X_GitHub_Delivery="d-1")[1]["jobs_created"]) == 2
 
 

@@ -189,7 +189,7 @@ def created_and_not_answered(stage: Stage) -> None:
 @point(long=True)
 def created_and_not_committed(stage: Stage) -> None:
     """Nothing of it is there."""
-    c = stage.controller("after(program.Jobs, '_submit')")
+    c = stage.controller("after(program.Jobs, 'add')")
     no_answer(lambda: create(c))
     stage.again(c)
     check(all_jobs(c) == [], all_jobs(c))
@@ -223,7 +223,7 @@ def cancel_of_a_running_job(stage: Stage) -> None:
 @point(quick=True)
 def push_halfway(stage: Stage) -> None:
     """Delivery and jobs are one transaction: none of it, or all; GitHub's redelivery makes it whole, and once."""
-    c = stage.controller("after(program.Jobs, '_submit', 1)")
+    c = stage.controller("after(program.Jobs, 'add', 1)")
     no_answer(lambda: push(c))
     stage.again(c)
     check(all_jobs(c) == [], "half of a push is stored:", all_jobs(c))

@@ -397,7 +397,7 @@ def parse_event(block: str) -> dict[str, Any]:
         check(line.startswith(":") or name not in event, "twice in one event:", repr(block[:300]))
         event[name] = value
     if "event" in event:
-        check(event["event"] in ("log", "job", "gap", "end"), "an event that there is not:", repr(block[:300]))
+        check(event["event"] in ("log", "job", "deployment", "gap", "end"), "an event that there is not:", repr(block[:300]))
         event["data"] = json.loads(event["data"])
     return event
 
