@@ -1122,7 +1122,7 @@ class Strategy(Part):
             object.__setattr__(self, name, value)
 
     def check(self, entry: Entry) -> None:
-        if self.type == "parallel" and entry.data.get("batch") is not None:
+        if entry.data.get("type") == "parallel" and entry.data.get("batch") is not None:
             entry.wrong("batch", "is for the type rolling alone")
         if self.pause and not entry.data.get("canary"):
             entry.wrong("pause", "comes after the canary: name one")
@@ -1316,7 +1316,7 @@ def reach(names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> set[str]
 
 def check_groups(entry: Entry, name: str, names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> None:
     for group in names:
-        if group.startswith("@") and group not in groups:
+        if group.startswith("@") and group not in groups and not is_app(group[1:]):
             entry.wrong(name, f"{group!r} is no group{nearest(group, groups)}")
 
 
