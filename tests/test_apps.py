@@ -488,6 +488,7 @@ DURATION = "must be a duration such as 200ms, 30s, 5m, 2h or 3d"
 VARIABLE = "must be the name of a variable, and none of the agent's own, DEPLOY_..."
 VALUE = "must be a string (in quotes) of at most 32768 characters, without NUL"
 SHARED = "must be a path within the release, such as .env or uploads/"
+PATHS = "must be a pattern of paths such as web/** or **/*.md, where ** stands alone between slashes"
 WEB_URL = "must be a URL that starts with http:// or https://"
 
 # (where: keys from the app on, or from the top where it begins with /; value; field and message as told).
@@ -582,7 +583,11 @@ REFUSED = [
     ("notify", {}, "notify: must be a list of mappings"),
     ("notify", ["https://s3cr3t"], "notify: each must be a mapping"),
     ("tags", "v*", "tags: must be a list"),
-    ("paths", [""], "paths: '' must be a shell pattern"),
+    *(
+        ("paths", [value], f"paths: {value!r} {PATHS}")
+        for value in ("", "/web/**", "web/", "a//b", "**.md", "web**", "!web/**", "a\n")
+    ),
+    ("ignore_paths", ["web/**/"], f"ignore_paths: 'web/**/' {PATHS}"),
     ("ignore_paths", [7], "ignore_paths: must be a list with at least one string"),
 ]
 

@@ -101,6 +101,7 @@ def test_a_job_on_heartbeat(controller):
     assert job["id"] == made["id"] and (job["status"], job["attempt"]) == ("running", 1)
     assert job["spec"] == {
         "clone_url": "https://github.com/myorg/app.git", "build": None, "activate": None, "deploy": None,
+        "env": {}, "shared": [], "keep_releases": 5, "health_check": None, "rollback_on_failure": True,
     }  # fmt: skip
     assert job["assigned_agent"] == agent["id"] and STAMP.fullmatch(job["started_at"])
     assert controller.beat(agent)["job"] is None, "it was given out already"
