@@ -1186,6 +1186,39 @@ def is_pattern(text: str) -> str | None:
     return None if 0 < len(text) <= 255 and text.isprintable() else "must be a shell pattern such as release/*"
 
 
+def is_path_pattern(text: str) -> str | None:
+    parts = text.split("/")
+    is_good = 0 < len(text) <= 255 and text.isprintable() and text[0] != "!" and "" not in parts
+    if is_good and all(part == "**" or "**" not in part for part in parts):
+        return None
+    return "must be a pattern of paths such as web/** or **/*.md, where ** stands alone between slashes"
+
+
+def segment_expression(segment: str) -> str:
+    """Of what stands between two slashes. It matches in one way or none, so nothing is tried twice."""
+    first, *rest = ["".join("[^/]" if char == "?" else re.escape(char) for char in part) for part in re.split(r"\*+", segment)]
+    inner = "".join(f"(?>[^/]*?{part})" for part in rest[:-1])
+    return f"(?>{first}{inner}{f'[^/]*{rest[-1]}(?![^/])' if rest else ''})"
+
+
+def path_expression(pattern: str) -> str:
+    """** is any folders, or none; at the end, all that is in the folder. What stands behind it is looked for from the left, and where
+    it is found first no later place could be better: the time is proportional to the length of the path, whatever that is."""
+    runs = re.split(r"(?:^|/)\*\*(?:/\*\*)*(?:/|$)", pattern)
+    first, *others = ["/".join(map(segment_expression, run.split("/"))) if run else "" for run in runs]
+    if not others:
+        return first
+    *middle, last = others
+    found = "".join(f"(?>(?:[^/]*+/)*?{run}/)" for run in middle)
+    return (f"{first}/" if first else "") + found + (f"(?:[^/]*+/)*?{last}" if last else ".+")
+
+
+@functools.lru_cache(maxsize=1024)
+def path_form(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """What fullmatch()es a path that one of the patterns names."""
+    return re.compile("|".join(map(path_expression, patterns)), re.DOTALL)
+
+
 def seconds(value: Any) -> int:
     found = duration(str(value))
     if not 1 <= found <= MAX_TIMEOUT:
@@ -1267,7 +1300,7 @@ class Strategy(Part):
             object.__setattr__(self, name, value)
 
     def check(self, entry: Entry) -> None:
-        if self.type == "parallel" and entry.data.get("batch") is not None:
+        if entry.data.get("type") == "parallel" and entry.data.get("batch") is not None:
             entry.wrong("batch", "is for the type rolling alone")
         if self.pause and not entry.data.get("canary"):
             entry.wrong("pause", "comes after the canary: name one")
@@ -1332,8 +1365,8 @@ class App(Part):
     spec: str = ""  # what the agent needs, as JSON: frozen into each job when it is made
     labels: tuple[str, ...] = ()  # KEY=VALUE: hosts whose agents have registered with that, beside `hosts`
     tags: tuple[str, ...] = texts(is_pattern)
-    paths: tuple[str, ...] = texts(is_pattern)  # only pushes that change one of these
-    ignore_paths: tuple[str, ...] = texts(is_pattern)  # no push that changes nothing else
+    paths: tuple[str, ...] = texts(is_path_pattern)  # only pushes that change one of these
+    ignore_paths: tuple[str, ...] = texts(is_path_pattern)  # no push that changes nothing else
     strategy: Strategy = field(Entry.part, Strategy, default=Strategy())
     shared: tuple[str, ...] = texts(is_shared)
     env: dict[str, str] = field(Entry.variables)
@@ -1461,7 +1494,7 @@ def reach(names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> set[str]
 
 def check_groups(entry: Entry, name: str, names: Iterable[str], groups: Mapping[str, Sequence[str]]) -> None:
     for group in names:
-        if group.startswith("@") and group not in groups:
+        if group.startswith("@") and group not in groups and not is_app(group[1:]):
             entry.wrong(name, f"{group!r} is no group{nearest(group, groups)}")
 
 
@@ -2873,12 +2906,45 @@ def first_token(path: pathlib.Path) -> str:
 
 
 # == Webhooks ==========================================================================================================
-# Owns GitHub's signature and push event. Ignores jobs: which apps there are is passed in.
+# Owns signatures and push events of GitHub, Gitea, Forgejo and Gogs. Ignores jobs: which apps there are is passed in.
+
+SIGNATURES = ("x-hub-signature-256", "x-gitea-signature", "x-forgejo-signature", "x-gogs-signature")
+SENDERS = ("github", "gitea", "forgejo", "gogs")  # Gitea and Forgejo send the headers of the others, too
+MAX_COMMITS = 2048  # that GitHub lists of one push
+# Why a push does not deploy an app, in the order in which they are looked at.
+RULES = {
+    "deleted": "the ref was deleted",
+    "not_on_push": "deploy_on_push is off",
+    "ref": "neither branches nor tags name {ref}",
+    "skip": "its message says [skip deploy]",
+    "paths": "it changes nothing that paths and ignore_paths leave",
+    "older": "a newer push to {ref} was taken before",
+    "no_host": "it has no host now",
+    "duplicate": "the same deployment is under way",
+    "locked": "it is locked: this is held until that ends",
+    "deployed": "its jobs were made",
+    "no_app": "no app of apps.yaml has the repository {repo}",
+    "wrong_secret": "it is signed with another secret than those of the apps of {repo}",
+}
 
 
 def signature_of(secret: str, body: bytes) -> str:
     """X-Hub-Signature-256: https://docs.github.com/en/webhooks/using-webhooks/validating-webhook-deliveries"""
     return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
+
+
+def signature_in(headers: Mapping[str, str]) -> str:
+    """The signature in the form of GitHub, whatever header brings it, so that a body that was seen before is known by it; "" where
+    there is none. Several must be the same, and none is passed over for being empty: if one decided, then who can set a header on the
+    way could choose which one is looked at."""
+    given = {("" if name == SIGNATURES[0] else "sha256=") + headers[name] for name in SIGNATURES if name in headers}
+    signature = given.pop() if len(given) == 1 else ""
+    return signature if re.fullmatch("sha256=[0-9a-f]{64}", signature) else ""
+
+
+def sent(headers: Mapping[str, str], what: str, default: str) -> str:
+    """The `event` or the `delivery`, by the name that the first of SENDERS has for it. It is not signed."""
+    return next((headers[f"x-{name}-{what}"] for name in SENDERS if headers.get(f"x-{name}-{what}")), default)
 
 
 def secrets_in(setting: str | None) -> tuple[str, ...]:
@@ -2898,11 +2964,42 @@ def said(data: Any, name: str, limit: int) -> str:
     return value[:limit] if isinstance(value, str) else ""
 
 
+def changed_files(data: Any) -> frozenset[str] | None:
+    """What the commits of a push added, removed and modified; None where that may not be all. GitHub says `forced` and `created`, ends
+    its list at MAX_COMMITS and leaves out the files of a huge commit. Gitea and Forgejo list a few commits and say how many there
+    were (`total_commits`); Gogs lists a few and does not."""
+    commits, total, is_new = data.get("commits"), data.get("total_commits"), set(said(data, "before", 64)) <= {"0"}
+    if type(commits) is not list or is_new or data.get("forced") or data.get("created"):
+        return None
+    if len(commits) != total if type(total) is int else type(data.get("forced")) is not bool or len(commits) >= MAX_COMMITS:
+        return None
+    found: set[str] = set()
+    for commit in commits:
+        lists = [commit.get(name) or [] for name in ("added", "removed", "modified")] if isinstance(commit, dict) else []
+        if not any(lists) or not all(type(paths) is list and all(type(path) is str for path in paths) for paths in lists):
+            return None
+        found.update(*lists)
+    return frozenset(found) or None
+
+
+def push_of(data: Any, kind: str) -> Any:
+    """The push that an event tells of, or None. Gogs tells of a new tag by `create` alone; `sha` and `default_branch` stand in
+    no other's, whose same tag comes as a push as well. https://gogs.io/advancing/webhooks"""
+    if kind == "push":
+        return data
+    if not isinstance(data, dict) or said(data, "ref_type", 8) != "tag" or not (data.get("sha") and data.get("default_branch")):
+        return None
+    about, pusher = data.get("repository"), data.get("sender")
+    return {"ref": f"refs/tags/{said(data, 'ref', 255)}", "after": data["sha"], "repository": about, "pusher": pusher}
+
+
 class Push(NamedTuple):
-    """What a push event says: https://docs.github.com/en/webhooks/webhook-events-and-payloads#push"""
+    """What a push event says: https://docs.github.com/en/webhooks/webhook-events-and-payloads#push, and the like of
+    https://docs.gitea.com/usage/webhooks, https://forgejo.org/docs/latest/user/webhooks and https://gogs.io/advancing/webhooks"""
 
     repo: str
     branch: str | None  # None: not a branch
+    tag: str | None  # None: not a tag
     commit: str | None  # None: the ref was deleted
     message: str
     pusher: str
@@ -2910,26 +3007,37 @@ class Push(NamedTuple):
     ref: str
     before: str  # the commit that the ref named before
     pushed_at: int | None  # Unix time
+    files: frozenset[str] | None  # that it changed; None: not known
+    is_skipped: bool  # its message says so
 
     @classmethod
     def parse(cls, data: Any) -> Push:
         f = Fields(data)
         ref = f.take("ref", str, "a string", True) or ""
-        about, head = f.take("repository", dict, "an object", True) or {}, data.get("head_commit")
+        about = f.take("repository", dict, "an object", True) or {}
         repository = Fields(about, prefix="repository.")
         repo = repository.text("full_name", is_repo, required=True)
         f.errors += repository.errors
-        branch = ref.removeprefix("refs/heads/") if ref.startswith("refs/heads/") else None
-        commit = None if f.boolean("deleted") else f.text("after", matches(COMMIT, "a commit"), required=True)
-        if commit and ref.startswith("refs/tags/"):  # `after` may be the tag's own object
-            tagged = said(head, "id", 64)
-            commit = tagged if COMMIT.fullmatch(tagged) else commit
-        commit = None if commit and set(commit) == {"0"} else commit
-        if branch is not None and is_ref(branch):
+        branch, tag = (ref.removeprefix(kind) if ref.startswith(kind) else None for kind in ("refs/heads/", "refs/tags/"))
+        if any(name is not None and is_ref(name) for name in (branch, tag)):
             f.wrong("ref", "must be a ref as git names them")
-        message, pusher, before = said(head, "message", 1000), said(data.get("pusher"), "name", 100), said(data, "before", 64)
-        default, at = said(about, "default_branch", 255) or None, about.get("pushed_at")
-        return f.done(cls(repo, branch, commit, message, pusher, default, ref[:255], before, at if type(at) is int else None))
+        after = None if f.boolean("deleted") else f.text("after", matches(COMMIT, "a commit"), required=True)
+        head = cls.head_of(data, after)
+        if after and tag and COMMIT.fullmatch(said(head, "id", 64)):  # `after` may be the tag's own object
+            after = head["id"]
+        commit = None if after is None or set(after) == {"0"} else after
+        message, by = said(head, "message", MAX_PUSH), data.get("pusher")
+        pusher = said(by, "name", 100) or said(by, "login", 100) or said(by, "username", 100)
+        default, at, before = said(about, "default_branch", 255) or None, about.get("pushed_at"), said(data, "before", 64)
+        what = (repo, branch, tag, commit, message[:1000], pusher, default, ref[:255], before, at if type(at) is int else None)
+        return f.done(cls(*what, changed_files(data), "[skip deploy]" in message.lower()))
+
+    @staticmethod
+    def head_of(data: Any, after: str | None) -> Any:
+        """The commit that the ref names now: Gogs has it only among the others."""
+        commits = data.get("commits")
+        listed = [one for one in commits if said(one, "id", 64) == after] if type(commits) is list else []
+        return data.get("head_commit") or (listed[0] if listed else None)
 
     def is_older(self, newest: tuple[int | None, str] | None) -> bool:
         """Than the newest push that was taken of this ref: GitHub's deliveries come in any order."""
@@ -2940,23 +3048,41 @@ class Push(NamedTuple):
             return self.pushed_at < pushed_at
         return before == self.commit  # the one that was taken came after this one
 
-    tag = None
-
-    def rule(self, app: App) -> str:
-        if self.commit is None:
-            return "deleted"
-        return "" if self.wanted_by(app) else "ref"
-
-    def wanted_by(self, app: App) -> bool:
-        if self.branch is None or not app.deploy_on_push:
+    def is_named(self, app: App) -> bool:
+        """By `branches` or `tags`; with neither, the default branch is."""
+        if self.tag is not None:
+            return any(fnmatch.fnmatchcase(self.tag, pattern) for pattern in app.tags)
+        if self.branch is None or (app.branches is None and app.tags):
             return False
         if app.branches is None:
             return self.branch in ((self.default_branch,) if self.default_branch else ("main", "master"))
         return any(fnmatch.fnmatchcase(self.branch, pattern) for pattern in app.branches)  # * matches a slash, too
 
-    def request(self, app: App, host: str) -> JobRequest:
+    def is_touching(self, app: App) -> bool:
+        files = self.files
+        if files is None:
+            return True
+        is_in = not app.paths or any(map(path_form(app.paths).fullmatch, files))
+        return is_in and not (app.ignore_paths and all(map(path_form(app.ignore_paths).fullmatch, files)))
+
+    def rule(self, app: App) -> str:
+        """The first of RULES that keeps it from the app, or "" where it is to be deployed."""
+        if self.commit is None:
+            return "deleted"
+        if not app.deploy_on_push:
+            return "not_on_push"
+        if not self.is_named(app):
+            return "ref"
+        if self.is_skipped:
+            return "skip"
+        return "" if self.is_touching(app) else "paths"
+
+    def words(self, rule: str) -> str:
+        return RULES[rule].format(ref=self.branch or self.tag or self.ref, repo=self.repo)
+
+    def metadata(self, app: App) -> dict[str, Any]:
         told = {"app": app.name, "branch": self.branch, "commit_message": self.message, "pusher": self.pusher}
-        return JobRequest(self.repo, self.commit or "", host, app.name, {**told, "trigger": "github_webhook"})
+        return {**told, **({"tag": self.tag} if self.tag else {}), "trigger": "github_webhook"}
 
 
 def push_payload(body: bytes, content_type: str) -> Any:
@@ -3842,21 +3968,6 @@ class Jobs:
 # == Deployments =======================================================================================================
 # Owns groups of jobs: pushes, strategies, locks, rollback. Ignores HTTP, argv, and how a single job runs.
 
-# Why a push did what it did, by the first rule that applies.
-RULES = {
-    "deleted": "the ref was deleted",
-    "not_on_push": "deploy_on_push is not set",
-    "ref": "neither branches nor tags of the app match",
-    "skip": "the head commit's message says [skip deploy]",
-    "paths": "no changed file is one of the app's",
-    "older": "a newer push to this ref was taken before",
-    "no_host": "the app has no host now",
-    "duplicate": "the same deployment is under way",
-    "locked": "the app is locked: it is held until that is unlocked",
-    "deployed": "its jobs were made",
-    "no_app": "apps.yaml has no app of this repository",
-    "wrong_secret": "it is signed with another secret than the apps of this repository have",
-}
 SETTLED = ("deployed", "locked", "duplicate", "older")
 
 
@@ -3874,25 +3985,14 @@ def batch_size(strategy: Mapping[str, Any], hosts: int) -> int:
     return Strategy(strategy["type"], strategy["batch"]).size(hosts)
 
 
-def push_message(push: Push, outcomes: list[dict[str, Any]], made: int) -> str:
+def push_message(outcomes: list[dict[str, Any]], made: int) -> str:
     """For the page of GitHub's deliveries."""
     names = [one["app"] for one in outcomes if one["rule"] in ("deployed", "duplicate", "locked")]
-    if names:
-        held = ", held: the app is locked" if any(one["rule"] == "locked" for one in outcomes) else ""
-        jobs = f"{made} job{'' if made == 1 else 's'} for {', '.join(names)}{held}"
-        return jobs if made else f"{jobs}: the same deployment is under way"
-    rules = {one["rule"] for one in outcomes}
-    where = push.branch or push.tag or push.ref
-    if push.commit is None:
-        return "ignored: the ref was deleted"
-    if "no_app" in rules:
-        return f"ignored: no app of apps.yaml has the repository {push.repo}"
-    if "wrong_secret" in rules:
-        return f"ignored: it is signed with another secret than those of the apps of {push.repo}"
-    if "older" in rules:
-        return f"ignored: a newer push to {where} was taken before"
-    said = "; ".join(f"{one['app']}: {one['detail']}" for one in outcomes if one["rule"] not in ("ref", "not_on_push"))
-    return f"ignored: {said}" if said else f"ignored: no app of {push.repo} deploys pushes to {where}"
+    if not names:
+        return "ignored: " + "; ".join(": ".join(filter(None, (one["app"], one["detail"]))) for one in outcomes)
+    is_held = any(one["rule"] == "locked" for one in outcomes)
+    told = f"{made} job{'' if made == 1 else 's'} for {', '.join(names)}{', held: the app is locked' if is_held else ''}"
+    return told if made else f"{told}: the same deployment is under way"
 
 
 class Plan(NamedTuple):
@@ -4093,11 +4193,11 @@ class Deployments:
             for app, make in makers:
                 rule, deployment, jobs = make(tx) if callable(make) else (make, None, [])
                 made += jobs
-                outcomes.append({"app": app.name, "rule": rule, "detail": RULES[rule], "deployment_id": deployment})
+                outcomes.append({"app": app.name, "rule": rule, "detail": push.words(rule), "deployment_id": deployment})
             if not makers:
                 rule = "wrong_secret" if known else "no_app"
-                outcomes = [{"app": None, "rule": rule, "detail": RULES[rule], "deployment_id": None}]
-            message = push_message(push, outcomes, len(made))
+                outcomes = [{"app": None, "rule": rule, "detail": push.words(rule), "deployment_id": None}]
+            message = push_message(outcomes, len(made))
             settled = any(one["rule"] in SETTLED for one in outcomes)  # else a redelivery counts, once apps.yaml says more
             about = (guid[:100], push.repo, push.ref, push.commit, push.pusher, dump(outcomes), int(settled))
             tx.put("deliveries", delivery, signature, self._clock.stamp(), dump(made), message, *about)
@@ -4113,9 +4213,7 @@ class Deployments:
             return rule
         hosts = self._jobs.hosts_of(app)
         targets = [(host, push.commit or "") for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
-        told = {"app": app.name, "branch": push.branch or push.tag, "commit_message": push.message, "pusher": push.pusher}
-        told["trigger"] = "github_webhook"
-        plan = Plan(app, Kind.PUSH, push.commit or "", targets, branch=push.branch or push.tag, metadata=told)
+        plan = Plan(app, Kind.PUSH, push.commit or "", targets, branch=push.branch or push.tag, metadata=push.metadata(app))
         make = self._maker(plan, github, "", guid)
 
         def do(tx: Tx) -> tuple[str, str | None, list[str]]:
@@ -5253,21 +5351,24 @@ class Controller:
         """Refuses what cannot be signed well, before 25 MiB of it are read."""
         if not self.webhook_secrets():
             raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
-        if not re.fullmatch(r"sha256=[0-9a-f]{64}", request.headers.get("x-hub-signature-256", "")):
-            raise Unauthorized("X-Hub-Signature-256 is missing or malformed: is a secret set in GitHub's settings?")
+        if not signature_in(request.headers):
+            raise Unauthorized(
+                "X-Hub-Signature-256 is missing, malformed or not that of other headers: is a secret set in GitHub's settings?"
+            )
 
     def github_webhook(self, request: Request) -> Answer:
-        signature = request.headers["x-hub-signature-256"]
+        signature = signature_in(request.headers)
         signers = signers_of(request.body, signature, self.webhook_secrets())
         if not signers:
             self.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
             raise Unauthorized("X-Hub-Signature-256 does not match the body: is the secret in GitHub's settings the same?")
-        kind = request.headers.get("x-github-event", "push")
-        if kind != "push":
+        kind = sent(request.headers, "event", "push")
+        data = push_payload(request.body, request.headers.get("content-type", "")) if kind in ("push", "create") else None
+        if kind != "push" and (data := push_of(data, kind)) is None:
             message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
             return {"received": True, "jobs_created": [], "message": message}
-        push = Push.parse(push_payload(request.body, request.headers.get("content-type", "")))
-        guid = request.headers.get("x-github-delivery") or signature.removeprefix("sha256=")[:40]
+        push = Push.parse(data)
+        guid = sent(request.headers, "delivery", signature.removeprefix("sha256=")[:40])
         made, message = self.deployments.push(push, guid, signature, signers, request.address)
         self.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
         return {"received": True, "jobs_created": made, "message": message}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -355,6 +357,306 @@ def test_the_password_itself_is_not_repeated(refused):
 def test_a_command_is_text_that_can_be_stored_and_run(refused, command):
     ((_, message),) = refused(entry(build=command))
     assert message.startswith("build: ")
+
+
+# -- the whole file ----------------------------------------------------------------------------------------------------
+
+HOOK = {"url": "https://hooks.example.com/s3cr3t", "events": ["failed", "recovered"], "format": "slack"}
+CHECK = {"url": "http://127.0.0.1:3000/health", "timeout": "60s", "interval": "200ms", "success": 2}
+ROLLING = {"type": "rolling", "batch": "25%", "canary": "web-01", "pause": "5m", "max_failures": 0}
+WHOLE = {
+    "groups": {"web": ["web-01", "Web-02"], "all": ["@web", "db-01"]},
+    "defaults": {"keep_releases": 7, "timeout": "15m"},
+    "apps": [
+        {
+            **{
+                "name": "web",
+                "repo": "myorg/web",
+                "clone_url": "git@github.com:myorg/web.git",
+                "hosts": ["@all", "role=Edge", "x-1"],
+            },
+            **{"deploy_on_push": True, "branches": ["main"], "tags": ["v*"], "paths": ["web/**"], "ignore_paths": ["**/*.md"]},
+            **{"strategy": ROLLING, "shared": [".env", "uploads/"], "env": {"NODE_ENV": "production"}, "build": ["npm", "ci"]},
+            **{"activate": "systemctl restart web", "health_check": CHECK, "rollback_on_failure": False, "retries": 1},
+            "notify": [HOOK, {"url": "http://other.example.com"}],
+        }
+    ],
+}
+
+
+def as_yaml(document):
+    """The same lines as the JSON has, behind a first one."""
+    return "# YAML\n" + json.dumps(document, indent=1)
+
+
+@pytest.mark.parametrize("as_text", [as_yaml, json.dumps])
+def test_the_whole_of_apps_yaml(read, as_text, request):
+    if as_text is json.dumps:
+        request.getfixturevalue("without_yaml")
+    (web,) = read(as_text(WHOLE))
+    assert (web.hosts, web.labels) == (("db-01", "web-01", "web-02", "x-1"), ("role=Edge",))
+    assert (web.tags, web.paths, web.ignore_paths) == (("v*",), ("web/**",), ("**/*.md",))
+    assert web.strategy == deploybot.Strategy("rolling", "25%", "web-01", 300, 0)
+    assert (web.keep_releases, web.timeout, web.rollback_on_failure, web.retries) == (7, 900, False, 1)
+    assert web.notify == [
+        {**HOOK, "events": ("failed", "recovered")},
+        {"url": "http://other.example.com", "events": ("failed", "recovered"), "format": "json"},
+    ]
+    assert json.loads(web.spec) == {
+        **{
+            "clone_url": "git@github.com:myorg/web.git",
+            "build": ["npm", "ci"],
+            "activate": "systemctl restart web",
+            "deploy": None,
+        },
+        **{"env": {"NODE_ENV": "production"}, "shared": [".env", "uploads/"], "keep_releases": 7, "rollback_on_failure": False},
+        "health_check": {"url": "http://127.0.0.1:3000/health", "timeout": 60, "interval": 0.2, "success": 2},
+    }
+
+
+def test_what_is_left_out_has_its_default(read):
+    (web,) = read(entry())
+    assert (web.labels, web.tags, web.paths, web.ignore_paths, web.branches) == ((), (), (), (), None)
+    assert (web.strategy.type, web.strategy.canary, web.strategy.pause) == ("parallel", None, 0)
+    assert (web.shared, web.env, web.keep_releases, web.health_check) == ((), {}, 5, None)
+    assert (web.rollback_on_failure, web.notify) == (True, [])
+    (web,) = read(entry(rollback_on_failure=None, health_check={"command": "true"}))
+    assert web.rollback_on_failure is True
+    assert web.health_check == {"command": "true", "timeout": 60, "interval": 2, "success": 1}
+
+
+def test_hosts_may_be_labels_alone(read, tmp_path):
+    (web,) = read(entry(hosts=["role=edge", "az=eu-1/b"]))
+    assert (web.hosts, web.labels) == ((), ("az=eu-1/b", "role=edge"))
+
+
+@pytest.mark.parametrize(
+    ("given", "type", "max_failures", "sizes"),  # of 1, 3, 4, 10 and 1,000 hosts
+    [
+        ({}, "parallel", None, [1, 3, 4, 10, 1000]),
+        ({"canary": "web-01", "pause": "1s"}, "parallel", None, [1, 3, 4, 10, 1000]),
+        ({"type": "parallel", "max_failures": 2}, "parallel", 2, [1, 3, 4, 10, 1000]),
+        ({"type": "rolling"}, "rolling", 0, [1, 1, 1, 1, 1]),
+        ({"batch": 3}, "rolling", 0, [3, 3, 3, 3, 3]),
+        ({"batch": "25%"}, "rolling", 0, [1, 1, 1, 3, 250]),
+        ({"batch": "1%", "max_failures": 5}, "rolling", 5, [1, 1, 1, 1, 10]),
+        ({"batch": "67%"}, "rolling", 0, [1, 3, 3, 7, 670]),
+        ({"batch": "100%"}, "rolling", 0, [1, 3, 4, 10, 1000]),
+    ],
+    ids=str,
+)
+def test_the_size_of_a_batch(read, given, type, max_failures, sizes):
+    strategy = read(entry(strategy=given))[0].strategy
+    assert (strategy.type, strategy.max_failures) == (type, max_failures)
+    assert [strategy.size(hosts) for hosts in (1, 3, 4, 10, 1000)] == sizes
+    assert strategy.size(0) >= 1
+
+
+@pytest.mark.parametrize(
+    ("defaults", "said", "expected"),
+    [
+        ({"retries": 3}, {}, {"retries": 3}),
+        ({"retries": 3}, {"retries": 1}, {"retries": 1}),
+        ({"retries": 3}, {"retries": None}, {"retries": 0}),
+        ({"health_check": CHECK}, {"health_check": None}, {"health_check": None}),
+        ({"env": {"A": "1"}}, {"env": {"B": "2"}}, {"env": {"B": "2"}}),
+        ({"build": "make", "activate": "run"}, {"deploy": "all"}, {"build": None, "activate": None, "deploy": "all"}),
+        ({"deploy": "all"}, {"activate": "run"}, {"activate": "run", "deploy": None}),
+        ({"deploy": "all"}, {"build": None}, {"deploy": "all"}),
+        ({"strategy": ROLLING}, {}, {"strategy": deploybot.Strategy("rolling", "25%", "web-01", 300, 0)}),
+    ],
+    ids=str,
+)
+def test_an_app_says_otherwise_than_the_defaults(read, defaults, said, expected):
+    app = {**ENTRY, **said}
+    (web,) = read(as_yaml({"defaults": defaults, "apps": [app]}))
+    assert {name: getattr(web, name) for name in expected} == expected
+
+
+def test_many_groups_in_each_other_cost_nothing(read):
+    """Written out they are 2^60 hosts."""
+    groups = {f"g{i}": [f"@g{i + 1}", f"@h{i + 1}"] for i in range(60)} | {f"h{i}": [f"@g{i + 1}"] for i in range(60)}
+    groups |= {"g60": ["web-60"], "h60": ["web-61"]}
+    (web,) = read(json.dumps({"groups": groups, "apps": [{**ENTRY, "hosts": ["@g0"]}]}))
+    assert web.hosts == ("web-60", "web-61")
+
+
+APP = {"apps": [{**ENTRY, "strategy": ROLLING, "health_check": CHECK, "notify": [HOOK], "env": {"A": "b"}}]}
+TARGET = "must be a host name as in RFC 1123, the @name of a group, or a label such as role=edge"
+BATCH = "must be a number of hosts, 1 or more, or a share from 1% to 100%"
+DURATION = "must be a duration such as 200ms, 30s, 5m, 2h or 3d"
+VARIABLE = "must be the name of a variable, and none of the agent's own, DEPLOY_..."
+VALUE = "must be a string (in quotes) of at most 32768 characters, without NUL"
+SHARED = "must be a path within the release, such as .env or uploads/"
+PATHS = "must be a pattern of paths such as web/** or **/*.md, where ** stands alone between slashes"
+WEB_URL = "must be a URL that starts with http:// or https://"
+
+# (where: keys from the app on, or from the top where it begins with /; value; field and message as told).
+REFUSED = [
+    ("hots", ["h"], "hots: is not known; did you mean hosts?"),
+    ("strategy/bach", 1, "strategy.bach: is not known; did you mean batch?"),
+    ("health_check/intervall", 1, "health_check.intervall: is not known; did you mean interval?"),
+    ("notify/0/event", [], "notify[0].event: is not known; did you mean events?"),
+    ("/defaults/retrys", 1, "defaults.retrys: is not known; did you mean retries?"),
+    ("/defaults/hosts", ["h"], "defaults.hosts: is not known"),
+    ("/group", {}, "group: is not known; did you mean groups?"),
+    ("timeout", "5 min", f"timeout: {DURATION}"),
+    ("timeout", True, f"timeout: {DURATION}"),
+    ("strategy/pause", "5x", f"strategy.pause: {DURATION}"),
+    ("strategy/pause", "8d", "strategy.pause: must be at most 7d"),
+    ("health_check/timeout", -1, f"health_check.timeout: {DURATION}"),
+    ("health_check/interval", [], f"health_check.interval: {DURATION}"),
+    ("health_check/interval", "0s", f"health_check.interval: {DURATION}"),
+    ("/defaults/timeout", "1y", f"defaults.timeout: {DURATION}"),
+    ("hosts", ["web-01", "@wbe"], "hosts: '@wbe' is no group; did you mean @web?"),
+    ("/groups/web", ["@wbe"], "groups.web: '@wbe' is no group; did you mean @web?"),
+    ("/groups/web", ["@web"], "groups.web: holds itself, by the groups in it"),
+    ("/groups/web", ["a=b"], "groups.web: 'a=b' must be a host name as in RFC 1123, or the @name of a group"),
+    ("/groups/web", [], "groups.web: must be a list with at least one string: [first, second]"),
+    ("/groups/web", None, "groups.web: is required"),
+    ("/groups/@web", ["h"], "groups.@web: must be 1 to 64 of a-z"),
+    ("/groups", ["h"], "groups: must be a mapping"),
+    ("/defaults", ["h"], "defaults: must be a mapping"),
+    ("hosts", ["web_01"], f"hosts: 'web_01' {TARGET}"),
+    ("hosts", ["web-01", "role="], f"hosts: 'role=' {TARGET}"),
+    ("hosts", ["web-01", "=edge"], f"hosts: '=edge' {TARGET}"),
+    ("hosts", ["web-01", "a=b=c"], f"hosts: 'a=b=c' {TARGET}"),
+    ("hosts", ["web-01", "@"], f"hosts: '@' {TARGET}"),
+    ("hosts", ["web-01", ""], f"hosts: '' {TARGET}"),
+    ("strategy/canary", "web-02", "strategy.canary: web-02 is none of the hosts that web names; did you mean web-01?"),
+    ("strategy/canary", 7, "strategy.canary: must be a string"),
+    ("strategy/type", "rollign", "strategy.type: 'rollign' must be one of parallel, rolling; did you mean rolling?"),
+    ("strategy/type", "parallel", "strategy.batch: is for the type rolling alone"),
+    ("strategy/canary", None, "strategy.pause: comes after the canary: name one"),
+    *(
+        (f"strategy/{key}", value, f"strategy.{key}: {message}")
+        for key, value, message in [
+            *(("batch", value, BATCH) for value in (0, -1, 10_001, 1.5, True, "", "2", "0%", "01%", "101%", "25 %", "٣%", [1])),
+            *(("max_failures", value, "must be ") for value in (-1, "1", 10_001, True)),
+        ]
+    ),
+    ("strategy", "rolling", "strategy: must be a mapping"),
+    *(
+        ("shared", [value], f"shared: {value!r} {SHARED}")
+        for value in ("/etc/passwd", "..", "a/../b", "../x", "a//b", ".", "", "/", "a\n")
+    ),
+    ("shared", ["x" * 256], "shared: 'xxx"),
+    ("shared", ".env", "shared: must be a list"),
+    *((f"env/{name}", "x", f"env.{name}: {VARIABLE}") for name in ("1A", "A-B", "", "A=B", "DEPLOY_REF", "É", "A B", "A" * 129)),
+    *(("env/A", value, f"env.A: {VALUE}") for value in (1, True, None, 1.5, ["x"], "s3cr3t\0", "\ud800", "s3cr3t" * 6000)),
+    ("env", ["A=b"], "env: must be a mapping"),
+    ("keep_releases", 0, "keep_releases: must be from 1 to 1000"),
+    ("keep_releases", "5", "keep_releases: must be an integer"),
+    ("health_check/command", "true", "health_check.command: stands instead of url; keep one"),
+    ("health_check/url", None, "health_check.url: is required, or a command"),
+    ("health_check/success", 0, "health_check.success: must be from 1 to 100"),
+    ("health_check", "http://x", "health_check: must be a mapping"),
+    *(
+        (f"health_check/{key}", value, f"health_check.{key}: {WEB_URL}")
+        for key, value in [
+            *(
+                ("url", value)
+                for value in (
+                    "ftp://x",
+                    "x",
+                    "http://",
+                    "http:///x",
+                    "http://a b",
+                    "http://[",
+                    "https://h/\n",
+                    7,
+                    "http://" + "x" * 2041,
+                )
+            )
+        ]
+    ),
+    ("rollback_on_failure", "yes", "rollback_on_failure: must be true or false"),
+    (
+        "notify/0/events",
+        ["failed", "faild"],
+        "notify[0].events: 'faild' must be one of started, success, failed, recovered; did you mean failed?",
+    ),
+    ("notify/0/events", [], "notify[0].events: must be a list with at least one"),
+    ("notify/0/format", "slak", "notify[0].format: 'slak' must be one of json, slack; did you mean slack?"),
+    ("notify/0/url", "slack://s3cr3t", f"notify[0].url: {WEB_URL}"),
+    ("notify/0/url", None, "notify[0].url: is required"),
+    ("notify", {}, "notify: must be a list of mappings"),
+    ("notify", ["https://s3cr3t"], "notify: each must be a mapping"),
+    ("tags", "v*", "tags: must be a list"),
+    *(
+        ("paths", [value], f"paths: {value!r} {PATHS}")
+        for value in ("", "/web/**", "web/", "a//b", "**.md", "web**", "!web/**", "a\n")
+    ),
+    ("ignore_paths", ["web/**/"], f"ignore_paths: 'web/**/' {PATHS}"),
+    ("ignore_paths", [7], "ignore_paths: must be a list with at least one string"),
+]
+
+
+def changed(where, value):
+    """The document of APP with that value there."""
+    document = json.loads(json.dumps({"groups": {"web": ["h1"]}, "defaults": {"retries": 0}, **APP}))
+    *keys, last = where.removeprefix("/").split("/")
+    at = document if where[0] == "/" else document["apps"][0]
+    for key in keys:
+        at = at[int(key) if isinstance(at, list) else key]
+    at[last] = value
+    return document
+
+
+def line_of(field, as_text):
+    """Where the key stands that a message names so."""
+    where = re.sub(r"\[(\d)\]", r"/\1", field).replace(".", "/")
+    is_top = where.partition("/")[0] in ("groups", "defaults", "group")
+    text = as_text(changed(f"/{where}" if is_top else where, "HERE"))
+    return text[: text.index('"HERE"')].count("\n") + 1
+
+
+@pytest.mark.parametrize("as_text", [as_yaml, functools.partial(json.dumps, indent=1)], ids=["yaml", "json"])
+@pytest.mark.parametrize(("where", "value", "told"), REFUSED, ids=[f"{where}={value!r:.20}" for where, value, _ in REFUSED])
+def test_a_mistake_is_told_with_its_line_and_key(refused, monkeypatch, as_text, where, value, told):
+    if as_text is not as_yaml:
+        monkeypatch.setitem(sys.modules, "yaml", None)
+    ((line, message),) = refused(as_text(changed(where, value)))
+    assert message.startswith(told)
+    assert "s3cr3t" not in message
+    assert line == line_of(told.partition(": ")[0], as_text)
+
+
+def test_every_mistake_at_every_level_is_told_at_once(refused):
+    text = """
+groups:
+  a: ["@b"]
+  b: ["@a", "@c"]
+defaults:
+  timeout: x
+apps:
+- name: web
+  repo: o/n
+  hosts: ["@d", web-01]
+  strategy:
+    type: rolling
+    batch: 0
+    canary: web-01
+  env:
+    DEPLOY_X: y
+    B: 1
+  notify:
+  - url: https://x.example.com
+  - url: 7
+    format: x
+"""
+    told = [(line, message.partition(":")[0]) for line, message in refused(text)]
+    assert told == [
+        *((3, "groups.a"), (4, "groups.b"), (4, "groups.b"), (6, "defaults.timeout"), (10, "hosts"), (13, "strategy.batch")),
+        *((16, "env.DEPLOY_X"), (17, "env.B"), (20, "notify[1].url"), (21, "notify[1].format")),
+    ]
+
+
+def test_a_mistake_in_the_defaults_is_told_once_for_many_apps(refused):
+    apps = [{**ENTRY, "name": name} for name in ("a", "b")]
+    assert len(refused(json.dumps({"defaults": {"strategy": {"batch": 0}, "env": {"A": 1}}, "apps": apps}))) == 2
+    told = refused(json.dumps({"defaults": {"strategy": {"canary": "web-02"}}, "apps": apps}, indent=1))
+    assert [line for line, _ in told] == [4, 4], "which is wrong for each of the apps"
 
 
 # -- the verb and the reload -------------------------------------------------------------------------------------------

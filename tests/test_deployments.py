@@ -397,7 +397,7 @@ def test_a_persons_deployment_is_not_superseded_by_a_push(fleet):
 def test_an_older_push_that_comes_late_makes_nothing(fleet):
     fleet.push(NEWER, repository={"full_name": "myorg/web", "pushed_at": 20})
     answer = fleet.push(NEW, repository={"full_name": "myorg/web", "pushed_at": 10})
-    assert (answer["jobs_created"], answer["message"]) == ([], "ignored: a newer push to main was taken before")
+    assert (answer["jobs_created"], answer["message"]) == ([], "ignored: web: a newer push to main was taken before")
 
 
 def test_a_host_that_was_away_gets_the_latest_alone(fleet):

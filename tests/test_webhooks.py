@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import concurrent.futures
+import fnmatch
 import hashlib
 import hmac
 import json
 import socket
+import time
 import urllib.parse
+from random import Random
 
 import pytest
 from conftest import SECRET, wait_for
@@ -17,6 +20,7 @@ from deploybot import App, Malformed, Push, ValidationError
 
 SHA = "0123456789abcdef" * 2 + "01234567"
 ZERO = "0" * 40
+A, B, C = "a" * 40, "b" * 40, "c" * 40
 PATH = "/v1/webhooks/github"
 WEB = {"name": "web", "repo": "myorg/web", "hosts": ["web-01", "web-02"], "deploy_on_push": True}
 
@@ -291,7 +295,7 @@ def test_an_older_push_that_looked_before_the_newer_was_stored(hooked):
     older = payload(after="b" * 40, repository={"full_name": "myorg/web", "default_branch": "main", "pushed_at": 100})
     (_, made), (_, late) = in_one_commit(hooked, newer, older)
     assert (len(made["jobs_created"]), late["jobs_created"]) == (2, [])
-    assert late["message"] == "ignored: a newer push to main was taken before"
+    assert late["message"] == "ignored: web: a newer push to main was taken before"
 
 
 # -- branches ----------------------------------------------------------------------------------------------------------
@@ -299,7 +303,7 @@ def test_an_older_push_that_looked_before_the_newer_was_stored(hooked):
 
 def wanted(branch, branches=None, default="main", on_push=True):
     push = Push.parse(payload(ref=f"refs/heads/{branch}", repository={"full_name": "o/n", "default_branch": default}))
-    return push.wanted_by(App("a", "o/n", ("h",), "u", on_push, branches))
+    return not push.rule(App("a", "o/n", ("h",), "u", on_push, branches))
 
 
 @pytest.mark.parametrize(
@@ -334,6 +338,199 @@ def test_without_branches_the_default_branch_is_deployed():
 
 def test_a_pattern_of_stars_takes_no_time():
     assert not wanted("a" * 200, ("*a" * 100 + "b",))
+
+
+# -- rules -------------------------------------------------------------------------------------------------------------
+
+
+def commit(*files, id=SHA, **more):
+    return {"id": id, "message": "x", "added": [], "removed": [], "modified": list(files), **more}
+
+
+def changing(*commits, **more):
+    """A push to a branch that GitHub lists whole."""
+    return payload(before="a" * 40, created=False, forced=False, commits=list(commits), **more)
+
+
+DEPLOYED = {"deploy_on_push": True, "paths": ("web/**",), "ignore_paths": ("**/*.md",)}
+OTHER_BRANCH = {"ref": "refs/heads/other"}
+SKIP = {"head_commit": {"id": SHA, "message": "Typo\n\n[Skip Deploy] please"}}
+ASIDE = {"commits": [commit("api/x.py")]}
+
+
+@pytest.mark.parametrize(
+    ("app", "push", "rule"),
+    [
+        ({}, {}, ""),
+        ({"deploy_on_push": False}, {"deleted": True, "after": ZERO, **OTHER_BRANCH, **SKIP, **ASIDE}, "deleted"),
+        ({}, {"after": ZERO}, "deleted"),
+        ({"deploy_on_push": False}, {**OTHER_BRANCH, **SKIP, **ASIDE}, "not_on_push"),
+        ({}, {**OTHER_BRANCH, **SKIP, **ASIDE}, "ref"),
+        ({}, {"ref": "refs/tags/main"}, "ref"),
+        ({"branches": ("*",)}, {"ref": "refs/tags/v1"}, "ref"),
+        ({"tags": ("v*",)}, {"ref": "refs/heads/v1"}, "ref"),
+        ({"tags": ("v*",)}, {"ref": "refs/tags/w1"}, "ref"),
+        ({"tags": ("w", "v*")}, {"ref": "refs/tags/v1"}, ""),
+        ({"tags": ("v*",)}, {}, "ref"),  # with tags alone, no branch is meant
+        ({"tags": ("v*",), "branches": ("main",)}, {}, ""),
+        ({"tags": ("*",), "branches": ("*",)}, {"ref": "refs/notes/x"}, "ref"),
+        ({}, {**SKIP, **ASIDE}, "skip"),
+        ({}, {"head_commit": {"id": SHA, "message": "x" * 2000 + "[skip deploy]"}}, "skip"),
+        ({}, {"head_commit": {"id": SHA, "message": "skip deploy"}}, ""),
+        ({}, {"commits": [commit("web/x.js", message="[skip deploy]")]}, ""),
+        ({}, ASIDE, "paths"),
+        ({}, {"commits": [commit("api/x.py"), commit("web/x.js")]}, ""),
+        ({}, {"commits": [commit("web/x.md", "web/y/z.md")]}, "paths"),
+        ({}, {"commits": [commit("web/x.md"), commit("api/y.py")]}, ""),
+        ({"paths": ()}, ASIDE, ""),
+        ({"paths": ()}, {"commits": [commit("x.md")]}, "paths"),
+        ({"ignore_paths": ()}, {"commits": [commit("web/x.md")]}, ""),
+        ({}, {**ASIDE, "forced": True}, ""),
+    ],
+    ids=str,
+)
+def test_the_first_rule_that_applies(app, push, rule):
+    parsed = Push.parse(changing(commit("web/x.js"), **push) if "commits" not in push else {**changing(), **push})
+    assert parsed.rule(App("a", "myorg/web", ("h",), **{**DEPLOYED, **app})) == rule
+
+
+def test_the_words_of_each_rule(controller):
+    """Each app of the repository says its own."""
+    apps = [
+        {**WEB, "name": "all", "branches": ["dev"]},
+        {**WEB, "name": "asked", "deploy_on_push": False},
+        {**WEB, "name": "part", "paths": ["web/**"]},
+    ]
+    controller.apps_file.write_text(json.dumps({"apps": apps}))
+    controller.ok("POST", "/v1/reload")
+    assert deliver(controller, changing(commit("api/x")))[1]["message"] == (
+        "ignored: all: neither branches nor tags name main; asked: deploy_on_push is off; "
+        "part: it changes nothing that paths and ignore_paths leave"
+    )
+    assert "part: its message says [skip deploy]" in deliver(controller, changing(**SKIP))[1]["message"]
+    assert "all: the ref was deleted; asked:" in deliver(controller, payload(after=ZERO))[1]["message"]
+    assert "all: neither branches nor tags name v1;" in deliver(controller, payload(ref="refs/tags/v1"))[1]["message"]
+    assert deliver(controller, changing(commit("web/x")))[1]["message"] == "2 jobs for part"
+
+
+def test_a_tag_deploys_the_commit_that_it_points_at(controller):
+    controller.set_app(**WEB, tags=["v*"])
+    tagged = payload(ref="refs/tags/v1.2", after=B, head_commit={"id": A, "message": "x"}, created=True)
+    assert deliver(controller, tagged)[1]["message"] == "2 jobs for web"
+    assert {(job["ref"], job["metadata"]["tag"], job["metadata"]["branch"]) for job in jobs(controller)} == {(A, "v1.2", None)}
+    status, answer = deliver(controller, payload(ref="refs/tags/v1..2"))
+    assert (status, answer["errors"][0]["field"]) == (422, "ref")
+
+
+# (pattern, paths that it names, paths that it does not).
+PATTERNS = [
+    ("web/**", ["web/a", "web/a/b.c", "web/ "], ["web", "webs/a", "a/web/b", "Web/a"]),
+    ("**/*.md", ["a.md", "a/b.md", "a/b/c.md", ".md"], ["a.mdx", "a.md/b", "amd"]),
+    ("*.md", ["a.md", ".md"], ["a/b.md", "a.md/c"]),
+    ("**", ["a", "a/b", "\n"], []),
+    ("**/**", ["a", "a/b"], []),
+    ("a/**/b", ["a/b", "a/x/b", "a/x/y/b", "a/b/b"], ["ab", "a/b/c", "x/a/b", "a/xb"]),
+    ("a/**/b/**/c", ["a/b/c", "a/x/b/y/c", "a/b/b/c", "a/b/c/c"], ["a/c", "a/b", "a/bc", "a/c/b"]),
+    ("**/a/*b", ["a/b", "a/ab", "x/a/xb", "a/a/b", "a/x/a/b"], ["a/b/c", "a/x/b"]),
+    ("**/a/*/c/**", ["a/b/c/d", "a/a/b/c/d/e"], ["a/c/d", "a/b/c"]),
+    ("src/?.py", ["src/a.py", "src/é.py"], ["src/ab.py", "src//.py", "src/.py"]),
+    ("a*b*c", ["abc", "axbxc", "abcc", "abbc"], ["ab/c", "abcd", "acb"]),
+    ("a*b?c*d", ["abxcd", "abbxcd", "aabbbcxd"], ["abcd", "ab/cd"]),
+    ("*", ["a", ""], ["a/b"]),
+    ("a/*", ["a/b", "a/"], ["a/b/c", "a"]),
+    ("[ab].(x)+", ["[ab].(x)+"], ["a.x", "a.(x)+"]),
+    ("a***b", ["ab", "axb"], ["a/b"]),
+]
+
+
+@pytest.mark.parametrize(("pattern", "named", "others"), PATTERNS, ids=[pattern for pattern, _, _ in PATTERNS])
+def test_patterns_of_paths(pattern, named, others):
+    for patterns in ((pattern,), ("never", pattern, "nor/**/this")):
+        matching = deploybot.path_form(patterns).fullmatch
+        assert [path for path in [*named, *others] if matching(path)] == named
+
+
+def simple(pattern, path):
+    """What a pattern means, by trying everything."""
+    if not pattern:
+        return not path
+    if pattern == ["**"]:
+        return bool(path)
+    if pattern[0] == "**":
+        return any(simple(pattern[1:], path[i:]) for i in range(len(path) + 1))
+    return bool(path) and fnmatch.fnmatchcase(path[0], pattern[0]) and simple(pattern[1:], path[1:])
+
+
+def test_patterns_mean_what_trying_everything_finds():
+    random = Random(7)
+    seen = set()
+    for _ in range(5_000):
+        pattern = [random.choice(["**", "a", "b", "*", "a*", "*b", "?", "a?*", "*a*b"]) for _ in range(random.randint(1, 5))]
+        path = ["".join(random.choices("ab", k=random.randint(1, 3))) for _ in range(random.randint(1, 6))]
+        found = bool(deploybot.path_form(("/".join(pattern),)).fullmatch("/".join(path)))
+        assert found == simple(pattern, path), ("/".join(pattern), "/".join(path))
+        seen.add((found, "**" in pattern))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "**/" + "a*" * 60 + "b",
+        "/".join(["**", "a"] * 40 + ["b"]),
+        "/".join(["*a*a*a"] * 20),
+        "**/*a*/**/*a*/**/*a*b",
+        "*" + "?*" * 60 + "b",
+    ],
+)
+def test_no_path_makes_a_pattern_slow(pattern):
+    """Twenty times the path takes some twenty times as long: with squares it were four hundred, and with powers the end of days."""
+
+    def seconds(path):
+        begin = time.perf_counter()
+        for _ in range(5):
+            assert not deploybot.path_form((pattern,)).fullmatch(path)
+        return time.perf_counter() - begin
+
+    for part in ("a", "a/", "aab/", "a/b/"):
+        short, long = seconds(part * 500), seconds(part * 10_000)
+        assert long < max(short, 0.001) * 100, part
+
+
+FULL_LIST = [commit("a", added=["b"], removed=["c"]), commit("d")]
+
+
+@pytest.mark.parametrize(
+    ("push", "files"),
+    [
+        (changing(*FULL_LIST), {"a", "b", "c", "d"}),
+        (changing(*FULL_LIST) | {"forced": True}, None),
+        (changing(*FULL_LIST) | {"created": True}, None),
+        (changing(*FULL_LIST) | {"forced": None}, None),
+        (changing(*FULL_LIST) | {"before": ZERO}, None),
+        (changing(*FULL_LIST) | {"before": None}, None),
+        (changing(*[commit("a")] * 2047), {"a"}),
+        (changing(*[commit("a")] * 2048), None),
+        (changing(commit("a"), commit()), None),
+        (changing(commit("a"), {"id": SHA}), None),
+        (changing(commit("a"), 7), None),
+        (changing(commit("a", added=None)), {"a"}),
+        (changing(commit("a", added="b")), None),
+        (changing(commit("a", 7)), None),
+        (changing(), None),
+        (changing() | {"commits": None}, None),
+        (changing() | {"commits": {"a": 1}}, None),
+        (payload(before=A), None),
+    ]
+    # Gitea and Forgejo say how many there were
+    + [
+        (payload(before=A, commits=FULL_LIST, total_commits=total), {"a", "b", "c", "d"} if total == 2 else None)
+        for total in (2, 3, 1, 0, "2", True)
+    ]
+    + [(payload(before=A, commits=FULL_LIST), None)],
+)
+def test_the_files_of_a_push_are_known_where_the_list_is_whole(push, files):
+    assert Push.parse(push).files == files
 
 
 # -- hostile pushes ----------------------------------------------------------------------------------------------------
@@ -534,8 +731,6 @@ def test_no_reader_sees_the_secret_of_an_app(guarded):
 
 # -- deliveries come in any order --------------------------------------------------------------------------------------
 
-A, B, C = "a" * 40, "b" * 40, "c" * 40
-
 
 def pushed(controller, after, before=ZERO, at=None, ref="refs/heads/main", **headers):
     """(how many jobs were made, the message) of a push."""
@@ -545,7 +740,7 @@ def pushed(controller, after, before=ZERO, at=None, ref="refs/heads/main", **hea
     return len(answer["jobs_created"]), answer["message"]
 
 
-LATE = (0, "ignored: a newer push to main was taken before")
+LATE = (0, "ignored: web: a newer push to main was taken before")
 
 
 def test_an_older_push_that_comes_late_replaces_nothing(hooked):
@@ -626,6 +821,192 @@ def test_the_commit_of_a_tag_is_what_it_points_at():
         assert Push.parse(payload(ref="refs/tags/v1", after=B, head_commit=odd)).commit == B
     assert Push.parse(payload(ref="refs/heads/main", after=B, head_commit={"id": A})).commit == B
     assert Push.parse(payload(ref="refs/tags/v1", after=ZERO, deleted=True, head_commit=None)).commit is None
+
+
+# -- Gitea, Forgejo and Gogs -------------------------------------------------------------------------------------------
+
+GITEA_USER = {"id": 1, "login": "gitea", "full_name": "", "email": "g@example.com", "username": "gitea"}
+GITEA = {  # https://docs.gitea.com/usage/webhooks, and Forgejo's is the same
+    **{"ref": "refs/heads/main", "before": A, "after": SHA, "compare_url": "http://git.example.com/myorg/web/compare/a...b"},
+    **{
+        "commits": [commit("web/x.js", message="Say hello\n")],
+        "total_commits": 1,
+        "head_commit": commit("web/x.js", message="Say hello\n"),
+    },
+    **{"repository": {"id": 140, "full_name": "myorg/web", "default_branch": "main", "updated_at": "2026-11-23T13:13:37Z"}},
+    **{"pusher": GITEA_USER, "sender": GITEA_USER},
+}
+GOGS = {  # https://gogs.io/advancing/webhooks
+    **{"ref": "refs/heads/main", "before": A, "after": SHA, "compare_url": "http://git.example.com/myorg/web/compare/a...b"},
+    "commits": [commit("web/x.js", message="Say hello\n"), commit("web/y.js", id=B, message="not this one")],
+    "repository": {"id": 140, "full_name": "myorg/web", "default_branch": "main", "updated_at": "2026-11-23T13:13:37Z"},
+    **{"pusher": {"id": 1, "username": "gitea", "full_name": ""}, "sender": {"id": 1, "login": "gitea"}},
+}
+GOGS_TAG = {
+    "ref": "v1",
+    "ref_type": "tag",
+    "sha": SHA,
+    "default_branch": "main",
+    "repository": GOGS["repository"],
+    "sender": GOGS["sender"],
+}
+GITEA_TAG = {name: value for name, value in GOGS_TAG.items() if name != "default_branch"}
+
+
+def headers_of(sender, body, event="push", delivery="d-1", secret=SECRET):
+    """As that program sends them."""
+    mac = signature(body, secret)
+    names = {"gogs": ["gogs"], "gitea": ["gitea", "gogs"], "forgejo": ["forgejo", "gitea", "gogs"]}[sender]
+    found = {
+        f"X-{name}-{what}": value
+        for name in names
+        for what, value in (("Event", event), ("Delivery", delivery), ("Signature", mac[7:]))
+    }
+    if sender != "gogs":
+        found |= {
+            "X-GitHub-Event": event,
+            "X-GitHub-Delivery": delivery,
+            "X-Hub-Signature-256": mac,
+            "X-Hub-Signature": "sha1=" + "0" * 40,
+        }
+    return {"X-GitHub-Event": None, "X-Hub-Signature-256": None, **found}
+
+
+def deliver_from(controller, sender, document, event="push", **more):
+    body = json.dumps(document).encode()
+    return deliver(controller, body, **headers_of(sender, body, event, **more))
+
+
+@pytest.mark.parametrize(("sender", "document"), [("gitea", GITEA), ("forgejo", GITEA), ("gogs", GOGS)])
+def test_a_push_of_another_program_deploys(hooked, sender, document):
+    status, answer = deliver_from(hooked, sender, document)
+    assert (status, answer["message"]) == (200, "2 jobs for web")
+    assert {(job["ref"], job["created_by"]) for job in jobs(hooked)} == {(SHA, "github")}
+    assert jobs(hooked)[0]["metadata"] == {
+        **{"app": "web", "branch": "main", "commit_message": "Say hello\n", "pusher": "gitea", "trigger": "github_webhook"}
+    }
+    for job in jobs(hooked):
+        hooked.ok("POST", f"/v1/jobs/{job['id']}/cancel")
+    assert "taken before" in deliver_from(hooked, sender, document)[1]["message"], "the same delivery"
+    assert "taken before" in deliver_from(hooked, sender, document, delivery="d-2")[1]["message"], "the same body"
+    again = json.dumps(document, indent=1).encode()
+    assert "taken before" in deliver(hooked, again, **headers_of(sender, again))[1]["message"], "the same id"
+    assert len(jobs(hooked)) == 2
+
+
+@pytest.mark.parametrize("sender", ["gitea", "forgejo", "gogs"])
+@pytest.mark.parametrize(
+    ("more", "rule"),
+    [
+        ({"after": ZERO, "commits": [], "head_commit": None, "total_commits": 0}, "the ref was deleted"),
+        ({"ref": "refs/heads/dev"}, "neither branches nor tags name dev"),
+        (
+            {"commits": [commit("x", message="[skip deploy]")], "head_commit": {"id": SHA, "message": "[skip deploy]"}},
+            "its message says [skip deploy]",
+        ),
+    ],
+    ids=["deleted", "ref", "skip"],
+)
+def test_rules_hold_for_other_programs(hooked, sender, more, rule):
+    document = {**(GOGS if sender == "gogs" else GITEA), **more}
+    if sender == "gogs":
+        document.pop("head_commit", None)
+    status, answer = deliver_from(hooked, sender, document)
+    assert (status, answer["jobs_created"], answer["message"]) == (200, [], f"ignored: web: {rule}")
+
+
+@pytest.mark.parametrize(
+    ("sender", "document", "made"),
+    [
+        ("gitea", GITEA, 0),
+        ("forgejo", GITEA, 0),
+        ("gitea", {**GITEA, "total_commits": 9}, 2),  # the others are not listed
+        ("gogs", GOGS, 2),  # nor said to be there
+        ("gitea", {**GITEA, "before": ZERO}, 2),
+    ],
+)
+def test_paths_hold_where_the_list_of_another_program_is_whole(controller, sender, document, made):
+    controller.set_app(**WEB, paths=["api/**"])
+    assert len(deliver_from(controller, sender, document)[1]["jobs_created"]) == made
+
+
+def test_a_tag_of_gogs_comes_as_create_and_of_the_others_as_a_push(controller):
+    controller.set_app(**WEB, tags=["v*"])
+    assert deliver_from(controller, "gogs", GOGS_TAG, "create")[1]["message"] == "2 jobs for web"
+    assert {(job["ref"], job["metadata"]["tag"], job["metadata"]["pusher"]) for job in jobs(controller)} == {(SHA, "v1", "gitea")}
+    tag_push = {**GITEA, "ref": "refs/tags/v2", "before": ZERO, "after": B, "commits": [], "total_commits": 0}
+    assert (
+        deliver_from(controller, "gitea", {**tag_push, "head_commit": commit(id=C)}, delivery="d-2")[1]["message"]
+        == "2 jobs for web"
+    )
+    assert {job["ref"] for job in jobs(controller)} == {SHA, C}
+
+
+@pytest.mark.parametrize(
+    "document", [GITEA_TAG, {**GOGS_TAG, "ref_type": "branch"}, {**GOGS_TAG, "sha": ""}, GITEA, [], None, 7], ids=str
+)
+@pytest.mark.parametrize("sender", ["gogs", "gitea"])
+def test_no_other_create_is_a_push(controller, sender, document):
+    """A tag that came as a push would else be deployed again by whoever sends its `create` a second time, with other headers."""
+    controller.set_app(**WEB, tags=["*"], branches=["*"])
+    status, answer = deliver_from(controller, sender, document, "create")
+    assert (status, answer["message"], jobs(controller)) == (200, "ignored: the event is create, not push", [])
+
+
+GOOD, OTHER_MAC, NONE = "good", "other", "absent"
+HEADERS = ("X-Hub-Signature-256", "X-Gitea-Signature", "X-Forgejo-Signature", "X-Gogs-Signature")
+
+
+@pytest.mark.parametrize(
+    ("given", "is_taken"),  # in the order of HEADERS
+    [
+        ((GOOD, NONE, NONE, NONE), True),
+        ((NONE, GOOD, NONE, NONE), True),
+        ((NONE, NONE, GOOD, NONE), True),
+        ((NONE, NONE, NONE, GOOD), True),
+        ((GOOD, GOOD, GOOD, GOOD), True),
+        ((NONE, GOOD, NONE, GOOD), True),
+        ((NONE, NONE, NONE, NONE), False),
+        ((OTHER_MAC, GOOD, NONE, NONE), False),
+        ((GOOD, OTHER_MAC, NONE, NONE), False),
+        ((GOOD, GOOD, GOOD, OTHER_MAC), False),
+        ((NONE, OTHER_MAC, GOOD, NONE), False),
+        ((GOOD, "", NONE, NONE), False),
+        (("", GOOD, NONE, NONE), False),
+        (("sha256=", "", NONE, ""), False),  # Gitea without a secret
+        ((NONE, "", NONE, NONE), False),
+        ((NONE, "sha256=", NONE, NONE), False),
+        ((NONE, NONE, NONE, "upper"), False),
+        ((NONE, "prefixed", NONE, NONE), False),
+        (("bare", NONE, NONE, NONE), False),
+        ((NONE, "sha1", NONE, NONE), False),
+        ((OTHER_MAC, OTHER_MAC, OTHER_MAC, OTHER_MAC), False),
+        ((NONE, NONE, NONE, "empty secret"), False),
+    ],
+    ids=str,
+)
+def test_signatures_of_several_headers_agree_or_nothing_is_taken(hooked, given, is_taken):
+    body = json.dumps(GITEA).encode()
+    good, other = signature(body)[7:], signature(body, "other")[7:]
+    values = {"upper": good.upper(), "prefixed": f"sha256={good}", "sha1": good[:40], "empty secret": signature(body, "")[7:]}
+    headers = {"X-GitHub-Event": None, "X-Gitea-Event": "push", "X-Hub-Signature-256": None}
+    for index, (header, word) in enumerate(zip(HEADERS, given, strict=True)):
+        prefix = "" if index else "sha256="
+        values |= {GOOD: prefix + good, OTHER_MAC: prefix + other, "bare": good}
+        headers |= {} if word == NONE else {header: values.get(word, word)}
+    status, answer = deliver(hooked, body, **headers)
+    assert (status, len(jobs(hooked))) == ((200, 2) if is_taken else (401, 0)), answer
+
+
+def test_a_body_that_was_seen_is_known_whatever_header_signs_it(hooked):
+    """The header is not signed: who saw a delivery could send it under another."""
+    body = json.dumps(GITEA).encode()
+    assert len(deliver(hooked, body, X_GitHub_Delivery="d-1")[1]["jobs_created"]) == 2
+    finish_all(hooked)
+    for number, header in enumerate(HEADERS[1:]):
+        sent = {"X-Hub-Signature-256": None, header: signature(body)[7:], "X-Gogs-Delivery": f"e-{number}"}
+        assert "taken before" in deliver(hooked, body, **sent)[1]["message"]
+    assert len(jobs(hooked)) == 2
 
 
 # -- sizes -------------------------------------------------------------------------------------------------------------
