@@ -200,7 +200,7 @@ def test_a_push_that_came_late_has_a_row_too(c):
     push(c, "d-2", repository={"full_name": "myorg/web", "default_branch": "main", "pushed_at": 200})
     push(c, "d-1", after="b" * 40, repository={"full_name": "myorg/web", "default_branch": "main", "pushed_at": 100})
     row = audit(c)[0]
-    assert row["detail"] == f"main {'b' * 40}: ignored: a newer push to main was taken before"
+    assert row["detail"] == f"main {'b' * 40}: ignored: web: a newer push to main was taken before"
 
 
 def test_in_open_mode_it_was_local(controller):
