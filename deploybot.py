@@ -1790,8 +1790,8 @@ class Queries:
         return self._db.execute(sql + " ORDER BY id")
 
     def expired(self, oldest_id: str, oldest: str) -> list[str]:
-        """Ids of some jobs that are pending since before that time; `oldest_id`: the least id that a job made then could have."""
-        sql = "SELECT id FROM jobs WHERE status = 'pending' AND id < ? AND queued_at < ? LIMIT 500"
+        """Ids of some jobs that wait for their host since before that time; `oldest_id`: the least id that a job made then could have."""
+        sql = "SELECT id FROM jobs WHERE status = 'pending' AND id < ? AND queued_at < ? AND hold IS NULL LIMIT 500"
         return [row[0] for row in self.rows(sql, oldest_id, oldest)]
 
     def _deployments(self, where: str, *values: Any) -> list[Deployment]:

@@ -487,6 +487,15 @@ def test_a_lock_keeps_the_next_batch_back(fleet):
     assert fleet.run() == list(HOSTS[1:])
 
 
+def test_what_a_lock_holds_does_not_expire(fleet):
+    lock(fleet)
+    fleet.push(NEW)
+    fleet.c.passes(fleet.c.config.pending_expiry * 3)
+    unlock(fleet)
+    fleet.c.passes(fleet.c.config.pending_expiry - 1)
+    assert len(fleet.take()) == 4, "its time counts from the unlock"
+
+
 def test_a_lock_ends_by_itself(fleet):
     told = lock(fleet, **{"for": 7200})
     assert deploybot.unix_time(told["until"]) == fleet.c.clock.now() + 7200
