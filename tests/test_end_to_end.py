@@ -21,7 +21,7 @@ BUILD = """\
 set -e
 echo "building $DEPLOY_APP on $DEPLOY_HOST at $DEPLOY_COMMIT from $DEPLOY_BRANCH"
 while [ -e "$GATE/hold" ]; do sleep 0.05; done
-if [ -e broken ]; then echo "this build is broken" >&2; exit 3; fi
+if [ -e broken ] || [ "$DEPLOY_HOST" = "$(cat broken-on)" ]; then echo "this build is broken" >&2; exit 3; fi
 echo "page of $DEPLOY_COMMIT" > built.txt
 echo "built with $TOKEN_OF_A_REGISTRY"
 """
@@ -30,8 +30,8 @@ echo "built with $TOKEN_OF_A_REGISTRY"
 class Site:
     """A repository, a controller and an agent for each host."""
 
-    def __init__(self, folder):
-        self.folder, self.source, self.gate = folder, folder / "source", folder / "gate"
+    def __init__(self, folder, hosts=HOSTS, **more):
+        self.folder, self.source, self.gate, self.hosts = folder, folder / "source", folder / "gate", hosts
         self.gate.mkdir()
         plain = {name: value for name, value in os.environ.items() if not name.startswith(("DEPLOYBOT_", "GIT_"))}
         self.env = {**plain, "HOME": str(folder), "GIT_CONFIG_NOSYSTEM": "1", "NO_COLOR": "1"}
@@ -44,8 +44,8 @@ class Site:
         self.git("config", "user.name", "Ada")
         self.git("config", "user.email", "ada@example.com")
         app = {
-            "name": "web", "repo": "myorg/web", "clone_url": f"file://{self.source}", "hosts": HOSTS,
-            "deploy_on_push": True, "branches": ["main"], "build": ["./build.sh"],
+            "name": "web", "repo": "myorg/web", "clone_url": f"file://{self.source}", "hosts": hosts,
+            "deploy_on_push": True, "branches": ["main"], "build": ["./build.sh"], **more,
         }  # fmt: skip
         (folder / "apps.yaml").write_text(json.dumps({"apps": [app]}))
 
@@ -57,12 +57,12 @@ class Site:
         )  # fmt: skip
         found = wait_for(lambda: self.alive(process) and re.search(r"listens on \S+ port (\d+)", self.said(0)), LIMIT)
         self.api = Calls(int(found[1]))
-        for host in HOSTS:
+        for host in self.hosts:
             self.start(
                 "agent.py", "--url", self.api.url, "--hostname", host, "--workdir", str(folder / host),
                 "--git-protocols", "file", "--env-file", str(self.variables), "--allow-repo", "MyOrg/*",
             )  # fmt: skip
-        wait_for(lambda: {host["hostname"] for host in self.api.ok("GET", "/v1/hosts")["hosts"]} == set(HOSTS), LIMIT)
+        wait_for(lambda: {host["hostname"] for host in self.api.ok("GET", "/v1/hosts")["hosts"]} == set(self.hosts), LIMIT)
 
     def start(self, program, *arguments, **more):
         with open(self.folder / f"log-{len(self.processes)}", "wb") as log:
@@ -87,6 +87,7 @@ class Site:
         """The new commit of main."""
         (self.source / "build.sh").write_text(BUILD)
         (self.source / "build.sh").chmod(0o755)
+        (self.source / "broken-on").touch()
         for name, text in files.items():
             (self.source / name).write_text(text)
         self.git("add", "--all")
@@ -104,7 +105,7 @@ class Site:
             "X-GitHub-Event": "push", "X-GitHub-Delivery": commit, "X-Hub-Signature-256": deploybot.signature_of(SECRET, body)
         }  # fmt: skip
         status, answer = self.api.call("POST", "/v1/webhooks/github", body, headers)
-        assert status == 200 and len(answer["jobs_created"]) == 2, answer
+        assert status == 200 and len(answer["jobs_created"]) == len(self.hosts), answer
         return {self.api.job(job_id)["host"]: job_id for job_id in answer["jobs_created"]}
 
     def ended(self, jobs):
@@ -250,3 +251,54 @@ def check_ctl(site, first, second, failed):
     site.api.url = "http://127.0.0.1:1"
     code, _, errors = site.ctl("jobs")
     assert code == 3 and len(errors.splitlines()) == 1 and "http://127.0.0.1:1" in errors
+
+
+ROLLING = {"strategy": {"type": "rolling", "batch": 1}}
+
+
+@pytest.fixture
+def three(tmp_path):
+    made = Site(tmp_path, ("web-01", "web-02", "web-03"), **ROLLING)
+    try:
+        made.begin()
+        yield made
+    finally:
+        made.end()
+
+
+def rolled(site, **body):
+    """(the deployment at its end, {host: (status, reason)})."""
+    made = site.api.ok("POST", "/v1/deployments", {"app": "web", **body})["deployment"]
+    return at_end(site, made["id"])
+
+
+def at_end(site, deployment_id):
+    path = f"/v1/deployments/{deployment_id}"
+    found = wait_for(lambda: (one := site.api.ok("GET", path)["deployment"])["completed_at"] and one, LIMIT)
+    jobs = site.api.ok("GET", f"/v1/jobs?deployment_id={deployment_id}")["jobs"]
+    return found, {job["host"]: (job["status"], job["reason"]) for job in jobs}
+
+
+def test_a_rolling_deployment_stops_at_the_host_that_fails_and_can_be_rolled_back(three):
+    first = three.commit(page="one")
+    found, hosts = rolled(three, ref="main")
+    assert found["status"] == "success" and set(hosts.values()) == {("success", None)}
+
+    second = three.commit(**{"broken-on": "web-02"})
+    three.push(second)
+    found, hosts = at_end(three, three.api.ok("GET", "/v1/deployments?limit=1")["deployments"][0]["id"])
+    assert (found["status"], found["reason"]) == ("partial", "stopped: 1 failed of 3")
+    assert hosts == {"web-01": ("success", None), "web-02": ("failed", "exit_code"), "web-03": ("cancelled", "stopped")}
+    assert [three.page(host) for host in three.hosts] == [f"page of {commit}\n" for commit in (second, first, first)]
+
+    found, hosts = rolled(three, rollback=True, hosts=["web-01"])
+    assert (found["status"], found["ref"], hosts) == ("success", first, {"web-01": ("success", None)})
+    assert [three.page(host) for host in three.hosts] == [f"page of {first}\n"] * 3
+
+    third = three.commit(**{"broken-on": ""})  # a push to a locked app waits
+    three.push(third)
+    held = three.api.ok("GET", "/v1/deployments?limit=1")["deployments"][0]
+    assert (held["hold"], held["progress"]["held"]) == ("lock", 3)
+    assert three.api.ok("DELETE", "/v1/apps/web/lock")["deployments"] == [held["id"]]
+    assert at_end(three, held["id"])[0]["status"] == "success"
+    assert [three.page(host) for host in three.hosts] == [f"page of {third}\n"] * 3
