@@ -120,6 +120,7 @@ SHORT_SECRET = 20  # characters: shorter ones can be guessed
 ACCEPTS = 256  # connections that are accepted before the others go on
 RUSH = 2.0  # seconds of their time that the accepting may owe the others: thousands that connect at once cost 0.2 s
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
+COLUMNS = 80  # of a terminal
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
 
@@ -1047,31 +1048,6 @@ def is_path_pattern(text: str) -> str | None:
     if is_good and all(part == "**" or "**" not in part for part in parts):
         return None
     return "must be a pattern of paths such as web/** or **/*.md, where ** stands alone between slashes"
-
-
-def segment_expression(segment: str) -> str:
-    """Of what stands between two slashes. It matches in one way or none, so nothing is tried twice."""
-    first, *rest = ["".join("[^/]" if char == "?" else re.escape(char) for char in part) for part in re.split(r"\*+", segment)]
-    inner = "".join(f"(?>[^/]*?{part})" for part in rest[:-1])
-    return f"(?>{first}{inner}{f'[^/]*{rest[-1]}(?![^/])' if rest else ''})"
-
-
-def path_expression(pattern: str) -> str:
-    """** is any folders, or none; at the end, all that is in the folder. What stands behind it is looked for from the left, and where
-    it is found first no later place could be better: the time is proportional to the length of the path, whatever that is."""
-    runs = re.split(r"(?:^|/)\*\*(?:/\*\*)*(?:/|$)", pattern)
-    first, *others = ["/".join(map(segment_expression, run.split("/"))) if run else "" for run in runs]
-    if not others:
-        return first
-    *middle, last = others
-    found = "".join(f"(?>(?:[^/]*+/)*?{run}/)" for run in middle)
-    return (f"{first}/" if first else "") + found + (f"(?:[^/]*+/)*?{last}" if last else ".+")
-
-
-@functools.lru_cache(maxsize=1024)
-def path_form(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """What fullmatch()es a path that one of the patterns names."""
-    return re.compile("|".join(map(path_expression, patterns)), re.DOTALL)
 
 
 def seconds(value: Any) -> int:
@@ -2679,6 +2655,31 @@ def said(data: Any, name: str, limit: int) -> str:
     """A text that is nice to have: cut, and empty where it is missing."""
     value = data.get(name) if isinstance(data, dict) else None
     return value[:limit] if isinstance(value, str) else ""
+
+
+def segment_expression(segment: str) -> str:
+    """Of what stands between two slashes. It matches in one way or none, so nothing is tried twice."""
+    first, *rest = ["".join("[^/]" if char == "?" else re.escape(char) for char in part) for part in re.split(r"\*+", segment)]
+    inner = "".join(f"(?>[^/]*?{part})" for part in rest[:-1])
+    return f"(?>{first}{inner}{f'[^/]*{rest[-1]}(?![^/])' if rest else ''})"
+
+
+def path_expression(pattern: str) -> str:
+    """** is any folders, or none; at the end, all that is in the folder. What stands behind it is looked for from the left, and where
+    it is found first no later place could be better: the time is proportional to the length of the path, whatever that is."""
+    runs = re.split(r"(?:^|/)\*\*(?:/\*\*)*(?:/|$)", pattern)
+    first, *others = ["/".join(map(segment_expression, run.split("/"))) if run else "" for run in runs]
+    if not others:
+        return first
+    *middle, last = others
+    found = "".join(f"(?>(?:[^/]*+/)*?{run}/)" for run in middle)
+    return (f"{first}/" if first else "") + found + (f"(?:[^/]*+/)*?{last}" if last else ".+")
+
+
+@functools.lru_cache(maxsize=1024)
+def path_form(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """What fullmatch()es a path that one of the patterns names."""
+    return re.compile("|".join(map(path_expression, patterns)), re.DOTALL)
 
 
 def changed_files(data: Any) -> frozenset[str] | None:
@@ -4933,11 +4934,75 @@ def doctor(config: Config, _: pathlib.Path) -> int:
     return int(any(level == "FAIL" for level, _ in found))
 
 
+def as_duration(seconds: float) -> str:
+    """As apps.yaml says it: 5m for 300."""
+    unit = next((unit for unit in "dhms" if seconds % TIMES[unit] == 0), "ms")
+    return f"{round(seconds / TIMES[unit])}{unit}"
+
+
+def listed(words: Sequence[str], room: int) -> str:
+    """With commas between; those without room are counted."""
+    shown, text = list(words[:room]), ", ".join(words)
+    while len(text) > room and len(shown) > 1:
+        shown.pop()
+        text = f"{', '.join(shown)} and {len(words) - len(shown)} more"
+    return text
+
+
+def steps_of(app: App) -> str:
+    """What its strategy does, in words; of labels nobody knows yet how many hosts they are."""
+    strategy, share = app.strategy, f" ({app.strategy.batch})" if isinstance(app.strategy.batch, str) else ""
+    number = strategy.size(len(app.hosts))
+    batch = f"{number} host{'' if number == 1 else 's'} at a time{share}"
+    if share and app.labels:
+        batch = f"{strategy.batch} of the hosts at a time"
+    if strategy.batch == "100%":
+        batch = "all others at once" if strategy.canary else "all hosts at once"
+    pause = f"{as_duration(strategy.pause)}, " if strategy.pause else ""
+    return f"canary {strategy.canary}, {pause}then {batch}" if strategy.canary else batch
+
+
+def filters_of(app: App) -> Iterator[tuple[str, str]]:
+    if not app.deploy_on_push:
+        yield "deploys", "only when asked"
+        return
+    default = () if app.tags else ("the default branch",)
+    branches, tags = ", ".join(default if app.branches is None else app.branches), ", ".join(app.tags)
+    yield "deploys", "; ".join(words for words, names in ((f"pushes to {branches}", branches), (f"tags {tags}", tags)) if names)
+    yield "paths", ", ".join(app.paths)
+    yield "but not", ", ".join(app.ignore_paths)
+
+
+def rows_of(app: App, room: int) -> Iterator[tuple[str, str]]:
+    """What apps.yaml says of it; neither values of variables nor URLs of chats, which are secrets."""
+    most, check = app.strategy.max_failures, app.health_check
+    yield "from", app.clone_url
+    yield "hosts", listed(app.hosts, room)
+    yield "and with", listed(app.labels, room)
+    yield "order", steps_of(app)
+    yield (
+        "stops",
+        "" if most is None else f"at more than {most} failure{'' if most == 1 else 's'}" if most else "at the first failure",
+    )
+    yield from filters_of(app)
+    yield from ((name, json.dumps(said)) for name in ("build", "activate", "deploy") if (said := getattr(app, name)))
+    if check:
+        often = f"every {as_duration(check['interval'])}, {check['success']} in a row within {as_duration(check['timeout'])}"
+        yield "health", check.get("url") or json.dumps(check["command"])
+        yield "", often
+    yield "shared", listed(app.shared, room)
+    yield "env", listed(tuple(app.env), room)
+    yield from (("notify", f"{one['format']}: {', '.join(one['events'])}") for one in app.notify)
+
+
 def check_apps(_: Config, file: pathlib.Path) -> int:
-    """Says every mistake of a file, with its line; 0 where it has none."""
-    apps = apps_of(file)
+    """Says what a file means, or every mistake with its line; 0 where it has none. A terminal gets short lines, a program all."""
+    apps, room = apps_of(file), COLUMNS - 12 if sys.stdout.isatty() else MIB
     for app in apps:
-        print(f"{app.name}: {app.repo} to {', '.join(app.hosts)}, {'on push' if app.deploy_on_push else 'when asked'}")
+        print(f"{app.name}: {app.repo}")
+        for name, said in rows_of(app, room):
+            if said:
+                print(f"  {name:<9} {said if len(said) <= room else said[: room - 3] + '...'}")
     print(f"{file} is good: {len(apps)} app{'' if len(apps) == 1 else 's'}")
     return 0
 
