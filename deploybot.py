@@ -979,17 +979,22 @@ class Entry(Fields):
         """The fields of the mapping that stands there."""
         return Entry(self.data[name], known, f"{self.prefix}{name}.", self.problems)
 
+    def model(self, model: Any) -> Any:
+        found = model.read(self)
+        found.check(self)
+        return found
+
     def part(self, name: str, model: Any) -> Any:
-        return None if self.take(name, Located, "a mapping", False) is None else model.of(self.within(name, readers(model).keys()))
+        found = self.take(name, Located, "a mapping", False)
+        return None if found is None else self.within(name, readers(model).keys()).model(model)
 
     def parts(self, name: str, model: Any) -> list[Any]:
-        found = []
-        for index, value in enumerate(self.take(name, list, "a list of mappings", False) or ()):
-            if isinstance(value, Located):
-                found.append(model.of(Entry(value, readers(model).keys(), f"{self.prefix}{name}[{index}].", self.problems)))
-            else:
-                self.wrong(name, "each must be a mapping")
-        return found
+        values = self.take(name, list, "a list of mappings", False) or []
+        if not all(isinstance(value, Located) for value in values):
+            self.wrong(name, "each must be a mapping")
+            return []
+        named = [(f"{self.prefix}{name}[{index}].", value) for index, value in enumerate(values)]
+        return [Entry(value, readers(model).keys(), prefix, self.problems).model(model) for prefix, value in named]
 
     def variables(self, name: str) -> dict[str, str]:
         """Of an environment. Values must be texts, as YAML reads 010 as 8 and `on` as true; no error repeats one."""
@@ -1002,13 +1007,7 @@ class Entry(Fields):
 
 
 class Part(Model):
-    """A model of apps.yaml, which may know what does not go together."""
-
-    @classmethod
-    def of(cls, entry: Entry) -> Self:
-        part = cls.read(entry)
-        part.check(entry)
-        return part
+    """A model of apps.yaml."""
 
     def check(self, entry: Entry) -> None:
         """Tells `entry` what does not go together."""
@@ -1080,16 +1079,10 @@ def batch(value: Any) -> int | str:
 
 def web_url(value: Any) -> str:
     """No error repeats it: who knows the URL of a chat's webhook can write there."""
-    message = "must be a URL that starts with http:// or https://"
-    if type(value) is not str or not re.fullmatch("https?://[!-~]{1,2040}", value):
-        raise ValueError(message)
-    try:
-        has_host = bool(urllib.parse.urlsplit(value).hostname)
-    except ValueError:
-        has_host = False
-    if not has_host:
-        raise ValueError(message)
-    return value
+    with contextlib.suppress(ValueError):
+        if type(value) is str and re.fullmatch("https?://[!-~]{1,2040}", value) and urllib.parse.urlsplit(value).hostname:
+            return value
+    raise ValueError("must be a URL that starts with http:// or https://")
 
 
 is_label = matches(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=[A-Za-z0-9._:/@+-]{1,63}", "a label such as role=edge")
@@ -1112,7 +1105,7 @@ def is_shared(text: str) -> str | None:
     return "must be a path within the release, such as .env or uploads/"
 
 
-@dataclasses.dataclass(slots=True, frozen=True)
+@dataclasses.dataclass(slots=True, unsafe_hash=True)
 class Strategy(Part):
     """In which order the hosts of an app get a commit. `canary` first, alone; then, `pause` seconds after its success, a batch at a
     time. More failures than `max_failures` stop what has not begun; None: no number does. All at once is a batch of 100%."""
@@ -1124,11 +1117,10 @@ class Strategy(Part):
     max_failures: int | None = field(Fields.integer, 0, MAX_BATCH)
 
     def __post_init__(self) -> None:
-        is_rolling = self.type == "rolling" or (self.type != "parallel" and bool(self.batch))
-        fixed = ("rolling", self.batch or 1) if is_rolling else ("parallel", "100%")
-        failures = 0 if is_rolling and self.max_failures is None else self.max_failures
-        for name, value in zip(("type", "batch", "max_failures"), (*fixed, failures), strict=True):
-            object.__setattr__(self, name, value)
+        if self.type == "rolling" or (not self.type and self.batch):
+            self.type, self.batch, self.max_failures = "rolling", self.batch or 1, self.max_failures or 0
+        else:
+            self.type, self.batch = "parallel", "100%"
 
     def check(self, entry: Entry) -> None:
         if entry.data.get("type") == "parallel" and entry.data.get("batch") is not None:
@@ -1152,9 +1144,11 @@ class HealthCheck(Part):
     success: int = field(Fields.integer, 1, 100, default=1)  # times in a row
 
     def check(self, entry: Entry) -> None:
-        asked = [name for name in ("url", "command") if entry.data.get(name) is not None]
-        if len(asked) != 1:
-            entry.wrong(*(("command", "stands instead of url; keep one") if asked else ("url", "is required, or a command")))
+        url, command = entry.data.get("url"), entry.data.get("command")
+        if url is not None and command is not None:
+            entry.wrong("command", "stands instead of url; keep one")
+        elif url is command:
+            entry.wrong("url", "is required, or a command")
 
 
 @dataclasses.dataclass(slots=True)
@@ -1173,11 +1167,6 @@ def plain(part: Any) -> Any:
     return {name: value for name, value in dataclasses.asdict(part).items() if value is not None}
 
 
-def texts(*how: Any, default: Any = ()) -> Any:
-    """A field that is a list of strings."""
-    return field(Fields.texts, *how, default=default)
-
-
 @dataclasses.dataclass(slots=True)
 class App(Part):
     name: str = field(Fields.text, is_app, required=True)
@@ -1185,7 +1174,7 @@ class App(Part):
     hosts: tuple[str, ...] = field(Fields.texts, is_target, required=True)  # as they stand; in force: names alone, sorted
     clone_url: str = field(Fields.read, clone_url, default="")
     deploy_on_push: bool = field(Fields.boolean, default=False)
-    branches: tuple[str, ...] | None = texts(is_pattern, default=None)  # None: the repository's default branch
+    branches: tuple[str, ...] | None = field(Fields.texts, is_pattern)  # None: the repository's default branch
     build: list[str] | str | None = field(Fields.read, command)
     activate: list[str] | str | None = field(Fields.read, command)
     deploy: list[str] | str | None = field(Fields.read, command)
@@ -1195,11 +1184,11 @@ class App(Part):
     webhook_secrets: tuple[str, ...] = ()  # that sign its pushes; none: the one of the whole controller
     spec: str = ""  # what the agent needs, as JSON: frozen into each job when it is made
     labels: tuple[str, ...] = ()  # KEY=VALUE: hosts whose agents have registered with that, beside `hosts`
-    tags: tuple[str, ...] = texts(is_pattern)
-    paths: tuple[str, ...] = texts(is_path_pattern)  # only pushes that change one of these
-    ignore_paths: tuple[str, ...] = texts(is_path_pattern)  # no push that changes nothing else
+    tags: tuple[str, ...] = field(Fields.texts, is_pattern, default=())
+    paths: tuple[str, ...] = field(Fields.texts, is_path_pattern, default=())  # only pushes that change one of these
+    ignore_paths: tuple[str, ...] = field(Fields.texts, is_path_pattern, default=())  # no push that changes nothing else
     strategy: Strategy = field(Entry.part, Strategy, default=Strategy())
-    shared: tuple[str, ...] = texts(is_shared)
+    shared: tuple[str, ...] = field(Fields.texts, is_shared, default=())
     env: dict[str, str] = field(Entry.variables)
     keep_releases: int = field(Fields.integer, 1, 1000, default=5)
     health_check: dict[str, Any] | None = field(Entry.part, HealthCheck, then=plain)
@@ -1351,7 +1340,7 @@ def settle(app: App, entry: Entry, groups: Mapping[str, Sequence[str]], folder: 
     app.labels = tuple(sorted(name for name in names if "=" in name))
     app.hosts = tuple(sorted({lower(name) for name in names if "=" not in name and not name.startswith("@")}))
     canary = app.strategy.canary
-    if canary and canary not in app.hosts and all(name != "hosts" for name, _ in entry.errors):
+    if canary and canary not in app.hosts and not is_host(canary) and all(name != "hosts" for name, _ in entry.errors):
         entry.within("strategy").wrong("canary", f"{canary} is none of the hosts that {app.name} names{nearest(canary, app.hosts)}")
     if app.webhook_secret_file:
         app.webhook_secrets = entry.read("webhook_secret_file", functools.partial(signing_secrets, folder)) or ()
@@ -1393,7 +1382,7 @@ def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
             top.wrong("apps", "each must be a mapping with name, repo and hosts")
             continue
         entry = Entry(with_defaults(value, defaults), readers(App).keys(), "", top.problems)
-        app = App.of(entry)
+        app = entry.model(App)
         settle(app, entry, groups, folder)
         if not entry.errors and apps.setdefault(app.name, app) is not app:
             entry.wrong("name", f"{app.name} stands here twice")
