@@ -120,6 +120,7 @@ SHORT_SECRET = 20  # characters: shorter ones can be guessed
 ACCEPTS = 256  # connections that are accepted before the others go on
 RUSH = 2.0  # seconds of their time that the accepting may owe the others: thousands that connect at once cost 0.2 s
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
+COLUMNS = 80  # of a terminal
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
 
@@ -1123,17 +1124,22 @@ class Entry(Fields):
         """The fields of the mapping that stands there."""
         return Entry(self.data[name], known, f"{self.prefix}{name}.", self.problems)
 
+    def model(self, model: Any) -> Any:
+        found = model.read(self)
+        found.check(self)
+        return found
+
     def part(self, name: str, model: Any) -> Any:
-        return None if self.take(name, Located, "a mapping", False) is None else model.of(self.within(name, readers(model).keys()))
+        found = self.take(name, Located, "a mapping", False)
+        return None if found is None else self.within(name, readers(model).keys()).model(model)
 
     def parts(self, name: str, model: Any) -> list[Any]:
-        found = []
-        for index, value in enumerate(self.take(name, list, "a list of mappings", False) or ()):
-            if isinstance(value, Located):
-                found.append(model.of(Entry(value, readers(model).keys(), f"{self.prefix}{name}[{index}].", self.problems)))
-            else:
-                self.wrong(name, "each must be a mapping")
-        return found
+        values = self.take(name, list, "a list of mappings", False) or []
+        if not all(isinstance(value, Located) for value in values):
+            self.wrong(name, "each must be a mapping")
+            return []
+        named = [(f"{self.prefix}{name}[{index}].", value) for index, value in enumerate(values)]
+        return [Entry(value, readers(model).keys(), prefix, self.problems).model(model) for prefix, value in named]
 
     def variables(self, name: str) -> dict[str, str]:
         """Of an environment. Values must be texts, as YAML reads 010 as 8 and `on` as true; no error repeats one."""
@@ -1146,13 +1152,7 @@ class Entry(Fields):
 
 
 class Part(Model):
-    """A model of apps.yaml, which may know what does not go together."""
-
-    @classmethod
-    def of(cls, entry: Entry) -> Self:
-        part = cls.read(entry)
-        part.check(entry)
-        return part
+    """A model of apps.yaml."""
 
     def check(self, entry: Entry) -> None:
         """Tells `entry` what does not go together."""
@@ -1194,31 +1194,6 @@ def is_path_pattern(text: str) -> str | None:
     return "must be a pattern of paths such as web/** or **/*.md, where ** stands alone between slashes"
 
 
-def segment_expression(segment: str) -> str:
-    """Of what stands between two slashes. It matches in one way or none, so nothing is tried twice."""
-    first, *rest = ["".join("[^/]" if char == "?" else re.escape(char) for char in part) for part in re.split(r"\*+", segment)]
-    inner = "".join(f"(?>[^/]*?{part})" for part in rest[:-1])
-    return f"(?>{first}{inner}{f'[^/]*{rest[-1]}(?![^/])' if rest else ''})"
-
-
-def path_expression(pattern: str) -> str:
-    """** is any folders, or none; at the end, all that is in the folder. What stands behind it is looked for from the left, and where
-    it is found first no later place could be better: the time is proportional to the length of the path, whatever that is."""
-    runs = re.split(r"(?:^|/)\*\*(?:/\*\*)*(?:/|$)", pattern)
-    first, *others = ["/".join(map(segment_expression, run.split("/"))) if run else "" for run in runs]
-    if not others:
-        return first
-    *middle, last = others
-    found = "".join(f"(?>(?:[^/]*+/)*?{run}/)" for run in middle)
-    return (f"{first}/" if first else "") + found + (f"(?:[^/]*+/)*?{last}" if last else ".+")
-
-
-@functools.lru_cache(maxsize=1024)
-def path_form(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """What fullmatch()es a path that one of the patterns names."""
-    return re.compile("|".join(map(path_expression, patterns)), re.DOTALL)
-
-
 def seconds(value: Any) -> int:
     found = duration(str(value))
     if not 1 <= found <= MAX_TIMEOUT:
@@ -1249,16 +1224,10 @@ def batch(value: Any) -> int | str:
 
 def web_url(value: Any) -> str:
     """No error repeats it: who knows the URL of a chat's webhook can write there."""
-    message = "must be a URL that starts with http:// or https://"
-    if type(value) is not str or not re.fullmatch("https?://[!-~]{1,2040}", value):
-        raise ValueError(message)
-    try:
-        has_host = bool(urllib.parse.urlsplit(value).hostname)
-    except ValueError:
-        has_host = False
-    if not has_host:
-        raise ValueError(message)
-    return value
+    with contextlib.suppress(ValueError):
+        if type(value) is str and re.fullmatch("https?://[!-~]{1,2040}", value) and urllib.parse.urlsplit(value).hostname:
+            return value
+    raise ValueError("must be a URL that starts with http:// or https://")
 
 
 is_label = matches(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=[A-Za-z0-9._:/@+-]{1,63}", "a label such as role=edge")
@@ -1281,7 +1250,7 @@ def is_shared(text: str) -> str | None:
     return "must be a path within the release, such as .env or uploads/"
 
 
-@dataclasses.dataclass(slots=True, frozen=True)
+@dataclasses.dataclass(slots=True, unsafe_hash=True)
 class Strategy(Part):
     """In which order the hosts of an app get a commit. `canary` first, alone; then, `pause` seconds after its success, a batch at a
     time. More failures than `max_failures` stop what has not begun; None: no number does. All at once is a batch of 100%."""
@@ -1293,11 +1262,10 @@ class Strategy(Part):
     max_failures: int | None = field(Fields.integer, 0, MAX_BATCH)
 
     def __post_init__(self) -> None:
-        is_rolling = self.type == "rolling" or (self.type != "parallel" and bool(self.batch))
-        fixed = ("rolling", self.batch or 1) if is_rolling else ("parallel", "100%")
-        failures = 0 if is_rolling and self.max_failures is None else self.max_failures
-        for name, value in zip(("type", "batch", "max_failures"), (*fixed, failures), strict=True):
-            object.__setattr__(self, name, value)
+        if self.type == "rolling" or (not self.type and self.batch):
+            self.type, self.batch, self.max_failures = "rolling", self.batch or 1, self.max_failures or 0
+        else:
+            self.type, self.batch = "parallel", "100%"
 
     def check(self, entry: Entry) -> None:
         if entry.data.get("type") == "parallel" and entry.data.get("batch") is not None:
@@ -1321,9 +1289,11 @@ class HealthCheck(Part):
     success: int = field(Fields.integer, 1, 100, default=1)  # times in a row
 
     def check(self, entry: Entry) -> None:
-        asked = [name for name in ("url", "command") if entry.data.get(name) is not None]
-        if len(asked) != 1:
-            entry.wrong(*(("command", "stands instead of url; keep one") if asked else ("url", "is required, or a command")))
+        url, command = entry.data.get("url"), entry.data.get("command")
+        if url is not None and command is not None:
+            entry.wrong("command", "stands instead of url; keep one")
+        elif url is command:
+            entry.wrong("url", "is required, or a command")
 
 
 @dataclasses.dataclass(slots=True)
@@ -1342,11 +1312,6 @@ def plain(part: Any) -> Any:
     return {name: value for name, value in dataclasses.asdict(part).items() if value is not None}
 
 
-def texts(*how: Any, default: Any = ()) -> Any:
-    """A field that is a list of strings."""
-    return field(Fields.texts, *how, default=default)
-
-
 @dataclasses.dataclass(slots=True)
 class App(Part):
     name: str = field(Fields.text, is_app, required=True)
@@ -1354,7 +1319,7 @@ class App(Part):
     hosts: tuple[str, ...] = field(Fields.texts, is_target, required=True)  # as they stand; in force: names alone, sorted
     clone_url: str = field(Fields.read, clone_url, default="")
     deploy_on_push: bool = field(Fields.boolean, default=False)
-    branches: tuple[str, ...] | None = texts(is_pattern, default=None)  # None: the repository's default branch
+    branches: tuple[str, ...] | None = field(Fields.texts, is_pattern)  # None: the repository's default branch
     build: list[str] | str | None = field(Fields.read, command)
     activate: list[str] | str | None = field(Fields.read, command)
     deploy: list[str] | str | None = field(Fields.read, command)
@@ -1364,11 +1329,11 @@ class App(Part):
     webhook_secrets: tuple[str, ...] = ()  # that sign its pushes; none: the one of the whole controller
     spec: str = ""  # what the agent needs, as JSON: frozen into each job when it is made
     labels: tuple[str, ...] = ()  # KEY=VALUE: hosts whose agents have registered with that, beside `hosts`
-    tags: tuple[str, ...] = texts(is_pattern)
-    paths: tuple[str, ...] = texts(is_path_pattern)  # only pushes that change one of these
-    ignore_paths: tuple[str, ...] = texts(is_path_pattern)  # no push that changes nothing else
+    tags: tuple[str, ...] = field(Fields.texts, is_pattern, default=())
+    paths: tuple[str, ...] = field(Fields.texts, is_path_pattern, default=())  # only pushes that change one of these
+    ignore_paths: tuple[str, ...] = field(Fields.texts, is_path_pattern, default=())  # no push that changes nothing else
     strategy: Strategy = field(Entry.part, Strategy, default=Strategy())
-    shared: tuple[str, ...] = texts(is_shared)
+    shared: tuple[str, ...] = field(Fields.texts, is_shared, default=())
     env: dict[str, str] = field(Entry.variables)
     keep_releases: int = field(Fields.integer, 1, 1000, default=5)
     health_check: dict[str, Any] | None = field(Entry.part, HealthCheck, then=plain)
@@ -1520,7 +1485,7 @@ def settle(app: App, entry: Entry, groups: Mapping[str, Sequence[str]], folder: 
     app.labels = tuple(sorted(name for name in names if "=" in name))
     app.hosts = tuple(sorted({lower(name) for name in names if "=" not in name and not name.startswith("@")}))
     canary = app.strategy.canary
-    if canary and canary not in app.hosts and all(name != "hosts" for name, _ in entry.errors):
+    if canary and canary not in app.hosts and not is_host(canary) and all(name != "hosts" for name, _ in entry.errors):
         entry.within("strategy").wrong("canary", f"{canary} is none of the hosts that {app.name} names{nearest(canary, app.hosts)}")
     if app.webhook_secret_file:
         app.webhook_secrets = entry.read("webhook_secret_file", functools.partial(signing_secrets, folder)) or ()
@@ -1562,7 +1527,7 @@ def apps_in(document: Any, folder: pathlib.Path) -> tuple[App, ...]:
             top.wrong("apps", "each must be a mapping with name, repo and hosts")
             continue
         entry = Entry(with_defaults(value, defaults), readers(App).keys(), "", top.problems)
-        app = App.of(entry)
+        app = entry.model(App)
         settle(app, entry, groups, folder)
         if not entry.errors and apps.setdefault(app.name, app) is not app:
             entry.wrong("name", f"{app.name} stands here twice")
@@ -2962,6 +2927,31 @@ def said(data: Any, name: str, limit: int) -> str:
     """A text that is nice to have: cut, and empty where it is missing."""
     value = data.get(name) if isinstance(data, dict) else None
     return value[:limit] if isinstance(value, str) else ""
+
+
+def segment_expression(segment: str) -> str:
+    """Of what stands between two slashes. It matches in one way or none, so nothing is tried twice."""
+    first, *rest = ["".join("[^/]" if char == "?" else re.escape(char) for char in part) for part in re.split(r"\*+", segment)]
+    inner = "".join(f"(?>[^/]*?{part})" for part in rest[:-1])
+    return f"(?>{first}{inner}{f'[^/]*{rest[-1]}(?![^/])' if rest else ''})"
+
+
+def path_expression(pattern: str) -> str:
+    """** is any folders, or none; at the end, all that is in the folder. What stands behind it is looked for from the left, and where
+    it is found first no later place could be better: the time is proportional to the length of the path, whatever that is."""
+    runs = re.split(r"(?:^|/)\*\*(?:/\*\*)*(?:/|$)", pattern)
+    first, *others = ["/".join(map(segment_expression, run.split("/"))) if run else "" for run in runs]
+    if not others:
+        return first
+    *middle, last = others
+    found = "".join(f"(?>(?:[^/]*+/)*?{run}/)" for run in middle)
+    return (f"{first}/" if first else "") + found + (f"(?:[^/]*+/)*?{last}" if last else ".+")
+
+
+@functools.lru_cache(maxsize=1024)
+def path_form(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    """What fullmatch()es a path that one of the patterns names."""
+    return re.compile("|".join(map(path_expression, patterns)), re.DOTALL)
 
 
 def changed_files(data: Any) -> frozenset[str] | None:
@@ -5750,11 +5740,75 @@ def doctor(config: Config, _: pathlib.Path) -> int:
     return int(any(level == "FAIL" for level, _ in found))
 
 
+def as_duration(seconds: float) -> str:
+    """As apps.yaml says it: 5m for 300."""
+    unit = next((unit for unit in "dhms" if seconds % TIMES[unit] == 0), "ms")
+    return f"{round(seconds / TIMES[unit])}{unit}"
+
+
+def listed(words: Sequence[str], room: int) -> str:
+    """With commas between; those without room are counted."""
+    shown, text = list(words[:room]), ", ".join(words)
+    while len(text) > room and len(shown) > 1:
+        shown.pop()
+        text = f"{', '.join(shown)} and {len(words) - len(shown)} more"
+    return text
+
+
+def steps_of(app: App) -> str:
+    """What its strategy does, in words; of labels nobody knows yet how many hosts they are."""
+    strategy, share = app.strategy, f" ({app.strategy.batch})" if isinstance(app.strategy.batch, str) else ""
+    number = strategy.size(len(app.hosts))
+    batch = f"{number} host{'' if number == 1 else 's'} at a time{share}"
+    if share and app.labels:
+        batch = f"{strategy.batch} of the hosts at a time"
+    if strategy.batch == "100%":
+        batch = "all others at once" if strategy.canary else "all hosts at once"
+    pause = f"{as_duration(strategy.pause)}, " if strategy.pause else ""
+    return f"canary {strategy.canary}, {pause}then {batch}" if strategy.canary else batch
+
+
+def filters_of(app: App) -> Iterator[tuple[str, str]]:
+    if not app.deploy_on_push:
+        yield "deploys", "only when asked"
+        return
+    default = () if app.tags else ("the default branch",)
+    branches, tags = ", ".join(default if app.branches is None else app.branches), ", ".join(app.tags)
+    yield "deploys", "; ".join(words for words, names in ((f"pushes to {branches}", branches), (f"tags {tags}", tags)) if names)
+    yield "paths", ", ".join(app.paths)
+    yield "but not", ", ".join(app.ignore_paths)
+
+
+def rows_of(app: App, room: int) -> Iterator[tuple[str, str]]:
+    """What apps.yaml says of it; neither values of variables nor URLs of chats, which are secrets."""
+    most, check = app.strategy.max_failures, app.health_check
+    yield "from", app.clone_url
+    yield "hosts", listed(app.hosts, room)
+    yield "and with", listed(app.labels, room)
+    yield "order", steps_of(app)
+    yield (
+        "stops",
+        "" if most is None else f"at more than {most} failure{'' if most == 1 else 's'}" if most else "at the first failure",
+    )
+    yield from filters_of(app)
+    yield from ((name, json.dumps(said)) for name in ("build", "activate", "deploy") if (said := getattr(app, name)))
+    if check:
+        often = f"every {as_duration(check['interval'])}, {check['success']} in a row within {as_duration(check['timeout'])}"
+        yield "health", check.get("url") or json.dumps(check["command"])
+        yield "", often
+    yield "shared", listed(app.shared, room)
+    yield "env", listed(tuple(app.env), room)
+    yield from (("notify", f"{one['format']}: {', '.join(one['events'])}") for one in app.notify)
+
+
 def check_apps(_: Config, file: pathlib.Path) -> int:
-    """Says every mistake of a file, with its line; 0 where it has none."""
-    apps = apps_of(file)
+    """Says what a file means, or every mistake with its line; 0 where it has none. A terminal gets short lines, a program all."""
+    apps, room = apps_of(file), COLUMNS - 12 if sys.stdout.isatty() else MIB
     for app in apps:
-        print(f"{app.name}: {app.repo} to {', '.join(app.hosts)}, {'on push' if app.deploy_on_push else 'when asked'}")
+        print(f"{app.name}: {app.repo}")
+        for name, said in rows_of(app, room):
+            if said:
+                print(f"  {name:<9} {said if len(said) <= room else said[: room - 3] + '...'}")
     print(f"{file} is good: {len(apps)} app{'' if len(apps) == 1 else 's'}")
     return 0
 

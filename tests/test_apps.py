@@ -670,14 +670,86 @@ def run(*arguments):
 
 def test_check_apps_says_what_would_be_taken(tmp_path):
     path = tmp_path / "apps.yaml"
-    path.write_text(FULL)
+    path.write_text(
+        as_yaml({**WHOLE, "apps": [*WHOLE["apps"], ENTRY | {"name": "asked", "health_check": {"command": ["curl", "x"]}}]})
+    )
     done = run("check-apps", path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [
-        "api: myorg/api to api-01, when asked",
-        "web-frontend: MyOrg/web-frontend to web-01.example.com, web-02.example.com, on push",
-        f"{path} is good: 2 apps",
-    ]
+    assert (
+        done.stdout
+        == f"""\
+asked: myorg/web
+  from      https://github.com/myorg/web.git
+  hosts     web-01
+  order     all hosts at once
+  deploys   only when asked
+  health    ["curl", "x"]
+            every 2s, 1 in a row within 1m
+web: myorg/web
+  from      git@github.com:myorg/web.git
+  hosts     db-01, web-01, web-02, x-1
+  and with  role=Edge
+  order     canary web-01, 5m, then 25% of the hosts at a time
+  stops     at the first failure
+  deploys   pushes to main; tags v*
+  paths     web/**
+  but not   **/*.md
+  build     ["npm", "ci"]
+  activate  "systemctl restart web"
+  health    http://127.0.0.1:3000/health
+            every 200ms, 2 in a row within 1m
+  shared    .env, uploads/
+  env       NODE_ENV
+  notify    slack: failed, recovered
+  notify    json: failed, recovered
+{path} is good: 2 apps
+"""
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        ({"strategy": {"canary": "h1"}}, "order     canary h1, then all others at once"),
+        ({"strategy": {"canary": "h1", "batch": "25%", "pause": "90s"}}, "order     canary h1, 90s, then 2 hosts at a time (25%)"),
+        ({"strategy": {"batch": 1}}, "order     1 host at a time"),
+        ({"strategy": {"batch": "1%", "max_failures": 1}}, "order     1 host at a time (1%)"),
+        ({"strategy": {"batch": "100%"}}, "order     all hosts at once"),
+        ({"strategy": {"batch": 3}, "hosts": ["a=b"]}, "order     3 hosts at a time"),
+        ({"strategy": {"batch": "30%"}, "hosts": ["a=b"]}, "order     30% of the hosts at a time"),
+        ({"strategy": {"batch": 2, "max_failures": 1}}, "stops     at more than 1 failure"),
+        ({"strategy": {"max_failures": 2}}, "stops     at more than 2 failures"),
+        ({"deploy_on_push": True}, "deploys   pushes to the default branch"),
+        ({"deploy_on_push": True, "tags": ["v*"]}, "deploys   tags v*"),
+        ({"deploy_on_push": True, "paths": ["a", "b/**"]}, "paths     a, b/**"),
+        ({"build": "é\n\x1b[31m"}, 'build     "\\u00e9\\n\\u001b[31m"'),
+        ({"build": "x" * 200}, 'build     "' + "x" * 64 + "..."),
+        (
+            {"hosts": [f"web-{n:03}.example.com" for n in range(500)]},
+            "hosts     web-000.example.com, web-001.example.com and 498 more",
+        ),
+        ({"hosts": ["x" * 60 + "." + "y" * 60]}, "hosts     " + "x" * 60 + ".yyyy..."),
+        ({"hosts": ["a", "b"] + ["x" * 60 + "." + "y" * 60]}, "hosts     a, b and 1 more"),
+        (
+            {"env": {f"VARIABLE_{n}": "s3cr3t" for n in range(9)}},
+            "env       VARIABLE_0, VARIABLE_1, VARIABLE_2, VARIABLE_3 and 5 more",
+        ),
+    ],
+    ids=str,
+)
+def test_check_apps_fits_in_80_columns(tmp_path, capsys, monkeypatch, more, line):
+    """Of a terminal: a program gets all."""
+    path = tmp_path / "a"
+    path.write_text(entry(**{"hosts": [f"h{n}" for n in range(8)], "notify": [HOOK], **more}))
+    assert deploybot.main(["check-apps", str(path)]) == 0
+    whole = capsys.readouterr().out
+    assert "..." not in whole and " more" not in whole.replace("more than", "")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert deploybot.main(["check-apps", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"  {line}" in out.splitlines()
+    assert max(map(len, out.splitlines()[:-1])) <= 80
+    assert out.isascii() and "s3cr3t" not in out
 
 
 def check(path, capsys):

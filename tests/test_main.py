@@ -441,7 +441,7 @@ def test_a_start_that_cannot_be_is_one_line(run, tmp_path):
 def test_check_apps(tmp_path):
     (tmp_path / "good.yaml").write_text(json.dumps(GOOD))
     code, out, errors = deploybot_py(tmp_path, "check-apps", "good.yaml")
-    assert (code, errors) == (0, []) and "app: myorg/app to web-01" in out and "1 app" in out
+    assert (code, errors) == (0, []) and "app: myorg/app" in out and "web-01" in out and "1 app" in out
     (tmp_path / "bad.yaml").write_text("apps:\n  - name: a\n    repo: x\n    hosst: []\n")
     code, out, errors = deploybot_py(tmp_path, "check-apps", "bad.yaml")
     assert (code, out) == (1, "") and len(errors) == 3
