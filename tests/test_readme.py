@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 import deploybot
 
@@ -200,6 +201,29 @@ def test_the_lines_about_tokens_do_what_they_say(make_controller):
     made = {token["name"]: token for token in controller.ok("GET", "/v1/tokens")["tokens"]}
     assert "alice" in made and "ci-web" not in made
     assert "web-03.example.com" in {token["host"] for token in made.values()}
+
+
+def scripts_of_ci():
+    """The shell of each example: the block itself, the step of GitHub Actions, the script of GitLab CI."""
+    text = section("From any CI")
+    actions, gitlab = (yaml.safe_load(block) for block in blocks(text, "yaml"))
+    return blocks(text, "sh")[:1] + [actions["jobs"]["deploy"]["steps"][0]["run"], "\n".join(gitlab["deploy"]["script"])]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_each_ci_deploys_with_the_token_of_one_app(make_controller, number):
+    controller = make_controller(open=False, token="dbt_admin")
+    controller.set_app(name="web-frontend", repo="myorg/web-frontend", hosts=["web-01.example.com"])
+    controller.token = "dbt_admin"
+    secret = controller.ok("POST", "/v1/tokens", {"name": "ci", "role": "operator", "app": "web-frontend"})["secret"]
+    names = {"COMMIT": "c" * 40, "GITHUB_SHA": "c" * 40, "CI_COMMIT_SHA": "c" * 40}
+    names |= {"GITHUB_REF_NAME": "main", "CI_COMMIT_REF_NAME": "main"}
+    environment = os.environ | names | {"DEPLOYBOT_URL": controller.url, "DEPLOYBOT_TOKEN": secret}
+    command = ["sh", "-euc", scripts_of_ci()[number]]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (made,) = controller.ok("GET", "/v1/deployments")["deployments"]
+    assert (made["kind"], made["ref"], made["branch"], made["created_by"]) == ("hook", "c" * 40, "main", "ci")
 
 
 @pytest.mark.parametrize("name, language", [("nginx.conf", "nginx"), ("Caddyfile", "text")])
