@@ -213,9 +213,12 @@ def build_parser():
 
 
 def is_web_url(text):
-    """http(s), a host, no password, no fragment, nothing that a request line could not hold."""
-    found = re.fullmatch(r"https?://(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::([0-9]{1,5}))?(?:/[!-\"$-~]*)?", text)
-    return bool(found) and 0 < int(found[1] or 80) < 65536
+    """http(s), a host, no user, no fragment, nothing that a request line could not hold."""
+    try:
+        port = urlsplit(text).port
+    except ValueError:
+        return False
+    return port != 0 and bool(re.fullmatch(r"https?://(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]+)?(/[!-\"$-~]*)?", text))
 
 
 def is_loopback(url):
@@ -394,7 +397,7 @@ def short_ref(ref):
     return ref[:8] if COMMIT.fullmatch(ref or "") else ref
 
 
-def outcome(deployment):
+def story(deployment):
     """failed: 1 of 3 hosts succeeded, 2 failed: the canary failed"""
     progress = deployment.get("progress") or {}
     known = deployment.get("hosts") and deployment["status"] != "pending"
@@ -414,7 +417,7 @@ def github_messages(app, deployment, link):
         return []
     state, phase = STATES[deployment["status"]]
     phase = "inactive" if deployment.get("superseded_by") else phase
-    text = re.sub(r"[^\0-\uffff]", "?", brief(outcome(deployment), DESCRIPTION_MOST))  # GitHub has refused what is beyond
+    text = re.sub(r"[^\0-\uffff]", "?", brief(story(deployment), DESCRIPTION_MOST))  # GitHub has refused what is beyond
     status = {"state": state, "context": f"deploybot/{app.name}", "description": text, **({"target_url": link} if link else {})}
     create = {"ref": deployment["ref"], "environment": app.name, "auto_merge": False, "required_contexts": []}
     create |= {"description": f"DeployBot: {app.name}", "payload": {"deploybot_id": deployment["id"]}}
@@ -437,7 +440,7 @@ def slack_body(event, deployment, link, since, now):
     headline = f"{deployment['app']} {EVENT_WORDS.get(event) or STATUS_WORDS[deployment['status']]}{stuck}"
     of, by = deployment.get("branch"), deployment.get("created_by")
     what = f"{short_ref(deployment.get('ref')) or 'rollback'}{f' of {of}' if of else ''}{f' by {by}' if by else ''}"
-    rest = f"{slack_text(what)}\n{slack_text(outcome(deployment))}" + (f"\n<{slack_text(link)}|details>" if link else "")
+    rest = f"{slack_text(what)}\n{slack_text(story(deployment))}" + (f"\n<{slack_text(link)}|details>" if link else "")
     block = {"type": "mrkdwn", "text": f"*{slack_text(headline)}*\n{rest}", "verbatim": True}
     return {"text": f"{slack_text(headline)}: {slack_text(what)}", "blocks": [{"type": "section", "text": block}]}
 
@@ -601,7 +604,7 @@ class Receiver:
         self._failures += 1
         if str(later) != self._trouble:
             self._trouble = str(later)
-            log.warning("%s: %s; trying again in %d s", self.label, brief(later), pause)
+            log.warning("%s: %s; %d messages wait", self.label, brief(later), self.waiting())
         return pause
 
     def _remove(self, number):
@@ -1029,7 +1032,14 @@ def read_again(desk):
             log.error("the mapping in force stays: %s", problem)
 
 
+def die(failure):
+    """A thread that ends by a mistake of ours ends the program: a crash loses nothing, and is seen."""
+    log.critical("a mistake in notify.py", exc_info=(failure.exc_type, failure.exc_value, failure.exc_traceback))
+    os._exit(NOT_WELL)
+
+
 def run(desk, reader):
+    threading.excepthook = die
     desk.start()
     threading.Thread(target=reader.run, name="reader", daemon=True).start()
     log.info("notify.py %s reads %s and tells %d receivers", VERSION, desk.config.url, len(desk.receivers))
@@ -1050,12 +1060,6 @@ def prepare(folder):
         raise ConfigError([f"--state: {folder} cannot be written: {error.strerror}"]) from None
 
 
-def die(failure):
-    """A thread that ends by a mistake of ours ends the program: a crash loses nothing, and is seen."""
-    log.critical("a mistake in notify.py", exc_info=(failure.exc_type, failure.exc_value, failure.exc_traceback))
-    os._exit(NOT_WELL)
-
-
 def main(argv=None):
     try:
         config = load_config(sys.argv[1:] if argv is None else argv, dict(os.environ))
@@ -1074,8 +1078,10 @@ def main(argv=None):
         for problem in error.problems:
             print(f"notify.py: {problem}", file=sys.stderr)
         return WRONG_USE
-    threading.excepthook = die
-    return (run_once if config.once else run)(desk, Reader(config, desk))
+    try:
+        return (run_once if config.once else run)(desk, Reader(config, desk))
+    finally:
+        os.close(lock)
 
 
 if __name__ == "__main__":
