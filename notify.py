@@ -485,11 +485,13 @@ def open_url(url, headers, data=None, timeout=ANSWER_TIMEOUT_S):
 
 
 def ask(url, headers, data=None):
-    """(status, headers, text). Raises Later."""
+    """(status, headers, text). Raises Later, but not for a good answer that breaks off: what was sent has been taken."""
     with open_url(url, headers, data) as response:
         try:
             return response.status, response.headers, response.read(ANSWER_BYTES).decode("utf-8", "replace")
         except (OSError, HTTPException) as error:
+            if response.status < 300:
+                return response.status, response.headers, ""
             raise Later(reason_of(error)) from None
 
 
@@ -523,11 +525,11 @@ class Receiver:
     def __init__(self, folder, label):
         self.folder, self.label = folder, label
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._ready = threading.Condition()  # guards the five below; the sender waits on it, add() and end() wake it
+        self._ready = threading.Condition()  # guards the four below; the sender waits on it, add() and end() wake it
         self._queue = deque(sorted(int(path.stem) for path in folder.glob("[0-9]*.json")))  # numbers, oldest first
         self._busy, self._ended = False, False  # busy: the first one is on its way
         self._dropped = 0  # since the last one that was taken
-        self._trouble, self._failures = None, 0
+        self._trouble, self._failures = None, 0  # the sender's alone
         self.thread = None
 
     def path(self, number):
@@ -586,26 +588,30 @@ class Receiver:
         """None when done with it, else the seconds to wait."""
         try:
             self.send(json.loads(self.path(number).read_text(encoding="utf-8")))
-        except Later as later:
-            return self._put_off(later)
+        except (FileNotFoundError, ValueError):
+            log.error("%s: message %d was removed or damaged, it is dropped", self.label, number)
+        except (Later, OSError) as error:  # OSError: of the disk
+            return self._put_off(reason_of(error), getattr(error, "wait", 0))
         except Refused as refused:
             log.error("%s refuses message %d, it is dropped: %s", self.label, number, brief(refused))
-        except (OSError, ValueError) as error:
-            log.error("%s: message %d cannot be read, it is dropped: %s", self.label, number, reason_of(error))
         else:
-            if self._trouble or self._dropped:
-                log.info("%s takes messages again%s", self.label, f", {self._dropped} were dropped" if self._dropped else "")
-                self._dropped = 0
+            self._taken()
         self._trouble, self._failures = None, 0
         return None
 
-    def _put_off(self, later):
-        pause = max(later.wait, min(RETRY_SENDER_S, RETRY_FIRST_S * 2 ** min(self._failures, 16)) * (0.5 + os.urandom(1)[0] / 510))
+    def _put_off(self, why, wait):
+        pause = min(RETRY_SENDER_S, RETRY_FIRST_S * 2 ** min(self._failures, 16)) * (0.5 + os.urandom(1)[0] / 510)
         self._failures += 1
-        if str(later) != self._trouble:
-            self._trouble = str(later)
-            log.warning("%s: %s; %d messages wait", self.label, brief(later), self.waiting())
-        return pause
+        if why != self._trouble:
+            self._trouble = why
+            log.warning("%s: %s; %d messages wait", self.label, brief(why), self.waiting())
+        return max(wait, pause)
+
+    def _taken(self):
+        with self._ready:
+            dropped, self._dropped = self._dropped, 0
+        if self._trouble or dropped:
+            log.info("%s takes messages again%s", self.label, f", {dropped} were dropped" if dropped else "")
 
     def _remove(self, number):
         """A crash ahead of this sends the message again. While it was busy nobody else took it from the queue."""
@@ -652,9 +658,10 @@ class GitHub(Receiver):
 
     def _create(self, path, message):
         """A crash ahead of the note makes a second one."""
-        number = self._post(path, message["create"]).get("id")
+        answer = self._post(path, message["create"])
+        number = answer.get("id")
         if type(number) is not int:
-            raise Refused("GitHub made no deployment")
+            raise Refused("GitHub made no deployment") if answer else Later("GitHub's answer broke off")
         self.ids = dict([*self.ids.items(), (message["of"], number)][-KNOWN_MOST:])
         write_whole(self.folder / "ids", json.dumps(self.ids))
 
@@ -691,36 +698,37 @@ class Desk:
         self.config, self.now = config, now
         self.outbox = config.state / "outbox"
         self._lock = threading.Lock()  # guards apps, receivers, memory: events of the reader against main's SIGHUP
+        self.apps, self.receivers, self.running, self.saved_at = {}, {}, False, -CURSOR_EVERY_S
         try:
             self.memory = json.loads(read_whole(config.state / "memory.json", '{"next": 1, "known": {}, "failed": []}'))
             self.cursor = self.saved = read_whole(config.state / "cursor", "")
-        except (OSError, ValueError) as error:
-            raise ConfigError([f"--state: {config.state} holds what notify.py did not write ({reason_of(error)})"]) from None
-        self.saved_at = -CURSOR_EVERY_S
-        for path in self.outbox.glob("*/[0-9]*.json"):
-            if int(path.stem) >= self.memory["next"]:
-                path.unlink()
-        self.apps, self.receivers, self.running = {}, {}, False
-        self.adopt(apps)
+            for path in self.outbox.glob("*/[0-9]*"):
+                if path.suffix == ".new" or int(path.stem) >= self.memory["next"]:
+                    path.unlink()
+            self.adopt(apps)
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ConfigError([f"--state: {config.state} cannot be used: {reason_of(error)}"]) from None
 
     # -- receivers -----------------------------------------------------------------------------------------------------
 
     def adopt(self, apps):
-        """The mapping in force from now on. What waits for a receiver that it does not name goes."""
+        """The mapping in force from now on. What waits for a receiver that it does not name goes. Raises OSError, and then nothing is changed."""
         targets = {target.key: target for app in apps.values() for target in app.targets}
-        wanted = {*targets, *(["github"] if self.config.github_token else [])}
+        wanted = [*targets, *(["github"] if self.config.github_token else [])]
         with self._lock:
+            before = self.receivers
+            self.receivers = {key: before.get(key) or self._receiver(key, targets) for key in wanted}
             self.apps = apps
-            for key in self.receivers.keys() - wanted:
-                self.receivers.pop(key).end()
+            for key, receiver in before.items():
+                if key not in self.receivers:
+                    receiver.end()
             for folder in self.outbox.glob("*"):
-                if folder.name not in wanted:
+                if folder.name not in self.receivers:
                     log.warning("a receiver is gone, %d messages for it are dropped", len(list(folder.glob("[0-9]*.json"))))
                     shutil.rmtree(folder, ignore_errors=True)
-            for key in sorted(wanted - self.receivers.keys()):
-                self.receivers[key] = self._receiver(key, targets)
-                if self.running:
-                    self.receivers[key].start()
+            for key, receiver in self.receivers.items():
+                if self.running and key not in before:
+                    receiver.start()
 
     def _receiver(self, key, targets):
         if key == "github":
@@ -802,7 +810,8 @@ class Desk:
         first = self.memory["next"]
         failed = set(self.memory["failed"]) - ({entry["app"]} if entry["status"] == "success" else set())
         failed |= {entry["app"]} if entry["status"] in BAD else set()
-        known = dict([*self.memory["known"].items(), (name, entry)][-KNOWN_MOST:])
+        others = [(other, kept) for other, kept in self.memory["known"].items() if other != name]
+        known = dict([*others, (name, entry)][-KNOWN_MOST:])
         memory = {"next": first + len(messages), "known": known, "failed": sorted(failed)}
         try:
             for number, (receiver, message) in enumerate(messages, first):
@@ -899,13 +908,15 @@ class Reader:
 
     def follow(self, until=None):
         """One connection; with `until`, a position of the stream, it ends there. Raises Later, and OSError where it cannot store."""
-        with self._open(self.desk.cursor) as response:
+        sent, whole = self.desk.cursor, None
+        with self._open(sent) as response:
             for seen, kind, data in sse_events(sse_lines(self._pieces(response))):
                 if data is not None:
                     self._guard(self._handle, kind, data)
                 if found := CURSOR.fullmatch(seen or ""):
+                    whole = kind == "gap" or (seen == sent if whole is None else whole)  # begun elsewhere: a gap is told next
                     self.desk.reached(seen, at_once=kind == "deployment")
-                    if until is not None and int(found[1]) >= until:
+                    if until is not None and whole and int(found[1]) >= until:
                         return self.look()
                 if time.monotonic() >= self.looked_at + LOOK_EVERY_S:
                     self.look()
@@ -981,27 +992,25 @@ class Reader:
 SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
-def check(config, apps, reader):
-    """Says how things are; the exit code."""
-    targets = {target.key: target for app in apps.values() for target in app.targets}
-    print(f"ok: {config.apps}: {len(apps)} apps, {len(targets)} receivers: {', '.join(sorted(t.label for t in targets.values()))}")
-    problems = []
+def fault(url, token, good=(200,)):
+    """What is wrong there, or ""."""
     try:
-        status, answer = reader.get("/v1/session")
-        problems += [] if status == 200 else [f"{config.url} answers {status}: is DEPLOYBOT_TOKEN right?"]
-        print(f"ok: {config.url}, {brief(answer.get('role'))}" if status == 200 else f"wrong: {problems[-1]}")
+        status = ask(url, {"Authorization": f"Bearer {token}"} if token else {})[0]
     except Later as later:
-        problems.append(f"{config.url}: {later}")
-        print(f"wrong: {problems[-1]}")
+        return str(later)
+    return "" if status in good else f"answers {status}" + (": is the token right?" if status in (401, 403) else "")
+
+
+def check(config, apps):
+    """Says how things are; the exit code."""
+    targets = {target.key: target.label for app in apps.values() for target in app.targets}
+    print(f"ok: {config.apps}: {len(apps)} apps, {len(targets)} receivers: {', '.join(sorted(targets.values()))}")
+    faults = {config.url: fault(config.url + "/v1/jobs?limit=1", config.token)}  # what a viewer may, and an agent may not
     if config.github_token:
-        try:
-            status = ask(config.api_url + "/rate_limit", {"Authorization": f"Bearer {config.github_token}"})[0]
-            said = "refuses the token" if status == 401 else ""
-        except Later as later:
-            said = str(later)
-        problems += [said] if said else []
-        print(f"wrong: {config.api_url}: {said}" if said else f"ok: {config.api_url}")
-    return NOT_WELL if problems else DONE
+        faults[config.api_url] = fault(config.api_url + "/rate_limit", config.github_token, good=(200, 404))  # 404: no limits there
+    for where, wrong in faults.items():
+        print(f"wrong: {where}: {wrong}" if wrong else f"ok: {where}")
+    return NOT_WELL if any(faults.values()) else DONE
 
 
 def run_once(desk, reader):
@@ -1066,7 +1075,7 @@ def main(argv=None):
         logging.basicConfig(level=config.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True)
         apps = read_apps(config)
         if config.check:
-            return check(config, apps, Reader(config, None))
+            return check(config, apps)
         lock = prepare(config.state)
         if lock is None:
             print(f"notify.py: another one works in {config.state}", file=sys.stderr)
