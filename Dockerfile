@@ -3,7 +3,7 @@ FROM python:3.13-slim-bookworm
 
 WORKDIR /app
 # Readable for that user, whatever the umask of the checkout was.
-COPY --chmod=755 deploybot.py agent.py ctl.py openapi.json ./
+COPY --chmod=755 deploybot.py agent.py ctl.py notify.py openapi.json ./
 COPY --chmod=755 www ./www
 COPY --chmod=755 apps.yaml /etc/deploybot/apps.yaml
 

@@ -12,7 +12,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PROGRAMS = ("deploybot", "agent", "ctl")
+PROGRAMS = ("deploybot", "agent", "ctl", "notify")
 SECTIONS = ("Errors", "Config", "Models", "Apps", "Store", "JobQueue", "EventHub", "Metrics", "Auth", "Webhooks", "Jobs")
 SECTIONS += ("Deployments", "HTTP", "Routes", "Main")
 BANNER = re.compile(r"^# == (\w+) ={60,}\n# Owns .+\n", re.MULTILINE)
@@ -73,7 +73,7 @@ def imports(node):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_only_the_standard_library_is_imported(name):
     foreign = {(module, top) for module, top in imports(tree(name)) if module.partition(".")[0] not in sys.stdlib_module_names}
-    assert foreign <= ({("yaml", False)} if name == "deploybot" else set())
+    assert foreign <= ({("yaml", False)} if name in ("deploybot", "notify") else set())
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -269,21 +269,32 @@ def test_every_program_has_the_same_version():
     assert f'version = "{versions["ctl"]}"' in (ROOT / "pyproject.toml").read_text()
 
 
+SHARING = ("agent", "ctl", "notify")
+
+
+def text_of(function):
+    """Its arguments and its body, without docstring and annotations, which not every program has."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    defaults = [*function.args.defaults, *filter(None, function.args.kw_defaults)]
+    names = [one.arg for one in ast.walk(function.args) if isinstance(one, ast.arg)]
+    return " ".join(names) + "".join(map(ast.dump, [*defaults, *body]))
+
+
 def shared_functions():
-    """[(name, {text without its docstring})] of functions that agent.py and ctl.py both define at top level."""
+    """[(name, {text})] of functions that two of these programs define at top level."""
     texts = {}
-    for name in ("agent", "ctl"):
+    for name in SHARING:
         for node in tree(name).body:
             if isinstance(node, ast.FunctionDef):
-                body = node.body[1:] if ast.get_docstring(node) else node.body
-                texts.setdefault(node.name, {})[name] = ast.dump(node.args) + "".join(map(ast.dump, body))
-    return [(name, set(found.values())) for name, found in sorted(texts.items()) if len(found) == 2 and name not in OWN]
+                texts.setdefault(node.name, {})[name] = text_of(node)
+    return [(name, set(found.values())) for name, found in sorted(texts.items()) if len(found) > 1 and name not in OWN]
 
 
-OWN = {"main"}  # the same word for what each does its own way
+OWN = {"main", "run", "prepare", "build_parser", "load_config"}  # the same word for what each does its own way
 
 
 def test_what_two_programs_share_is_the_same():
+    assert {"write_whole", "sse_events"} <= {name for name, _ in shared_functions()}
     assert [name for name, texts in shared_functions() if len(texts) > 1] == []
 
 
@@ -297,7 +308,7 @@ def constants(name):
 
 def test_limits_of_the_protocol_are_the_same_where_two_programs_name_them():
     ours = constants("deploybot")
-    for name in ("agent", "ctl"):
+    for name in SHARING:
         theirs = constants(name)
         for limit in ("MAX_LINES", "MAX_MESSAGE", "MAX_WAIT", "MAX_ERROR"):
             if limit in theirs:

@@ -14,11 +14,12 @@ import pytest
 import yaml
 
 import deploybot
+import notify
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted(["README.md", "SECURITY.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))])
-PROGRAMS = ("deploybot.py", "agent.py", "ctl.py")
+PROGRAMS = ("deploybot.py", "agent.py", "ctl.py", "notify.py")
 LEAVE_LIMIT_S = 30
 
 
@@ -107,9 +108,10 @@ def test_the_verbs_of_the_controller_are_those_that_help_names():
     assert rows == set(re.findall(r"^  ([a-z-]+)(?: FILE)?  ", help_of("deploybot.py").partition("Other verbs:")[2], re.M))
 
 
-@pytest.mark.parametrize("name", ["ctl.py", "agent.py"])
-def test_the_exit_codes_are_those_that_help_names(name):
-    title = "ctl.py" if name == "ctl.py" else "The agent on a host"
+@pytest.mark.parametrize(
+    "name, title", [("ctl.py", "ctl.py"), ("agent.py", "The agent on a host"), ("notify.py", "Configuration of notify.py")]
+)
+def test_the_exit_codes_are_those_that_help_names(name, title):
     codes = {row[0] for row in table(section(title), "exit code")}
     said = help_of(name)
     listed = re.findall(r"^  (\d+) {2,}", said, re.M) or re.findall(r"(?:codes:|,)\s+(\d+) ", said[said.index("Exit codes") :])
@@ -176,6 +178,36 @@ def test_the_mapping_of_the_readme_is_taken(tmp_path):
     assert done.returncode == 0, done.stderr
     (tmp_path / "apps.yaml").write_text(text.replace("hosts:", "host:", 1))
     assert program("deploybot.py", "check-apps", tmp_path / "apps.yaml").returncode != 0
+
+
+def test_what_the_readme_says_of_notifications_is_so(tmp_path, monkeypatch):
+    """Its mapping is taken, its table has each event, its JSON has the fields, its check takes the signature."""
+    text = section("Tell GitHub and people")
+    (mapping,), (shown,), (code,) = blocks(text, "yaml"), blocks(text, "json"), blocks(text, "python")
+    (tmp_path / "apps.yaml").write_text(mapping)
+    config = notify.load_config(["--apps", str(tmp_path / "apps.yaml")], {"DEPLOYBOT_NOTIFY_SECRET": "s3cret"})
+    (app,) = notify.read_apps(config).values()
+    assert [target.format for target in app.targets] == ["slack", "json"] and app.on_github
+    assert {row[0].strip("`") for row in table(text, "event")} == set(notify.EVENTS)
+    shown = json.loads(shown)
+    made = notify.json_body(shown["event"], shown["deployment"], shown["url"], 0, notify.seconds(shown["at"]))
+    assert made == shown
+    sent = {}
+    monkeypatch.setattr(notify, "ask", lambda url, headers, data: (sent.update(headers, body=data), (200, {}, ""))[1])
+    notify.Webhook(tmp_path / "outbox", app.targets[1], config.secret).send({"format": "json", "body": made})
+    names = {}
+    exec(code, names)
+    assert names["is_genuine"](sent["body"], sent["X-DeployBot-Signature-256"], "s3cret")
+    assert not names["is_genuine"](sent["body"], sent["X-DeployBot-Signature-256"], "other")
+
+
+def test_the_table_of_github_says_what_github_is_told():
+    rows = table(section("Tell GitHub and people"), "status")
+    told = {}
+    for names, state, phase in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            told[name] = (re.findall(r"`(\w+)`", state)[0], re.findall(r"`(\w+)`", phase)[0])
+    assert told == notify.STATES
 
 
 def test_the_lines_that_make_the_credentials_make_files_that_only_root_can_read(tmp_path):

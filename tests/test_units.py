@@ -21,6 +21,7 @@ import yaml
 from conftest import wait_for
 
 import deploybot
+import notify
 
 ROOT = Path(__file__).resolve().parent.parent
 START_LIMIT_S = 30
@@ -110,6 +111,62 @@ def test_systemd_waits_longer_than_the_program_takes():
     assert seconds(one("TimeoutStopSec")) > STOP_LIMIT_S
     assert 10 <= seconds(one("WatchdogSec")) <= 120
     assert seconds(one("TimeoutStartSec")) >= 600
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The unit of notify.py
+
+NOTIFY = settings(ROOT / "deploybot-notify.service")
+OWN = {"SystemCallFilter", "LimitNPROC", "TasksMax", "LimitNOFILE", "WatchdogSec", "NotifyAccess", "TimeoutStartSec"}
+
+
+def test_notifications_have_no_more_rights_than_the_controller():
+    rights = {
+        key
+        for key in UNIT
+        if re.match("Protect|Private|Restrict|Capab|Ambient|NoNew|SystemCall|Lock|Memory|UMask|Dynamic|Limit", key)
+    }
+    assert {key: NOTIFY.get(key) for key in rights - OWN} == {key: UNIT[key] for key in rights - OWN}
+    assert set(NOTIFY["SystemCallFilter"]) < set(UNIT["SystemCallFilter"])
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("Type", "exec"),
+        ("Restart", "on-failure"),
+        ("RestartPreventExitStatus", "2"),
+        ("ExecStart", "/usr/bin/python3 /usr/local/lib/deploybot/notify.py"),
+        ("ExecReload", "/bin/kill -HUP $MAINPID"),
+        ("StateDirectory", "deploybot-notify"),
+        ("StateDirectoryMode", "0700"),
+        ("LoadCredential", "deploybot:/etc/deploybot/notify"),
+        ("Environment", "DEPLOYBOT_APPS=/etc/deploybot/apps.yaml"),
+    ],
+)
+def test_the_unit_of_notifications_says(key, value):
+    assert NOTIFY.get(key) == [value]
+
+
+def test_notifications_are_given_the_time_that_they_take_to_stop():
+    assert seconds(NOTIFY["TimeoutStopSec"][0]) > notify.STOP_LIMIT_S
+
+
+def test_what_the_unit_of_notifications_starts_finds_its_credentials_and_its_folder(make_controller, tmp_path):
+    controller = make_controller(open=False, token="dbt_admin", read_token="dbt_read")
+    (tmp_path / "state").mkdir()
+    (tmp_path / "credentials").mkdir()
+    (tmp_path / "credentials/deploybot_token").write_text("dbt_read\n")
+    environment = {"PATH": os.environ["PATH"], "STATE_DIRECTORY": str(tmp_path / "state")}
+    environment |= assignments(NOTIFY["Environment"]) | {
+        "DEPLOYBOT_APPS": str(controller.apps_file),
+        "DEPLOYBOT_URL": controller.url,
+    }
+    environment |= {"CREDENTIALS_DIRECTORY": str(tmp_path / "credentials")}
+    command = [sys.executable, "-B", ROOT / "notify.py", "--once"]
+    done = subprocess.run(command, env=environment, cwd="/", capture_output=True, text=True, check=False, timeout=START_LIMIT_S)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.fullmatch(r"[0-9a-f]{8}-\d+", (tmp_path / "state/cursor").read_text())
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -317,7 +374,7 @@ def test_the_build_gets_what_the_dockerfile_copies_and_nothing_else():
 
 def test_the_image_has_what_the_program_serves():
     copied = {source for given, _ in copies() for source in given}
-    assert {"deploybot.py", "agent.py", "ctl.py", "openapi.json", "www", "apps.yaml"} == copied
+    assert {"deploybot.py", "agent.py", "ctl.py", "notify.py", "openapi.json", "www", "apps.yaml"} == copied
 
 
 @pytest.fixture

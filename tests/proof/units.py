@@ -317,6 +317,28 @@ def agent_deploys(machine: Machine) -> None:
     check("\ndeploy\ndeploy\n" in said and "Permission denied" in said and "success" in said, "the deployment said", said)
 
 
+def notified(machine: Machine, token: str) -> None:
+    """notify.py as README.md installs it: it follows the stream with a viewer's token, reads apps.yaml again, and comes back."""
+    title = "Tell GitHub and people"
+    for name in ("deploybot-notify.service", "notify.py", "ctl.py"):
+        shutil.copy(ROOT / name, machine.root / "root/new")
+    machine.do(block(title, "deploybot-notify.service /etc"))
+    cursor = "cat /var/lib/private/deploybot-notify/cursor || true"
+    wait_for(lambda: re.search(r"^[0-9a-f]{8}-[0-9]+$", machine.do(cursor)), 15, "the cursor of notify.py")
+    pid = machine.do("systemctl show deploybot-notify --property=MainPID --value").strip()
+    status = machine.do(f"cat /proc/{pid}/status")
+    for line in ("CapEff:\t0000000000000000", "CapBnd:\t0000000000000000", "NoNewPrivs:\t1", "Seccomp:\t2"):
+        check(line in status, "of notify.py", line, "is not so:", status)
+    machine.do("systemctl reload deploybot-notify")
+    said = "journalctl --no-pager -u deploybot-notify"
+    wait_for(lambda: "/etc/deploybot/apps.yaml is in force" in machine.do(said), 10, "the mapping of notify.py")
+    machine.do("systemctl kill --signal=KILL deploybot-notify; systemctl restart deploybot-notify; systemctl stop deploybot-notify")
+    result = machine.do("systemctl show deploybot-notify --property=Result --value").strip()
+    check(result == "success", "the stop of notify.py ended as", result)
+    secrets = machine.do("cat /etc/deploybot/notify/*").split()
+    check(len(secrets) == 2 and not [one for one in [token, *secrets] if one in machine.do(said)], "a secret stands in the journal")
+
+
 CROWD = """
 import json, resource, socket, sys, time
 count, token = int(sys.argv[1]), open("/etc/deploybot/credentials/token").read().strip()
@@ -402,6 +424,8 @@ def prove(proof: Proof) -> None:
         check(machine.ask("/v1/hosts", "dbt_other")[0] == 401, "another token counts")
         rights(machine, token)
         reloaded(machine, token)
+        notified(machine, token)
+        proof.say("notified")
         dropin = machine.root / "etc/systemd/system/deploybot.service.d/proof.conf"
         dropin.parent.mkdir()
         dropin.write_text("[Service]\nWatchdogSec=3\nRestartSec=1\n")
