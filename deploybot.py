@@ -693,23 +693,23 @@ class Deployment(NamedTuple):
     reason: str | None  # in words
     strategy: str  # JSON
     hosts: int
-    held: int
-    pending: int
-    running: int
-    success: int
-    failed: int
-    cancelled: int
-    rolled_back: int  # of the failed ones: whose host went back to what it ran before
-    hold: str | None  # why the held ones wait
-    resume_at: str | None  # when a pause is over
-    override: int  # goes on although the app is locked
-    retry_of: str | None
-    superseded_by: str | None
-    delivery_id: str | None
-    created_at: str
-    created_by: str
-    started_at: str | None
-    completed_at: str | None
+    held: int = 0
+    pending: int = 0
+    running: int = 0
+    success: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    rolled_back: int = 0  # of the failed ones: whose host went back to what it ran before
+    hold: str | None = None  # why the held ones wait
+    resume_at: str | None = None  # when a pause is over
+    override: int = 0  # goes on although the app is locked
+    retry_of: str | None = None
+    superseded_by: str | None = None
+    delivery_id: str | None = None
+    created_at: str = ""
+    created_by: str = ""
+    started_at: str | None = None
+    completed_at: str | None = None
 
     def judged(self) -> State:
         """What the counts say."""
@@ -1810,13 +1810,15 @@ class Queries:
 
     def deliveries(self, repo: str | None, before: str | None, limit: int, guid: str | None = None) -> list[dict[str, Any]]:
         """Newest first; `guid`: of that one alone."""
-        parts = (("guid = ?", guid), ("repo = ? COLLATE NOCASE", repo))
-        parts += (("rowid < (SELECT max(rowid) FROM deliveries WHERE guid = ?)", before),)
+        parts = [("guid = ?", guid), ("repo = ? COLLATE NOCASE", repo)]
+        parts.append(("rowid < (SELECT max(rowid) FROM deliveries WHERE guid = ?)", before))
         where = " AND ".join(["1", *(part for part, value in parts if value)])
         columns = ", ".join(f'"{name}"' for name in DELIVERY_COLUMNS)
         sql = f"SELECT {columns} FROM deliveries WHERE {where} ORDER BY rowid DESC LIMIT ?"
         rows = self.rows(sql, *(value for _, value in parts if value), limit)
-        return [dict(zip(("id", *DELIVERY_COLUMNS[1:-1], "outcomes"), (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows]
+        return [
+            dict(zip(("id", *DELIVERY_COLUMNS[1:-1], "outcomes"), (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows
+        ]
 
     def running_apps(self, host: str) -> list[str]:
         sql = "SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'"
@@ -3145,7 +3147,9 @@ class Jobs:
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
         store.announce = hub.publish
-        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: None  # told of each job with a deployment that changes
+        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: (
+            None
+        )  # told of each job with a deployment that changes
         self.locks: dict[str, Lock] = {}  # app to its lock; changed by effects, as the seven below
         # The seven below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
         # read without a lock, by single look-ups and list().
@@ -3889,7 +3893,9 @@ class Jobs:
         tx.after(self._tell_cancel, asked)
         return asked
 
-    def end_pending(self, tx: Tx, jobs: list[Job], reason: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS) -> None:
+    def end_pending(
+        self, tx: Tx, jobs: list[Job], reason: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS
+    ) -> None:
         """Ends many that wait; `by`: host to the job that takes its place."""
         waited: dict[str, set[str]] = collections.defaultdict(set)
         for job in jobs:
@@ -3962,7 +3968,9 @@ SETTLED = ("deployed", "locked", "duplicate", "older")
 
 
 def what(deployment: Deployment) -> str:
-    return f"{deployment.kind} of {deployment.app} {deployment.ref} on {deployment.hosts} host{'' if deployment.hosts == 1 else 's'}"
+    return (
+        f"{deployment.kind} of {deployment.app} {deployment.ref} on {deployment.hosts} host{'' if deployment.hosts == 1 else 's'}"
+    )
 
 
 def outcome(deployment: Deployment) -> str | None:
@@ -3992,9 +4000,9 @@ class Plan(NamedTuple):
     kind: Kind
     ref: str
     targets: list[tuple[str, str]]  # (host, ref), in their turn
-    skipped: list[dict[str, str]] = []  # noqa: RUF012 (nobody changes it)
+    skipped: Sequence[dict[str, str]] = ()
     branch: str | None = None
-    metadata: Mapping[str, Any] = {}  # noqa: RUF012
+    metadata: Mapping[str, Any] = NO_JOBS
     override: bool = False
     force: bool = False
     retry_of: str | None = None
@@ -4033,7 +4041,7 @@ class Made(NamedTuple):
     deployment: Deployment | None
     jobs: list[Job]
     created: bool
-    skipped: list[dict[str, str]] = []  # noqa: RUF012 (nobody changes it)
+    skipped: Sequence[dict[str, str]] = ()
 
 
 class Deployments:
@@ -4103,7 +4111,9 @@ class Deployments:
                 current, before = db.before(app.name, host, to)
                 commit = before or (to if to and is_commit(to) is None else None)
                 if commit is None or commit == current:
-                    reason = f"runs {current[:12]} already" if commit and current else f"no release {to or 'before this one'} is known"
+                    reason = (
+                        f"runs {current[:12]} already" if commit and current else f"no release {to or 'before this one'} is known"
+                    )
                     skipped.append({"host": host, "reason": reason})
                 else:
                     targets.append((host, commit))
@@ -4121,7 +4131,9 @@ class Deployments:
         known, refs = self._jobs.hosts_of(app), {job.host: job for job in failed}
         hosts = [host for host in refs if host in known]
         if not hosts:
-            raise Conflict(f"deployment {old.id} has no host to try again: " + ("all succeeded" if not refs else "none is the app's now"))
+            raise Conflict(
+                f"deployment {old.id} has no host to try again: " + ("all succeeded" if not refs else "none is the app's now")
+            )
         targets = [(host, refs[host].ref) for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
         skipped = [{"host": host, "reason": f"is no host of {app.name} now"} for host in refs if host not in known]
         told = {"app": app.name, "trigger": "retry"}
@@ -4197,7 +4209,9 @@ class Deployments:
 
         return self._store.write(do, patient=True)  # GitHub sends it once
 
-    def _push_maker(self, push: Push, app: App, guid: str, github: Principal) -> str | Callable[[Tx], tuple[str, str | None, list[str]]]:
+    def _push_maker(
+        self, push: Push, app: App, guid: str, github: Principal
+    ) -> str | Callable[[Tx], tuple[str, str | None, list[str]]]:
         """The rule by which the push does not count for that app, or what makes its deployment: (rule, its id, ids of its jobs)."""
         if rule := push.rule(app):
             return rule
@@ -4234,30 +4248,34 @@ class Deployments:
 
         def do(tx: Tx) -> Made:
             found = [self._jobs.add(tx, draft, plan.force, by) for draft in drafts]
-            jobs = [job for job, created in found if created]
+            jobs, others = [job for job, created in found if created], [job for job, created in found if not created]
             if not jobs:
-                there = next((job.deployment_id for job, _ in found if job.deployment_id), None)
-                return Made(tx.deployment(there) if there else None, [job for job, _ in found], False)
-            strategy = plan.strategy()
-            strategy["canary"] = strategy["canary"] if jobs[0].host == strategy["canary"] else None
-            counts = (len(jobs), len(jobs), 0) if hold else (len(jobs), 0, len(jobs))
-            about = (plan.app.name, plan.app.repo, plan.ref, plan.branch, plan.kind, State.PENDING, None, dump(strategy))
-            rest = (hold, None, int(plan.override), plan.retry_of, None, delivery, self._clock.stamp(), by.name, None, None)
-            deployment = Deployment(new, *about, *counts, 0, 0, 0, 0, 0, *rest)
+                there = next((job.deployment_id for job in others if job.deployment_id), None)
+                return Made(tx.deployment(there) if there else None, others, False)
+            deployment = self._first_row(new, plan, jobs, by, delivery)
             tx.add("deployments", *deployment)
+            tx.add_deployment_event(deployment)
             if action:
                 said = what(deployment) + (", although it is locked" if plan.override and tx.lock_of(plan.app.name) else "")
                 tx.audited(self._clock.stamp(), by, action, new, said)
-            tx.add_deployment_event(deployment)
             self._supersede(tx, deployment, jobs)
             if hold:
                 tx.due[new] = self._step
                 tx.settle()
                 deployment, jobs = tx.deployment(new), tx.jobs_of(new)
-            there = [job for job, created in found if not created]
-            return Made(deployment, jobs, True, [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in there])
+            left_out = [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in others]
+            return Made(deployment, jobs, True, left_out)
 
         return do
+
+    def _first_row(self, new: str, plan: Plan, jobs: list[Job], by: Principal, delivery: str | None) -> Deployment:
+        strategy, count, hold = plan.strategy(), len(jobs), jobs[0].hold
+        strategy["canary"] = strategy["canary"] if jobs[0].host == strategy["canary"] else None
+        app, now = plan.app, self._clock.stamp()
+        row = Deployment(new, app.name, app.repo, plan.ref, plan.branch, plan.kind, State.PENDING, None, dump(strategy), count)
+        row = row._replace(held=count, hold=hold) if hold else row._replace(pending=count)
+        row = row._replace(override=int(plan.override), retry_of=plan.retry_of, delivery_id=delivery)
+        return row._replace(created_at=now, created_by=by.name)
 
     def _supersede(self, tx: Tx, new: Deployment, jobs: list[Job]) -> None:
         """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun ends. A rollback ends what
@@ -4286,7 +4304,7 @@ class Deployments:
         if deployment.held or deployment.pending:
             deployment = self._advance(tx, deployment)
         status = deployment.judged()
-        now, columns = self._clock.stamp(), {"status": status}
+        now, columns = self._clock.stamp(), dict[str, Any](status=status)
         if deployment.started_at is None and (deployment.running or deployment.success or deployment.failed):
             columns["started_at"] = now
         if status not in UNDER_WAY:
@@ -5055,7 +5073,7 @@ def answer_with(text: str, status: int = 200, **more: Any) -> Response:
 def made_of(plan: Plan, made: Made) -> Response:
     deployment = made.deployment.public() if made.deployment else None
     jobs = [job.public() for job in made.jobs]
-    return answer(201, {"deployment": deployment, "created": made.created, "jobs": jobs, "skipped": plan.skipped + made.skipped})
+    return answer(201, {"deployment": deployment, "created": made.created, "jobs": jobs, "skipped": [*plan.skipped, *made.skipped]})
 
 
 def cookie_of(request: Request, secret: str, seconds: int) -> str:

@@ -1402,3 +1402,34 @@ def test_kill_9_at_any_point_loses_nothing_and_keeps_the_order(start, world, con
     assert made == [f"{at:040x}" for at in range(60)] and again <= kills
     phases, again = without_repeats([got.body["state"] for got in world.at("/repos/myorg/web/deployments/")])
     assert phases == ["in_progress", "failure"] * 60 and again <= kills
+
+
+def test_a_real_controller_is_followed_through_a_restart(make_controller, world, hook, tmp_path):
+    """A failure, then, while the controller was away in between, a success: in order, each once."""
+    real = make_controller("real")
+    real.set_app(name="web", repo="myorg/web", hosts=["web-01"])
+    agent = real.register("web-01")
+    write_apps(tmp_path, {**hook, "events": ["failed", "recovered", "success"]})
+    environment = os.environ | {
+        "DEPLOYBOT_NOTIFY_SECRET": SECRET,
+        "DEPLOYBOT_URL": real.url,
+        "STATE_DIRECTORY": str(tmp_path / "state"),
+    }
+    process = subprocess.Popen([sys.executable, PROGRAM, "--apps", str(tmp_path / "apps.yaml")], env=environment)
+    try:
+        wait_for(lambda: cursor_of(tmp_path))
+
+        def deploy(ref, status):
+            made = real.ok("POST", "/v1/deployments", {"app": "web", "ref": ref})["deployment"]["id"]
+            real.end(real.beat(agent, session=agent["session"])["job"], status)
+            return made
+
+        first = deploy("a", "failed")
+        wait_for(world.told)
+        real.restart()
+        second = deploy("b", "success")
+        wait_for(lambda: len(world.told()) >= 2)
+        assert world.told() == [("failed", first), ("recovered", second)]
+    finally:
+        process.terminate()
+        assert process.wait(LIMIT_S) == 0
