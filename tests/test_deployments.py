@@ -464,6 +464,17 @@ def test_a_persons_deploy_is_refused_with_who_and_why(fleet):
     assert fleet.c.call("POST", "/v1/jobs", {**job, "override": True})[0] == 201
 
 
+def test_a_job_is_not_tried_again_while_the_app_is_locked(fleet):
+    fleet.deploy(hosts=["web-01"])
+    job = fleet.take()["web-01"]
+    fleet.end(job, "failed")
+    lock(fleet)
+    status, detail = fleet.refused(f"/v1/jobs/{job['id']}/retry")
+    assert (status, detail.startswith("web is locked by local")) == (409, True) and fleet.take() == {}
+    unlock(fleet)
+    assert fleet.c.ok("POST", f"/v1/jobs/{job['id']}/retry")["created"]
+
+
 def test_override_passes_the_lock_and_is_audited(fleet):
     fleet.app(strategy={"type": "rolling", "batch": 2})
     lock(fleet)
@@ -577,6 +588,22 @@ def test_a_rollback_ends_what_has_not_begun(fleet):
     back = fleet.deploy(None, rollback=True)["deployment"]
     assert fleet.see(bad)["superseded_by"] == back["id"] and set(fleet.jobs(bad).values()) == {"failed", "cancelled"}
     assert {job["ref"] for job in fleet.take().values()} == {OLD}
+
+
+def back_in_part(fleet):
+    """A rollback to NEW, after NEWER, that fails on web-01: (it, the job that failed)."""
+    released(fleet, OLD, NEW, NEWER)
+    back = fleet.deploy(None, rollback=True)["deployment"]
+    jobs = fleet.take()
+    for host, job in jobs.items():
+        fleet.end(job, "failed" if host == "web-01" else "success")
+    return back, jobs["web-01"]
+
+
+def test_a_job_of_a_rollback_is_tried_again_although_that_has_locked(fleet):
+    _, failed = back_in_part(fleet)
+    assert fleet.c.ok("POST", f"/v1/jobs/{failed['id']}/retry")["created"]
+    assert fleet.take()["web-01"]["spec"]["reuse"]
 
 
 def test_a_rollback_passes_the_lock_that_is_there(fleet):
