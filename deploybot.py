@@ -4302,13 +4302,16 @@ class Deployments:
         if deployment.held or deployment.pending:
             deployment = self._advance(tx, deployment)
         status = deployment.judged()
-        now, columns = self._clock.stamp(), {"status": status}
+        now, columns = self._clock.stamp(), dict[str, Any](status=status)
         if deployment.started_at is None and (deployment.running or deployment.success or deployment.failed):
             columns["started_at"] = now
+        if deployment.hold and not deployment.held:
+            columns |= {"hold": None, "resume_at": None}
         if status not in UNDER_WAY:
-            columns |= {"completed_at": now, "hold": None, "resume_at": None, "reason": deployment.reason or outcome(deployment)}
+            reason = None if status == State.SUCCESS else deployment.reason or outcome(deployment)
+            columns |= {"completed_at": now, "reason": reason}
             tx.after(self._jobs.metrics.count, "deploybot_deployments_ended_total", f'status="{status}"')
-        if deployment.status != status or "started_at" in columns:
+        if deployment.status != status or len(columns) > 1:
             deployment = tx.change_deployment(deployment.id, **columns)
         shown = ("status", "hold", "resume_at", "reason", "superseded_by")
         if any(getattr(old, name) != getattr(deployment, name) for name in shown):

@@ -363,6 +363,23 @@ def test_pending_jobs_of_a_deployment_expire_together(fleet):
     assert fleet.see(found)["status"] == "cancelled" and set(fleet.jobs(found).values()) == {"cancelled"}
 
 
+def test_one_that_holds_nothing_any_more_has_no_hold(fleet):
+    fleet.app(strategy={"type": "rolling", "batch": 2})
+    found = fleet.deploy()["deployment"]
+    jobs = fleet.take()
+    fleet.end(jobs["web-01"], "failed")
+    stopped = fleet.see(found)
+    assert (stopped["status"], stopped["progress"]["held"], stopped["hold"]) == ("running", 0, None)
+
+
+def test_one_that_succeeded_although_it_was_to_be_cancelled_has_no_reason(fleet):
+    found = fleet.deploy(hosts=["web-01"])["deployment"]
+    (job,) = fleet.take().values()
+    fleet.c.ok("POST", f"/v1/deployments/{found['id']}/cancel")
+    fleet.end(job)
+    assert (fleet.see(found)["status"], fleet.see(found)["reason"]) == ("success", None)
+
+
 # -- latest wins -------------------------------------------------------------------------------------------------------
 
 
