@@ -3105,6 +3105,7 @@ class Terms(NamedTuple):
 
 
 ALONE = Terms()
+REUSES = ',"reuse":true}'  # how the spec of a job that goes back ends
 
 
 @dataclasses.dataclass(slots=True, eq=False, repr=False)
@@ -3530,7 +3531,7 @@ class Jobs:
         now, metadata = self.clock.stamp(), dump(asked.metadata) if asked.metadata else "{}"
         timeout, retries = asked.timeout or app.timeout, app.retries if asked.retries is None else asked.retries
         what = ("", asked.repo, asked.ref, asked.host, app.name, Status.PENDING, None, of.hold, metadata)
-        spec = f'{app.spec[:-1]},"reuse":true}}' if of.reuses else app.spec
+        spec = app.spec[:-1] + REUSES if of.reuses else app.spec
         job = Job._make((*what, 0, retries, timeout, now, by.name, *NOTHING_YET, retry_of, of.deployment_id, spec, None, now))
         return job, dump(job.public())
 
@@ -3620,15 +3621,20 @@ class Jobs:
         return self._logged(self.store.write(do))
 
     def retry(self, job_id: str, principal: Principal) -> tuple[Job, bool]:
-        """The same again as a new job, by the mapping in force. Raises Conflict while the job is open."""
+        """The same again as a new job, by the mapping in force. Raises Conflict while the job is open, or the app is locked; what goes
+        back passes the lock, as its deployment did."""
 
         def do(tx: Tx) -> tuple[Job, bool]:
             job = tx.job(job_id)
             self.check_allowed(principal, job.app, job.host)
             if job.status not in ENDED:
                 raise Conflict(f"job {job.id} cannot be retried: {in_words(job)}")
+            goes_back = job.spec.endswith(REUSES)
+            lock = None if goes_back else tx.lock_of(job.app)
+            if lock:
+                raise Conflict(f"{lock}: unlock it first (ctl.py unlock --app {lock.app})")
             asked = JobRequest(job.repo, job.ref, job.host, job.app, json.loads(job.metadata), False, job.timeout, job.retries)
-            draft = self.draft(asked, self.app_of(asked), principal, job.id)
+            draft = self.draft(asked, self.app_of(asked), principal, job.id, Terms(reuses=goes_back))
             return self.add(tx, draft, False, principal, "job.retry")
 
         return self.store.write(do)
@@ -4307,10 +4313,13 @@ class Deployments:
         now, columns = self._clock.stamp(), dict[str, Any](status=status)
         if deployment.started_at is None and (deployment.running or deployment.success or deployment.failed):
             columns["started_at"] = now
+        if deployment.hold and not deployment.held:
+            columns |= {"hold": None, "resume_at": None}
         if status not in UNDER_WAY:
-            columns |= {"completed_at": now, "hold": None, "resume_at": None, "reason": deployment.reason or outcome(deployment)}
+            reason = None if status == State.SUCCESS else deployment.reason or outcome(deployment)
+            columns |= {"completed_at": now, "reason": reason}
             tx.after(self._jobs.metrics.count, "deploybot_deployments_ended_total", f'status="{status}"')
-        if deployment.status != status or "started_at" in columns:
+        if deployment.status != status or len(columns) > 1:
             deployment = tx.change_deployment(deployment.id, **columns)
         shown = ("status", "hold", "resume_at", "reason", "superseded_by")
         if any(getattr(old, name) != getattr(deployment, name) for name in shown):

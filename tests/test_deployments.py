@@ -366,6 +366,23 @@ def test_pending_jobs_of_a_deployment_expire_together(fleet):
     assert fleet.see(found)["status"] == "cancelled" and set(fleet.jobs(found).values()) == {"cancelled"}
 
 
+def test_one_that_holds_nothing_any_more_has_no_hold(fleet):
+    fleet.app(strategy={"type": "rolling", "batch": 2})
+    found = fleet.deploy()["deployment"]
+    jobs = fleet.take()
+    fleet.end(jobs["web-01"], "failed")
+    stopped = fleet.see(found)
+    assert (stopped["status"], stopped["progress"]["held"], stopped["hold"]) == ("running", 0, None)
+
+
+def test_one_that_succeeded_although_it_was_to_be_cancelled_has_no_reason(fleet):
+    found = fleet.deploy(hosts=["web-01"])["deployment"]
+    (job,) = fleet.take().values()
+    fleet.c.ok("POST", f"/v1/deployments/{found['id']}/cancel")
+    fleet.end(job)
+    assert (fleet.see(found)["status"], fleet.see(found)["reason"]) == ("success", None)
+
+
 # -- latest wins -------------------------------------------------------------------------------------------------------
 
 
@@ -465,6 +482,17 @@ def test_a_persons_deploy_is_refused_with_who_and_why(fleet):
     job = {"repo": "myorg/web", "ref": "main", "host": "web-01"}
     assert fleet.c.call("POST", "/v1/jobs", job)[0] == 409
     assert fleet.c.call("POST", "/v1/jobs", {**job, "override": True})[0] == 201
+
+
+def test_a_job_is_not_tried_again_while_the_app_is_locked(fleet):
+    fleet.deploy(hosts=["web-01"])
+    job = fleet.take()["web-01"]
+    fleet.end(job, "failed")
+    lock(fleet)
+    status, detail = fleet.refused(f"/v1/jobs/{job['id']}/retry")
+    assert (status, detail.startswith("web is locked by local")) == (409, True) and fleet.take() == {}
+    unlock(fleet)
+    assert fleet.c.ok("POST", f"/v1/jobs/{job['id']}/retry")["created"]
 
 
 def test_override_passes_the_lock_and_is_audited(fleet):
@@ -594,6 +622,22 @@ def test_a_rollback_ends_what_has_not_begun(fleet):
     back = fleet.deploy(None, rollback=True)["deployment"]
     assert fleet.see(bad)["superseded_by"] == back["id"] and set(fleet.jobs(bad).values()) == {"failed", "cancelled"}
     assert {job["ref"] for job in fleet.take().values()} == {OLD}
+
+
+def back_in_part(fleet):
+    """A rollback to NEW, after NEWER, that fails on web-01: (it, the job that failed)."""
+    released(fleet, OLD, NEW, NEWER)
+    back = fleet.deploy(None, rollback=True)["deployment"]
+    jobs = fleet.take()
+    for host, job in jobs.items():
+        fleet.end(job, "failed" if host == "web-01" else "success")
+    return back, jobs["web-01"]
+
+
+def test_a_job_of_a_rollback_is_tried_again_although_that_has_locked(fleet):
+    _, failed = back_in_part(fleet)
+    assert fleet.c.ok("POST", f"/v1/jobs/{failed['id']}/retry")["created"]
+    assert fleet.take()["web-01"]["spec"]["reuse"]
 
 
 def test_a_rollback_passes_the_lock_that_is_there(fleet):

@@ -19,7 +19,9 @@ program under proof is the one beside `tests/`: a copy of the tree, with one lin
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
+import dataclasses
 import faulthandler
 import hashlib
 import http.client
@@ -31,6 +33,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -39,7 +42,11 @@ import time
 import traceback
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+import deploybot
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 DEPLOYBOT, AGENT, CTL = ROOT / "deploybot.py", ROOT / "agent.py", ROOT / "ctl.py"
@@ -335,6 +342,175 @@ class LightAgent:
     def close(self) -> None:
         self.enrolment.close()
         self.client.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A controller in this process
+# Owns: its files, its crashes, its full disk; one call as an Answer. Ignores: what is right.
+
+
+class Crash(BaseException):
+    """The process has ended here: nothing above catches it."""
+
+
+AT_COMMIT = 0  # in place of the number of a statement: the first COMMIT, whichever statement that is
+
+
+class Faults:
+    """Counts the statements of one call and breaks one of them."""
+
+    def __init__(self, snapshot: Callable[[], None]):
+        self._snapshot = snapshot
+        self.happened: collections.Counter[str] = collections.Counter()
+        self.kind, self.at, self.count, self.commits, self.fired = "", 0, 0, 0, False
+        self.unfenced = ""  # a statement that changes a job in whatever state it is
+
+    def arm(self, fault: tuple[str, int] | None) -> None:
+        self.kind, self.at = fault or ("", 0)
+        self.count, self.commits, self.fired = 0, 0, False
+
+    def around(self, sql: str, execute: Callable[[], Any], commits: bool) -> Any:
+        """Before its statement the disk is full; after it the process has ended. `commits`: what it does is durable then."""
+        if "UPDATE jobs" in sql and "WHERE id = ? AND status = ? AND attempt = ?" not in sql:
+            self.unfenced = sql
+        if sql == "ROLLBACK":
+            return execute()
+        self.count += 1
+        is_it = commits if self.at == AT_COMMIT else self.count == self.at
+        if self.kind == "full" and is_it and not self.fired:
+            self.fired = True
+            raise sqlite3.OperationalError("database or disk is full")
+        value = execute()
+        self.commits += commits
+        if self.kind == "crash" and is_it and not self.fired:
+            self.fired = True
+            self.happened["crash after COMMIT" if self.commits else "crash before COMMIT"] += 1
+            self._snapshot()
+            raise Crash
+        return value
+
+
+class Connection:
+    """Of SQLite, with Faults in front."""
+
+    def __init__(self, real: sqlite3.Connection, faults: Faults):
+        self._real, self._faults = real, faults
+
+    def execute(self, sql: str, *values: Any) -> Any:
+        commits = sql == "COMMIT" or (sql.startswith("INSERT") and not self._real.in_transaction)
+        return self._faults.around(sql, lambda: self._real.execute(sql, *values), commits)
+
+    def executemany(self, sql: str, *values: Any) -> Any:
+        return self._faults.around(sql, lambda: self._real.executemany(sql, *values), False)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class Answer(NamedTuple):
+    status: int
+    body: dict[str, Any]
+    sent: Callable[[], None]  # says that it was written, or could not be
+
+
+class Subject:
+    """A Daemon that serves nothing, and its folder."""
+
+    def __init__(self, folder: pathlib.Path, clock: Any, apps: Any, settings: dict[str, Any]):
+        """`settings` as in Controller; `clock`: one that the proof holds."""
+        self.folder, self.clock, self._lives = folder, clock, 0
+        (folder / "apps.json").write_text(json.dumps({"apps": apps}))
+        flags = {"host": "127.0.0.1", "port": "0", "db": str(folder / "0.db"), "apps": str(folder / "apps.json")}
+        self._config = deploybot.Config.load(flags, {f"DEPLOYBOT_{name.upper()}": str(v) for name, v in settings.items()})
+        self.faults = Faults(self.snapshot)
+        self._copy: pathlib.Path | None = None  # what a crash has left, once it has happened
+        self._open()
+
+    def _open(self) -> None:
+        self.daemon = deploybot.Daemon(self._config, self.clock)
+        store = self.daemon.store
+        store._db = Connection(store._db, self.faults)
+        for _ in range(store._readers.qsize()):
+            store._readers.put(Connection(store._readers.get(), self.faults))
+
+    def _release(self) -> None:
+        self.daemon.server.server_close()
+        self.daemon.store.close()
+
+    def snapshot(self) -> None:
+        """The files as they stand now. A WAL without its -shm is what a dead process leaves, and SQLite reads it again."""
+        self._lives += 1
+        self._copy = self.folder / f"{self._lives}.db"
+        for suffix in ("", "-wal"):
+            if (found := pathlib.Path(f"{self._config.db}{suffix}")).exists():
+                shutil.copyfile(found, f"{self._copy}{suffix}")
+
+    def crash(self) -> None:
+        """What comes after was never there: a new Daemon opens the files as they were."""
+        if self._copy is None:
+            self.snapshot()
+        self._release()
+        self._config = dataclasses.replace(self._config, db=self._copy)
+        self._copy = None
+        self._open()
+
+    def stop_and_start(self) -> None:
+        """The order of Daemon.stop(), without a server that serves."""
+        self.daemon.queue.close()
+        self.daemon.hub.close()
+        self.daemon.jobs.flush_contacts()
+        self._release()
+        self._open()
+
+    def close(self) -> None:
+        self._release()
+
+    def ask(self, method: str, path: str, body: Any = None, token: str = TOKEN, connected: bool = True, **headers: str) -> Answer:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        sent = {"host": "localhost", "authorization": f"Bearer {token}", "content-type": "application/json"}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
+        request = deploybot.Request(method, path, "", sent, "127.0.0.1", "127.0.0.1", False, lambda: connected)
+        response = self.daemon.server.dispatcher.respond(request, lambda *limits: data)
+        check(response.status != 500, method, path, "is a fault of the controller:", response)
+        return Answer(response.status, json.loads(response.body or b"{}"), response.sent or (lambda: None))
+
+    def sweep(self) -> None:
+        self.daemon.sweep()
+
+    def rows(self, sql: str, *values: Any) -> list[Any]:
+        with self.daemon.store.read() as db:
+            return db._db._real.execute(sql, values).fetchall()
+
+    def in_one_commit(self, asks: list[Callable[[], Any]], fault: Any) -> tuple[list[Any], list[int], bool]:
+        """Two calls: their answers (or the Crash), the order in which they happened (one that has nothing to write is first, one that
+        uploads is last), and whether they shared a commit."""
+        store, answers, early, uploads = self.daemon.store, [None, None], [], []
+        self.faults.arm(None)
+
+        def call(number: int) -> None:
+            try:
+                answers[number] = asks[number]()
+            except BaseException as error:
+                answers[number] = error
+
+        threads = [threading.Thread(target=call, args=(number,), daemon=True) for number in (0, 1)]
+        with store._writer:
+            for number, thread in enumerate(threads):
+                waiting, uploading = len(store._waiting), len(store._uploads)
+                thread.start()
+                while thread.is_alive() and (len(store._waiting), len(store._uploads)) == (waiting, uploading):
+                    time.sleep(0.0001)
+                if len(store._uploads) > uploading:
+                    uploads.append(number)
+                elif len(store._waiting) == waiting:
+                    early.append(number)
+            self.faults.arm(None if early else fault)
+        for thread in threads:
+            thread.join()
+        for answer in answers:
+            if isinstance(answer, BaseException) and not isinstance(answer, Crash):
+                raise answer
+        return answers, sorted((0, 1), key=lambda number: (number not in early, number in uploads, number)), not early
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,17 +22,14 @@ import json
 import logging
 import pathlib
 import shutil
-import sqlite3
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import common
 import hypothesis
-from common import Proof, check, run
+from common import AT_COMMIT, TOKEN, Answer, Crash, Proof, Subject, check, run
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
@@ -45,7 +42,7 @@ import deploybot
 
 SHORT, FULL = (220, 45), (8000, 100)  # examples, steps of each at most
 
-ADMIN, ENROLMENT = "dbt_admin", "dbt_enrol"
+ENROLMENT = "dbt_enrol"
 SECRET = "a webhook secret"
 AGENT_TIMEOUT, LOST_AFTER, PENDING_EXPIRY, GRACE = 60, 600, 86400, 60
 LOG_LIMIT = 100  # bytes: so small that examples reach it
@@ -54,6 +51,10 @@ APPS = [
     {"name": "web", "repo": "myorg/web", "hosts": ["web-01", "web-02"], "deploy_on_push": True, "branches": ["main"], "retries": 1},
     {"name": "api", "repo": "myorg/api", "hosts": ["web-01", "db-01"], "timeout": 120},
 ]  # fmt: skip
+SETTINGS = {
+    "token": TOKEN, "agent_token": ENROLMENT, "webhook_secret": SECRET, "agent_timeout": AGENT_TIMEOUT,
+    "lost_after": LOST_AFTER, "pending_expiry": PENDING_EXPIRY, "log_limit": LOG_LIMIT, "retention_days": 0,
+}  # fmt: skip
 DEFAULTS = {"web": (1, 3600), "api": (0, 120), "myorg--other": (0, 3600)}  # app to retries and timeout
 ENDED = ("success", "failed", "cancelled")
 REASONS = {
@@ -86,146 +87,6 @@ def holds(number: int, condition: Any, *what: Any) -> None:
 
 def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The controller under proof
-# Owns: its files, its crashes, its full disk; one call as an Answer. Ignores: what is right.
-
-
-class Crash(BaseException):
-    """The process has ended here: nothing above catches it."""
-
-
-AT_COMMIT = 0  # in place of the number of a statement: the first COMMIT, whichever statement that is
-
-
-class Faults:
-    """Counts the statements of one call and breaks one of them."""
-
-    def __init__(self, snapshot: Callable[[], None]):
-        self._snapshot = snapshot
-        self.kind, self.at, self.count, self.commits, self.fired = "", 0, 0, 0, False
-        self.unfenced = ""  # a statement that changes a job in whatever state it is
-
-    def arm(self, fault: tuple[str, int] | None) -> None:
-        self.kind, self.at = fault or ("", 0)
-        self.count, self.commits, self.fired = 0, 0, False
-
-    def around(self, sql: str, execute: Callable[[], Any], commits: bool) -> Any:
-        """Before its statement the disk is full; after it the process has ended. `commits`: what it does is durable then."""
-        if "UPDATE jobs" in sql and "WHERE id = ? AND status = ? AND attempt = ?" not in sql:
-            self.unfenced = sql
-        if sql == "ROLLBACK":
-            return execute()
-        self.count += 1
-        is_it = commits if self.at == AT_COMMIT else self.count == self.at
-        if self.kind == "full" and is_it and not self.fired:
-            self.fired = True
-            raise sqlite3.OperationalError("database or disk is full")
-        value = execute()
-        self.commits += commits
-        if self.kind == "crash" and is_it and not self.fired:
-            self.fired = True
-            HAPPENED["crash after COMMIT" if self.commits else "crash before COMMIT"] += 1
-            self._snapshot()
-            raise Crash
-        return value
-
-
-class Connection:
-    """Of SQLite, with Faults in front."""
-
-    def __init__(self, real: sqlite3.Connection, faults: Faults):
-        self._real, self._faults = real, faults
-
-    def execute(self, sql: str, *values: Any) -> Any:
-        commits = sql == "COMMIT" or (sql.startswith("INSERT") and not self._real.in_transaction)
-        return self._faults.around(sql, lambda: self._real.execute(sql, *values), commits)
-
-    def executemany(self, sql: str, *values: Any) -> Any:
-        return self._faults.around(sql, lambda: self._real.executemany(sql, *values), False)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._real, name)
-
-
-class Answer(NamedTuple):
-    status: int
-    body: dict[str, Any]
-    sent: Callable[[], None]  # says that it was written, or could not be
-
-
-class Subject:
-    """A Daemon that serves nothing, and its folder."""
-
-    def __init__(self, folder: pathlib.Path, clock: FakeClock):
-        self.folder, self.clock, self._lives = folder, clock, 0
-        (folder / "apps.json").write_text(json.dumps({"apps": APPS}))
-        settings = {
-            "token": ADMIN, "agent_token": ENROLMENT, "webhook_secret": SECRET, "agent_timeout": AGENT_TIMEOUT,
-            "lost_after": LOST_AFTER, "pending_expiry": PENDING_EXPIRY, "log_limit": LOG_LIMIT, "retention_days": 0,
-        }  # fmt: skip
-        flags = {"host": "127.0.0.1", "port": "0", "db": str(folder / "0.db"), "apps": str(folder / "apps.json")}
-        self._config = deploybot.Config.load(flags, {f"DEPLOYBOT_{name.upper()}": str(v) for name, v in settings.items()})
-        self.faults = Faults(self.snapshot)
-        self._copy: pathlib.Path | None = None  # what a crash has left, once it has happened
-        self._open()
-
-    def _open(self) -> None:
-        self.daemon = deploybot.Daemon(self._config, self.clock)
-        store = self.daemon.store
-        store._db = Connection(store._db, self.faults)
-        for _ in range(store._readers.qsize()):
-            store._readers.put(Connection(store._readers.get(), self.faults))
-
-    def _release(self) -> None:
-        self.daemon.server.server_close()
-        self.daemon.store.close()
-
-    def snapshot(self) -> None:
-        """The files as they stand now. A WAL without its -shm is what a dead process leaves, and SQLite reads it again."""
-        self._lives += 1
-        self._copy = self.folder / f"{self._lives}.db"
-        for suffix in ("", "-wal"):
-            if (found := pathlib.Path(f"{self._config.db}{suffix}")).exists():
-                shutil.copyfile(found, f"{self._copy}{suffix}")
-
-    def crash(self) -> None:
-        """What comes after was never there: a new Daemon opens the files as they were."""
-        if self._copy is None:
-            self.snapshot()
-        self._release()
-        self._config = dataclasses.replace(self._config, db=self._copy)
-        self._copy = None
-        self._open()
-
-    def stop_and_start(self) -> None:
-        """The order of Daemon.stop(), without a server that serves."""
-        self.daemon.queue.close()
-        self.daemon.hub.close()
-        self.daemon.jobs.flush_contacts()
-        self._release()
-        self._open()
-
-    def close(self) -> None:
-        self._release()
-
-    def ask(self, method: str, path: str, body: Any = None, token: str = ADMIN, connected: bool = True, **headers: str) -> Answer:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        sent = {"host": "localhost", "authorization": f"Bearer {token}", "content-type": "application/json"}
-        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
-        request = deploybot.Request(method, path, "", sent, "127.0.0.1", "127.0.0.1", False, lambda: connected)
-        response = self.daemon.server.dispatcher.respond(request, lambda *limits: data)
-        check(response.status != 500, method, path, "is a fault of the controller:", response)
-        return Answer(response.status, json.loads(response.body or b"{}"), response.sent or (lambda: None))
-
-    def sweep(self) -> None:
-        self.daemon.sweep()
-
-    def rows(self, sql: str, *values: Any) -> list[Any]:
-        with self.daemon.store.read() as db:
-            return db._db._real.execute(sql, values).fetchall()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -384,7 +245,8 @@ class Machine(RuleBasedStateMachine):
         HAPPENED["examples"] += 1
         self.clock = FakeClock()
         self.here = pathlib.Path(tempfile.mkdtemp(dir=self.folder))
-        self.subject = Subject(self.here, self.clock)
+        self.subject = Subject(self.here, self.clock, APPS, SETTINGS)
+        self.subject.faults.happened = HAPPENED
         self.jobs: dict[str, Job] = {}  # in the order of their making
         self.hosts: dict[str, Host] = {}
         self.agents: list[Agent] = []  # that live, older sessions too
@@ -1134,7 +996,7 @@ class Machine(RuleBasedStateMachine):
             return
         if "heartbeat" in (first, second):  # it may write twice
             fault = None
-        answers, order, shared = self.in_one_commit(ops, fault)
+        answers, order, shared = self.subject.in_one_commit([op.ask for op in ops], fault)
         faults = self.subject.faults
         if any(isinstance(answer, Crash) for answer in answers):
             self.crashed(*ops)
@@ -1176,37 +1038,6 @@ class Machine(RuleBasedStateMachine):
         return self.logs_op(
             agent, key, agent.scripts[key].acknowledged, agent.scripts[key].lines[agent.scripts[key].acknowledged :], None
         )
-
-    def in_one_commit(self, ops: list[Op], fault: Any) -> tuple[list[Any], list[int], bool]:
-        """Their answers (or the Crash), the order in which they happened (one that has nothing to write is first, one that uploads is
-        last), and whether they shared a commit."""
-        store, answers, early, uploads = self.subject.daemon.store, [None, None], [], []
-        self.subject.faults.arm(None)
-
-        def call(number: int) -> None:
-            try:
-                answers[number] = ops[number].ask()
-            except BaseException as error:
-                answers[number] = error
-
-        threads = [threading.Thread(target=call, args=(number,), daemon=True) for number in (0, 1)]
-        with store._writer:
-            for number, thread in enumerate(threads):
-                waiting, uploading = len(store._waiting), len(store._uploads)
-                thread.start()
-                while thread.is_alive() and (len(store._waiting), len(store._uploads)) == (waiting, uploading):
-                    time.sleep(0.0001)
-                if len(store._uploads) > uploading:
-                    uploads.append(number)
-                elif len(store._waiting) == waiting:
-                    early.append(number)
-            self.subject.faults.arm(None if early else fault)
-        for thread in threads:
-            thread.join()
-        for answer in answers:
-            if isinstance(answer, BaseException) and not isinstance(answer, Crash):
-                raise answer
-        return answers, sorted((0, 1), key=lambda number: (number not in early, number in uploads, number)), not early
 
     # -- the nine ----------------------------------------------------------------------------------------------------
 
