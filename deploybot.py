@@ -1766,7 +1766,7 @@ class Queries:
         """Raises NotFound."""
         for found in self._deployments("id = ?", deployment_id):
             return found
-        raise NotFound(f"no deployment {deployment_id}")
+        raise NotFound(f"no deployment {deployment_id[:100]}")
 
     def deployments(self, equal: Mapping[str, str], starts: str | None, before: str | None, limit: int) -> list[Deployment]:
         """Newest first. `equal`: column to value, columns of ours alone."""
@@ -4068,8 +4068,8 @@ class Deployments:
         return plan, self._logged(self._store.write(do))
 
     def plan(self, asked: DeploymentRequest, by: Principal) -> Plan:
-        app = self._app(asked.app)
-        hosts = self._hosts(app, asked.hosts, by)
+        app = self._app(asked.app, by)
+        hosts = self._hosts(app, asked.hosts)
         if not asked.rollback:
             targets = [(host, asked.ref or "") for host in hosts]
             told = {**asked.metadata, "app": app.name, "trigger": "deploy"}
@@ -4080,15 +4080,15 @@ class Deployments:
         told = {**asked.metadata, "app": app.name, "trigger": "rollback"}
         return Plan(app, Kind.ROLLBACK, targets[0][1], targets, skipped, metadata=told, override=True, force=asked.force)
 
-    def _app(self, name: str) -> App:
+    def _app(self, name: str, by: Principal) -> App:
+        by.sees(name)  # first: who may see one app alone is told of no other
         app = self._apps.named(name)
         if app is None:
-            raise NotFound(f"apps.yaml has no app {name}{nearest(name, [app.name for app in self._apps.all])}")
+            raise NotFound(f"apps.yaml has no app {name[:100]}{nearest(name[:100], [app.name for app in self._apps.all])}")
         return app
 
-    def _hosts(self, app: App, asked: tuple[str, ...] | None, by: Principal) -> list[str]:
+    def _hosts(self, app: App, asked: tuple[str, ...] | None) -> list[str]:
         """Those that are asked for, else all of the app; the canary first."""
-        by.sees(app.name)
         known = self._jobs.hosts_of(app)
         errors = [("hosts", f"{host} is no host of {app.name}{nearest(host, known)}") for host in asked or () if host not in known]
         if errors or not known:
@@ -4117,7 +4117,7 @@ class Deployments:
         by.sees(old.app)
         if old.completed_at is None:
             raise Conflict(f"deployment {old.id} is {old.status}: cancel it, or wait")
-        app = self._app(old.app)
+        app = self._app(old.app, by)
         known, refs = self._jobs.hosts_of(app), {job.host: job for job in failed}
         hosts = [host for host in refs if host in known]
         if not hosts:
@@ -4138,8 +4138,8 @@ class Deployments:
 
     def hook(self, name: str, asked: HookRequest, by: Principal) -> tuple[Plan, Made]:
         """What a CI says that it has built: held like a push while the app is locked."""
-        app = self._app(name)
-        hosts, ref = self._hosts(app, asked.hosts, by), asked.commit or asked.ref
+        app = self._app(name, by)
+        hosts, ref = self._hosts(app, asked.hosts), asked.commit or asked.ref
         told = {"app": app.name, "branch": asked.ref, "commit_message": asked.message, "pusher": asked.pusher, "trigger": "hook"}
         plan = Plan(app, Kind.HOOK, ref, [(host, ref) for host in hosts], branch=asked.ref, metadata=told)
         return plan, self._logged(self._store.write(self._maker(plan, by, "deployment.hook")))
@@ -4335,8 +4335,7 @@ class Deployments:
 
     def lock(self, name: str, asked: LockRequest, by: Principal) -> Lock:
         """Until it is unlocked, or for so long: pushes are held, and nothing more of what is under way begins."""
-        app, now = self._app(name), self._clock.stamp()
-        by.sees(app.name)
+        app, now = self._app(name, by), self._clock.stamp()
         until = self._clock.stamp(ago=-asked.seconds) if asked.seconds else None
         lock = Lock(app.name, asked.reason, by.name, now, until)
         self._store.write(lambda tx: self._put_lock(tx, lock, by))
@@ -4354,7 +4353,7 @@ class Deployments:
         def do(tx: Tx) -> list[str]:
             by.sees(name)
             if not tx.remove("locks", "app", name):
-                raise NotFound(f"{name} is not locked")
+                raise NotFound(f"{name[:100]} is not locked")
             tx.audited(self._clock.stamp(), by, "app.unlock", name)
             tx.after(self._jobs.locks.pop, name, None)
             held = [deployment.id for deployment in tx.open_deployments(name) if deployment.hold == Hold.LOCK]

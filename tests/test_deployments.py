@@ -694,6 +694,14 @@ def test_the_token_of_one_app_deploys_that_alone(make_controller):
         ("GET", "/v1/deliveries", None),
     ):
         assert ci.call(method, path, body)[0] == 403, (method, path)
+    for method, path, body in (  # nor is it told of another by what it looks like
+        ("POST", "/v1/hooks/apii", {"ref": "main"}),
+        ("POST", "/v1/deployments", {"app": "apii", "ref": "main"}),
+        ("PUT", "/v1/apps/apii/lock", {"reason": "x"}),
+        ("DELETE", "/v1/apps/apii/lock", None),
+    ):
+        status, answer = ci.call(method, path, body)
+        assert (status, answer["detail"]) == (403, "this token is for the app web alone"), (method, path)
 
 
 def test_every_push_is_kept_with_what_became_of_it(fleet):
