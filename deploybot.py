@@ -795,7 +795,7 @@ class DeploymentRequest(Model):
     hosts: tuple[str, ...] | None = field(Fields.texts, is_host, fold=True)  # None: all of the app
     rollback: bool = field(Fields.boolean, default=False)
     to: str | None = field(Fields.text, is_some_commit)
-    lock: bool = field(Fields.boolean, default=True)  # after a rollback
+    lock: bool = field(Fields.take, bool, "true or false", False, default=True)  # after a rollback
     override: bool = field(Fields.boolean, default=False)
     force: bool = field(Fields.boolean, default=False)
     dry_run: bool = field(Fields.boolean, default=False)

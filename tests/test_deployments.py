@@ -549,6 +549,13 @@ def test_a_rollback_goes_to_the_success_before_and_locks(fleet):
     assert fleet.newest()["hold"] == "lock"
 
 
+def test_null_is_a_lock_that_was_left_out(fleet):
+    released(fleet, OLD, NEW)
+    assert fleet.deploy(None, rollback=True, lock=None)["created"]
+    assert fleet.c.ok("GET", "/v1/apps")["apps"][0]["lock"]["reason"] == f"rolled back to {OLD[:12]}"
+    assert fleet.refused(app="web", rollback=True, lock="no") == (422, [{"field": "lock", "message": "must be true or false"}])
+
+
 def test_a_second_rollback_goes_further_back(fleet):
     released(fleet, OLD, NEW, NEWER)
     for expected in (NEW, OLD):
