@@ -541,7 +541,8 @@ class Fields:
         words = "a list with at least one string: [first, second]"
         values = self.take(name, list, words, required)
         if values is None or (values and all(isinstance(value, str) for value in values)):
-            return values and tuple(dict.fromkeys(self._checked(name, value, check, fold) for value in values))
+            read = (self._checked(name, value, check, fold) for value in values or () if len(self.errors) < MAX_ERRORS)
+            return values and tuple(dict.fromkeys(read))
         self.wrong(name, f"must be {words}")
         return None
 
@@ -4090,7 +4091,8 @@ class Deployments:
     def _hosts(self, app: App, asked: tuple[str, ...] | None) -> list[str]:
         """Those that are asked for, else all of the app; the canary first."""
         known = self._jobs.hosts_of(app)
-        errors = [("hosts", f"{host} is no host of {app.name}{nearest(host, known)}") for host in asked or () if host not in known]
+        strangers = sorted(set(asked or ()).difference(known))[:MAX_ERRORS]
+        errors = [("hosts", f"{host} is no host of {app.name}{nearest(host, known)}") for host in strangers]
         if errors or not known:
             raise ValidationError(errors or [("app", f"no agent has a label of {app.name}: it has no hosts now")])
         return sorted(asked or known, key=lambda host: (host != app.strategy.canary, host))

@@ -165,6 +165,15 @@ def test_what_is_wrong_is_named(fleet, body, name, message):
     assert fleet.c.ok("GET", "/v1/deployments")["deployments"] == []
 
 
+@pytest.mark.parametrize("form", ["h{}", "no host {}"])
+def test_of_many_wrong_hosts_some_are_named(fleet, form):
+    """A body has room for a hundred thousand, and to find what each looks like would take seconds."""
+    hosts = [form.format(number) for number in range(50_000)]
+    for path, more in (("/v1/deployments", {"app": "web", "ref": "main"}), ("/v1/hooks/web", {"ref": "main"})):
+        status, errors = fleet.refused(path, hosts=hosts, **more)
+        assert (status, len(errors), {error["field"] for error in errors}) == (422, deploybot.MAX_ERRORS, {"hosts"})
+
+
 def test_an_app_that_apps_yaml_does_not_have(fleet):
     assert fleet.refused(app="wbe", ref="main") == (404, "apps.yaml has no app wbe; did you mean web?")
 
