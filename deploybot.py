@@ -458,6 +458,7 @@ is_commit = matches(COMMIT, "40 or 64 hex digits in lower case")
 is_id = matches(ID, "a job's id")
 is_repo = matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?!\.{1,2}\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,99}", "owner/name")
 is_host = matches(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*", "a host name as in RFC 1123")
+is_delivery = matches("[A-Za-z0-9._-]{1,100}", "a delivery's id")
 is_token_name = matches("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")
 is_app = matches("[a-z0-9][a-z0-9._-]{0,63}", "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
 
@@ -5193,7 +5194,7 @@ class Controller:
 
     def list_deliveries(self, request: Request) -> Answer:
         f = request.query(("repo", "before"), ("limit",))
-        repo, before = f.text("repo", is_repo), f.text("before", matches(r"[!-~]{1,100}", "a delivery's id"))
+        repo, before = f.text("repo", is_repo), f.text("before", is_delivery)
         limit = f.done(f.integer("limit", 1, 1000)) or 100
         with self.store.read() as db:
             found = db.deliveries(repo, before, limit + 1)
@@ -5359,7 +5360,8 @@ class Controller:
             message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
             return {"received": True, "jobs_created": [], "message": message}
         push = Push.parse(data)
-        guid = sent(request.headers, "delivery", signature.removeprefix("sha256=")[:40])
+        guid = sent(request.headers, "delivery", "")
+        guid = signature.removeprefix("sha256=")[:40] if is_delivery(guid) else guid  # what no path could name is none
         made, message = self.deployments.push(push, guid, signature, signers, request.address)
         self.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
         return {"received": True, "jobs_created": made, "message": message}

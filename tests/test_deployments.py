@@ -736,6 +736,16 @@ def test_every_push_is_kept_with_what_became_of_it(fleet):
     assert fleet.c.call("GET", "/v1/deliveries/none")[0] == 404
 
 
+@pytest.mark.parametrize("guid", ["a b", "a/b", "a?b=c", "%61", "\u00e9", "x" * 101, "", None])
+def test_a_delivery_has_an_id_that_a_path_can_name(fleet, guid):
+    body = payload()
+    deliver(fleet.c, body, X_GitHub_Delivery=guid)
+    (delivery,) = fleet.c.ok("GET", "/v1/deliveries")["deliveries"]
+    assert delivery["id"] == deploybot.signature_of(SECRET, json.dumps(body).encode())[7:47] == fleet.newest()["delivery_id"]
+    assert fleet.c.ok("GET", f"/v1/deliveries/{delivery['id']}")["delivery"] == delivery
+    assert fleet.c.ok("GET", f"/v1/deliveries?before={delivery['id']}")["deliveries"] == []
+
+
 def test_the_rule_of_each_push(fleet):
     def rule(**more):
         deliver(fleet.c, payload(**more), X_GitHub_Delivery="-".join(map(str, more.values()))[:60] or "first")
