@@ -3093,6 +3093,7 @@ def push_payload(body: bytes, content_type: str) -> Any:
 
 Connected = Callable[[], bool]  # whether the client is still there
 NO_JOBS: Mapping[str, str] = {}
+ALTHOUGH = ", although it is locked"  # of what the audit says
 NOTHING_YET = (None,) * (Job._fields.index("retry_of") - Job._fields.index("started_at"))  # of a job that has not run
 
 
@@ -3491,8 +3492,8 @@ class Jobs:
         lock = self.locks.get(app.name)
         if lock and not asked.override:
             raise Conflict(f"{lock}: unlock it, or ask with override")
-        draft = self.draft(asked, app, principal)
-        job, created = self.store.write(lambda tx: self.add(tx, draft, asked.force, principal, "job.create"))
+        draft, more = self.draft(asked, app, principal), ALTHOUGH if lock else ""
+        job, created = self.store.write(lambda tx: self.add(tx, draft, asked.force, principal, "job.create", more))
         return job, created, self._warning(job, asked)
 
     def check_allowed(self, principal: Principal, name: str, host: str) -> None:
@@ -3532,8 +3533,8 @@ class Jobs:
         job = Job._make((*what, 0, retries, timeout, now, by.name, *NOTHING_YET, retry_of, of.deployment_id, spec, None, now))
         return job, dump(job.public())
 
-    def add(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "") -> tuple[Job, bool]:
-        """(job, whether it was made now); `action`: of the audit row, where that is not the caller's."""
+    def add(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "", more: str = "") -> tuple[Job, bool]:
+        """(job, whether it was made now); `action`: of the audit row, where that is not the caller's; `more`: what it says beside."""
         wanted, text = draft
         key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
         existing = None if force else self._existing(tx, key, wanted)
@@ -3543,7 +3544,7 @@ class Jobs:
         text = text.replace('""', f'"{job.id}"', 1)
         tx.learn(job.id, (job, text))
         tx.opened.setdefault(key, []).append(job.id)
-        tx.add_job(job, text, by.address, action, what_of(job))
+        tx.add_job(job, text, by.address, action, what_of(job) + more)
         tx.after(self._made, key, job)
         return job, True
 
@@ -3625,6 +3626,8 @@ class Jobs:
             self.check_allowed(principal, job.app, job.host)
             if job.status not in ENDED:
                 raise Conflict(f"job {job.id} cannot be retried: {in_words(job)}")
+            if lock := tx.lock_of(job.app):
+                raise Conflict(f"{lock}: unlock it first (ctl.py unlock --app {lock.app})")
             asked = JobRequest(job.repo, job.ref, job.host, job.app, json.loads(job.metadata), False, job.timeout, job.retries)
             draft = self.draft(asked, self.app_of(asked), principal, job.id)
             return self.add(tx, draft, False, principal, "job.retry")
@@ -4249,7 +4252,7 @@ class Deployments:
             deployment = Deployment(new, *about, *counts, 0, 0, 0, 0, 0, *rest)
             tx.add("deployments", *deployment)
             if action:
-                said = what(deployment) + (", although it is locked" if plan.override and tx.lock_of(plan.app.name) else "")
+                said = what(deployment) + (ALTHOUGH if plan.override and tx.lock_of(plan.app.name) else "")
                 tx.audited(self._clock.stamp(), by, action, new, said)
             tx.add_deployment_event(deployment)
             self._supersede(tx, deployment, jobs)

@@ -471,6 +471,17 @@ def test_a_persons_deploy_is_refused_with_who_and_why(fleet):
     job = {"repo": "myorg/web", "ref": "main", "host": "web-01"}
     assert fleet.c.call("POST", "/v1/jobs", job)[0] == 409
     assert fleet.c.call("POST", "/v1/jobs", {**job, "override": True})[0] == 201
+    assert fleet.c.ok("GET", "/v1/audit")["audit"][0]["detail"].endswith(" on web-01, although it is locked")
+
+
+def test_a_job_is_not_retried_while_the_app_is_locked(fleet):
+    job = fleet.deploy(hosts=["web-01"])["jobs"][0]
+    fleet.run("failed")
+    lock(fleet)
+    status, detail = fleet.refused(f"/v1/jobs/{job['id']}/retry")
+    assert (status, detail.endswith("incident 7: unlock it first (ctl.py unlock --app web)")) == (409, True)
+    unlock(fleet)
+    assert fleet.c.ok("POST", f"/v1/jobs/{job['id']}/retry")["created"]
 
 
 def test_override_passes_the_lock_and_is_audited(fleet):
