@@ -2594,6 +2594,7 @@ class EventHub:
 # Owns counters and their text. Ignores what is counted.
 
 METRICS = {
+    "deploybot_deployments_ended_total": "Deployments ended, by status.",
     "deploybot_http_requests_total": "Requests answered, by method, route and status.",
     "deploybot_jobs_created_total": "Jobs created.",
     "deploybot_jobs_ended_total": "Jobs ended, by status and reason.",
