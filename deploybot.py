@@ -2638,7 +2638,7 @@ class Metrics:
 NO_TOKEN = "this call needs a token: Authorization: Bearer TOKEN (ctl.py and agents read it from the environment)"
 COOKIE = "deploybot_session"
 COOKIE_VALUE = re.compile(rf"(?:\A|;)[ \t]*{COOKIE}=([\w-]{{1,128}})(?:;|\Z)", re.ASCII)
-TAKEN_NAMES = ("admin", "agents", "reader", "local", "github")
+TAKEN_NAMES = ("admin", "agents", "reader", "local", "github", "controller")
 
 
 def sha256(text: str) -> str:
