@@ -458,6 +458,7 @@ is_commit = matches(COMMIT, "40 or 64 hex digits in lower case")
 is_id = matches(ID, "a job's id")
 is_repo = matches(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}/(?!\.{1,2}\Z)[A-Za-z0-9._][A-Za-z0-9._-]{0,99}", "owner/name")
 is_host = matches(rf"(?=.{{1,253}}\Z){LABEL}(?:\.{LABEL})*", "a host name as in RFC 1123")
+is_delivery = matches("[A-Za-z0-9._-]{1,100}", "a delivery's id")
 is_token_name = matches("[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", "1 to 64 of A-Z, a-z, 0-9, dot, dash, underscore and @")
 is_app = matches("[a-z0-9][a-z0-9._-]{0,63}", "1 to 64 of a-z, 0-9, dot, dash and underscore, starting with a letter or digit")
 
@@ -541,7 +542,8 @@ class Fields:
         words = "a list with at least one string: [first, second]"
         values = self.take(name, list, words, required)
         if values is None or (values and all(isinstance(value, str) for value in values)):
-            return values and tuple(dict.fromkeys(self._checked(name, value, check, fold) for value in values))
+            read = (self._checked(name, value, check, fold) for value in values or () if len(self.errors) < MAX_ERRORS)
+            return values and tuple(dict.fromkeys(read))
         self.wrong(name, f"must be {words}")
         return None
 
@@ -795,7 +797,7 @@ class DeploymentRequest(Model):
     hosts: tuple[str, ...] | None = field(Fields.texts, is_host, fold=True)  # None: all of the app
     rollback: bool = field(Fields.boolean, default=False)
     to: str | None = field(Fields.text, is_some_commit)
-    lock: bool = field(Fields.boolean, default=True)  # after a rollback
+    lock: bool = field(Fields.take, bool, "true or false", False, default=True)  # after a rollback
     override: bool = field(Fields.boolean, default=False)
     force: bool = field(Fields.boolean, default=False)
     dry_run: bool = field(Fields.boolean, default=False)
@@ -1766,7 +1768,7 @@ class Queries:
         """Raises NotFound."""
         for found in self._deployments("id = ?", deployment_id):
             return found
-        raise NotFound(f"no deployment {deployment_id}")
+        raise NotFound(f"no deployment {deployment_id[:100]}")
 
     def deployments(self, equal: Mapping[str, str], starts: str | None, before: str | None, limit: int) -> list[Deployment]:
         """Newest first. `equal`: column to value, columns of ours alone."""
@@ -2594,6 +2596,7 @@ class EventHub:
 # Owns counters and their text. Ignores what is counted.
 
 METRICS = {
+    "deploybot_deployments_ended_total": "Deployments ended, by status.",
     "deploybot_http_requests_total": "Requests answered, by method, route and status.",
     "deploybot_jobs_created_total": "Jobs created.",
     "deploybot_jobs_ended_total": "Jobs ended, by status and reason.",
@@ -2637,7 +2640,7 @@ class Metrics:
 NO_TOKEN = "this call needs a token: Authorization: Bearer TOKEN (ctl.py and agents read it from the environment)"
 COOKIE = "deploybot_session"
 COOKIE_VALUE = re.compile(rf"(?:\A|;)[ \t]*{COOKIE}=([\w-]{{1,128}})(?:;|\Z)", re.ASCII)
-TAKEN_NAMES = ("admin", "agents", "reader", "local", "github")
+TAKEN_NAMES = ("admin", "agents", "reader", "local", "github", "controller")
 
 
 def sha256(text: str) -> str:
@@ -3093,6 +3096,7 @@ def push_payload(body: bytes, content_type: str) -> Any:
 
 Connected = Callable[[], bool]  # whether the client is still there
 NO_JOBS: Mapping[str, str] = {}
+ALTHOUGH = ", although it is locked"  # of what the audit says
 NOTHING_YET = (None,) * (Job._fields.index("retry_of") - Job._fields.index("started_at"))  # of a job that has not run
 
 
@@ -3494,8 +3498,8 @@ class Jobs:
         lock = self.locks.get(app.name)
         if lock and not asked.override:
             raise Conflict(f"{lock}: unlock it, or ask with override")
-        draft = self.draft(asked, app, principal)
-        job, created = self.store.write(lambda tx: self.add(tx, draft, asked.force, principal, "job.create"))
+        draft, more = self.draft(asked, app, principal), ALTHOUGH if lock else ""
+        job, created = self.store.write(lambda tx: self.add(tx, draft, asked.force, principal, "job.create", more))
         return job, created, self._warning(job, asked)
 
     def check_allowed(self, principal: Principal, name: str, host: str) -> None:
@@ -3535,8 +3539,8 @@ class Jobs:
         job = Job._make((*what, 0, retries, timeout, now, by.name, *NOTHING_YET, retry_of, of.deployment_id, spec, None, now))
         return job, dump(job.public())
 
-    def add(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "") -> tuple[Job, bool]:
-        """(job, whether it was made now); `action`: of the audit row, where that is not the caller's."""
+    def add(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "", more: str = "") -> tuple[Job, bool]:
+        """(job, whether it was made now); `action`: of the audit row, where that is not the caller's; `more`: what it says beside."""
         wanted, text = draft
         key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
         existing = None if force else self._existing(tx, key, wanted)
@@ -3546,7 +3550,7 @@ class Jobs:
         text = text.replace('""', f'"{job.id}"', 1)
         tx.learn(job.id, (job, text))
         tx.opened.setdefault(key, []).append(job.id)
-        tx.add_job(job, text, by.address, action, what_of(job))
+        tx.add_job(job, text, by.address, action, what_of(job) + more)
         tx.after(self._made, key, job)
         return job, True
 
@@ -4082,8 +4086,8 @@ class Deployments:
         return plan, self._logged(self._store.write(do))
 
     def plan(self, asked: DeploymentRequest, by: Principal) -> Plan:
-        app = self._app(asked.app)
-        hosts = self._hosts(app, asked.hosts, by)
+        app = self._app(asked.app, by)
+        hosts = self._hosts(app, asked.hosts)
         if not asked.rollback:
             targets = [(host, asked.ref or "") for host in hosts]
             told = {**asked.metadata, "app": app.name, "trigger": "deploy"}
@@ -4094,17 +4098,18 @@ class Deployments:
         told = {**asked.metadata, "app": app.name, "trigger": "rollback"}
         return Plan(app, Kind.ROLLBACK, targets[0][1], targets, skipped, metadata=told, override=True, force=asked.force)
 
-    def _app(self, name: str) -> App:
+    def _app(self, name: str, by: Principal) -> App:
+        by.sees(name)  # first: who may see one app alone is told of no other
         app = self._apps.named(name)
         if app is None:
-            raise NotFound(f"apps.yaml has no app {name}{nearest(name, [app.name for app in self._apps.all])}")
+            raise NotFound(f"apps.yaml has no app {name[:100]}{nearest(name[:100], [app.name for app in self._apps.all])}")
         return app
 
-    def _hosts(self, app: App, asked: tuple[str, ...] | None, by: Principal) -> list[str]:
+    def _hosts(self, app: App, asked: tuple[str, ...] | None) -> list[str]:
         """Those that are asked for, else all of the app; the canary first."""
-        by.sees(app.name)
         known = self._jobs.hosts_of(app)
-        errors = [("hosts", f"{host} is no host of {app.name}{nearest(host, known)}") for host in asked or () if host not in known]
+        strangers = sorted(set(asked or ()).difference(known))[:MAX_ERRORS]
+        errors = [("hosts", f"{host} is no host of {app.name}{nearest(host, known)}") for host in strangers]
         if errors or not known:
             raise ValidationError(errors or [("app", f"no agent has a label of {app.name}: it has no hosts now")])
         return sorted(asked or known, key=lambda host: (host != app.strategy.canary, host))
@@ -4133,7 +4138,7 @@ class Deployments:
         by.sees(old.app)
         if old.completed_at is None:
             raise Conflict(f"deployment {old.id} is {old.status}: cancel it, or wait")
-        app = self._app(old.app)
+        app = self._app(old.app, by)
         known, refs = self._jobs.hosts_of(app), {job.host: job for job in failed}
         hosts = [host for host in refs if host in known]
         if not hosts:
@@ -4156,8 +4161,8 @@ class Deployments:
 
     def hook(self, name: str, asked: HookRequest, by: Principal) -> tuple[Plan, Made]:
         """What a CI says that it has built: held like a push while the app is locked."""
-        app = self._app(name)
-        hosts, ref = self._hosts(app, asked.hosts, by), asked.commit or asked.ref
+        app = self._app(name, by)
+        hosts, ref = self._hosts(app, asked.hosts), asked.commit or asked.ref
         told = {"app": app.name, "branch": asked.ref, "commit_message": asked.message, "pusher": asked.pusher, "trigger": "hook"}
         plan = Plan(app, Kind.HOOK, ref, [(host, ref) for host in hosts], branch=asked.ref, metadata=told)
         return plan, self._logged(self._store.write(self._maker(plan, by, "deployment.hook")))
@@ -4262,7 +4267,7 @@ class Deployments:
             tx.add("deployments", *deployment)
             tx.add_deployment_event(deployment)
             if action:
-                said = what(deployment) + (", although it is locked" if plan.override and tx.lock_of(plan.app.name) else "")
+                said = what(deployment) + (ALTHOUGH if plan.override and tx.lock_of(plan.app.name) else "")
                 tx.audited(self._clock.stamp(), by, action, new, said)
             self._supersede(tx, deployment, jobs)
             if hold:
@@ -4362,8 +4367,7 @@ class Deployments:
 
     def lock(self, name: str, asked: LockRequest, by: Principal) -> Lock:
         """Until it is unlocked, or for so long: pushes are held, and nothing more of what is under way begins."""
-        app, now = self._app(name), self._clock.stamp()
-        by.sees(app.name)
+        app, now = self._app(name, by), self._clock.stamp()
         until = self._clock.stamp(ago=-asked.seconds) if asked.seconds else None
         lock = Lock(app.name, asked.reason, by.name, now, until)
         self._store.write(lambda tx: self._put_lock(tx, lock, by))
@@ -4381,7 +4385,7 @@ class Deployments:
         def do(tx: Tx) -> list[str]:
             by.sees(name)
             if not tx.remove("locks", "app", name):
-                raise NotFound(f"{name} is not locked")
+                raise NotFound(f"{name[:100]} is not locked")
             tx.audited(self._clock.stamp(), by, "app.unlock", name)
             tx.after(self._jobs.locks.pop, name, None)
             held = [deployment.id for deployment in tx.open_deployments(name) if deployment.hold == Hold.LOCK]
@@ -5219,7 +5223,7 @@ class Controller:
 
     def list_deliveries(self, request: Request) -> Answer:
         f = request.query(("repo", "before"), ("limit",))
-        repo, before = f.text("repo", is_repo), f.text("before", matches(r"[!-~]{1,100}", "a delivery's id"))
+        repo, before = f.text("repo", is_repo), f.text("before", is_delivery)
         limit = f.done(f.integer("limit", 1, 1000)) or 100
         with self.store.read() as db:
             found = db.deliveries(repo, before, limit + 1)
@@ -5385,7 +5389,8 @@ class Controller:
             message = "pong" if kind == "ping" else f"ignored: the event is {kind[:100]}, not push"
             return {"received": True, "jobs_created": [], "message": message}
         push = Push.parse(data)
-        guid = sent(request.headers, "delivery", signature.removeprefix("sha256=")[:40])
+        guid = sent(request.headers, "delivery", "")
+        guid = signature.removeprefix("sha256=")[:40] if is_delivery(guid) else guid  # what no path could name is none
         made, message = self.deployments.push(push, guid, signature, signers, request.address)
         self.metrics.count("deploybot_webhook_deliveries_total", f'outcome="{"deployed" if made else "ignored"}"')
         return {"received": True, "jobs_created": made, "message": message}

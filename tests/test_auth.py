@@ -316,7 +316,8 @@ def test_a_spoilt_token_file_ends_the_start_in_one_line(make_controller, tmp_pat
 #
 # A cell is the status of that call; a call that is refused (401, 403) has changed nothing either. A line is a route with one
 # target: {web} and {api} are jobs of those apps on web-01, {fresh} and {over} new ones of web, {held} runs on web-01, {done} has
-# run there; {agent} is web-01's, {spare} a host that nobody needs, {new} one that nobody knows, {token} a token.
+# run there; {agent} is web-01's, {spare} a host that nobody needs, {new} one that nobody knows, {token} a token. {dweb} and {dapi} are
+# deployments that were cancelled, {dfresh} and {dover} new ones of web, {dother} one of api; {delivery} a push that was received.
 TABLE = """
                                       none wrong revoked expired | viewer @web operator @web | enrol + host own other | admin + | cookie @web bare page | here proxied page wrong
 POST   /v1/agents/register?{new}      401  401   401     401     | 403    403  403      403  | 200 200 403  403 403   | 200 200 | 200    403  401  403  | 200  401     403  401
@@ -351,6 +352,31 @@ POST   /v1/hosts/{spare}/resume       401  401   401     401     | 403    403  2
 POST   /v1/hosts/{spare}/reset        401  401   401     401     | 403    403  403      403  | 403 403 403  403 403   | 200 200 | 200    403  401  403  | 200  401     403  401
 DELETE /v1/hosts/{spare}              401  401   401     401     | 403    403  403      403  | 403 403 403  403 403   | 200 200 | 200    403  401  403  | 200  401     403  401
 GET    /v1/apps                       401  401   401     401     | 200    200  200      200  | 403 403 403  403 403   | 200 200 | 200    200  401  200  | 200  401     401  401
+PUT    /v1/apps/web/lock              401  401   401     401     | 403    403  200      200  | 403 403 403  403 403   | 200 200 | 200    200  401  403  | 200  401     403  401
+PUT    /v1/apps/api/lock              401  401   401     401     | 403    403  200      403  | 403 403 403  403 403   | 200 200 | 200    403  401  403  | 200  401     403  401
+PUT    /v1/apps/unknown/lock          401  401   401     401     | 403    403  404      403  | 403 403 403  403 403   | 404 404 | 404    403  401  403  | 404  401     403  401
+DELETE /v1/apps/web/lock?locked       401  401   401     401     | 403    403  200      200  | 403 403 403  403 403   | 200 200 | 200    200  401  403  | 200  401     403  401
+DELETE /v1/apps/api/lock              401  401   401     401     | 403    403  404      403  | 403 403 403  403 403   | 404 404 | 404    403  401  403  | 404  401     403  401
+POST   /v1/deployments?web            401  401   401     401     | 403    403  201      201  | 403 403 403  403 403   | 201 201 | 201    201  401  403  | 201  401     403  401
+POST   /v1/deployments?api            401  401   401     401     | 403    403  201      403  | 403 403 403  403 403   | 201 201 | 201    403  401  403  | 201  401     403  401
+POST   /v1/deployments?api&dry        401  401   401     401     | 403    403  200      403  | 403 403 403  403 403   | 200 200 | 200    403  401  403  | 200  401     403  401
+POST   /v1/deployments?unknown        401  401   401     401     | 403    403  404      403  | 403 403 403  403 403   | 404 404 | 404    403  401  403  | 404  401     403  401
+GET    /v1/deployments                401  401   401     401     | 200    200  200      200  | 403 403 403  403 403   | 200 200 | 200    200  401  200  | 200  401     401  401
+GET    /v1/deployments?app=web        401  401   401     401     | 200    200  200      200  | 403 403 403  403 403   | 200 200 | 200    200  401  200  | 200  401     401  401
+GET    /v1/deployments?app=api        401  401   401     401     | 200    403  200      403  | 403 403 403  403 403   | 200 200 | 200    403  401  200  | 200  401     401  401
+GET    /v1/deployments/{dweb}         401  401   401     401     | 200    200  200      200  | 403 403 403  403 403   | 200 200 | 200    200  401  200  | 200  401     401  401
+GET    /v1/deployments/{dapi}         401  401   401     401     | 200    403  200      403  | 403 403 403  403 403   | 200 200 | 200    403  401  200  | 200  401     401  401
+GET    /v1/deployments/unknown        401  401   401     401     | 404    404  404      404  | 403 403 403  403 403   | 404 404 | 404    404  401  404  | 404  401     401  401
+POST   /v1/deployments/{dfresh}/cancel 401  401   401     401     | 403    403  200      200  | 403 403 403  403 403   | 200 200 | 200    200  401  403  | 200  401     403  401
+POST   /v1/deployments/{dother}/cancel 401  401   401     401     | 403    403  200      403  | 403 403 403  403 403   | 200 200 | 200    403  401  403  | 200  401     403  401
+POST   /v1/deployments/{dover}/retry  401  401   401     401     | 403    403  201      201  | 403 403 403  403 403   | 201 201 | 201    201  401  403  | 201  401     403  401
+POST   /v1/deployments/{dapi}/retry   401  401   401     401     | 403    403  201      403  | 403 403 403  403 403   | 201 201 | 201    403  401  403  | 201  401     403  401
+POST   /v1/hooks/web                  401  401   401     401     | 403    403  201      201  | 403 403 403  403 403   | 201 201 | 201    201  401  403  | 201  401     403  401
+POST   /v1/hooks/api                  401  401   401     401     | 403    403  201      403  | 403 403 403  403 403   | 201 201 | 201    403  401  403  | 201  401     403  401
+POST   /v1/hooks/unknown              401  401   401     401     | 403    403  404      403  | 403 403 403  403 403   | 404 404 | 404    403  401  403  | 404  401     403  401
+GET    /v1/deliveries                 401  401   401     401     | 200    403  200      403  | 403 403 403  403 403   | 200 200 | 200    403  401  200  | 200  401     401  401
+GET    /v1/deliveries/{delivery}      401  401   401     401     | 200    403  200      403  | 403 403 403  403 403   | 200 200 | 200    403  401  200  | 200  401     401  401
+GET    /v1/deliveries/unknown         401  401   401     401     | 404    403  404      403  | 403 403 403  403 403   | 404 404 | 404    403  401  404  | 404  401     401  401
 POST   /v1/reload                     401  401   401     401     | 403    403  403      403  | 403 403 403  403 403   | 200 200 | 200    403  401  403  | 200  401     403  401
 POST   /v1/tokens                     401  401   401     401     | 403    403  403      403  | 403 403 403  403 403   | 201 201 | 201    403  401  403  | 201  401     403  401
 GET    /v1/tokens                     401  401   401     401     | 403    403  403      403  | 403 403 403  403 403   | 200 200 | 200    403  401  200  | 200  401     401  401
@@ -412,7 +438,19 @@ class Matrix:
         claims = {job["id"]: job for job in (c.beat(agent)["job"], c.beat(agent)["job"])}
         c.end(claims[made[1]["id"]], exit_code=0)
         ids = {"held": made[0]["id"], "done": made[1]["id"], **{name: job["id"] for name, job in jobs.items()}}
-        return {"agent": agent["id"], **ids}
+        for app in ("web", "api"):
+            ids[f"d{app}"] = self.deployment(c, app, "old", ends=True)
+        body = json.dumps({"ref": "refs/heads/main", "after": "a" * 40, "repository": {"full_name": "myorg/web"}}).encode()
+        signed = {"X-GitHub-Delivery": "guid-1", "X-Hub-Signature-256": deploybot.signature_of(SECRET, body)}
+        assert c.raw("POST", "/v1/webhooks/github", body, signed)[0] == 200
+        return {"agent": agent["id"], "delivery": "guid-1", **ids}
+
+    @staticmethod
+    def deployment(c, app, ref, ends=False):
+        made = c.ok("POST", "/v1/deployments", {"app": app, "ref": ref})["deployment"]["id"]
+        if ends:
+            c.ok("POST", f"/v1/deployments/{made}/cancel")
+        return made
 
     def everyone(self):
         def bearer(token):
@@ -467,6 +505,14 @@ class Matrix:
         if "{over}" in path:
             found["over"] = c.create(ref=f"over-{number}", repo="myorg/web")["id"]
             c.ok("POST", f"/v1/jobs/{found['over']}/cancel")
+        for name, app in (("dfresh", "web"), ("dover", "web"), ("dother", "api")):
+            if f"{{{name}}}" in path:
+                found[name] = self.deployment(c, app, f"{name}-{number}", ends=name == "dover")
+        for app in ("web", "api"):  # no line is about a lock of the one before
+            with contextlib.suppress(KeyError):
+                c.ok("DELETE", f"/v1/apps/{c.daemon.jobs.locks[app].app}/lock")
+        if path.endswith("?locked"):
+            c.ok("PUT", "/v1/apps/web/lock", {"reason": "x"})
         if "{spare}" in path:
             found["spare"] = c.register(f"spare-{number}")["hostname"]
         if "{token}" in path:
@@ -483,9 +529,15 @@ class Matrix:
             return {"repo": f"myorg/{which.partition('&')[0]}", "ref": "main", "host": host}
         if target == "/v1/session":
             return {"token": "dbt_agent" if which else "dbt_read"}
+        if target == "/v1/deployments":
+            app, _, dry = which.partition("&")
+            return {"app": app, "ref": "main", "dry_run": bool(dry)}
+        if target.startswith("/v1/hooks/"):
+            return {"ref": "main"}
         last = target.rpartition("/")[2]
         bodies = {
             "heartbeat": {"status": "offline"},
+            "lock": {"reason": "x"},
             "logs": {"attempt": 1, "offset": 0, "lines": []},
             "result": RESULT,
             "tokens": {"role": "viewer"},
@@ -513,7 +565,7 @@ class Matrix:
     @staticmethod
     def state(c):
         """All that a call could have changed."""
-        tables = ("jobs", "agents", "releases", "deliveries", "pushes")
+        tables = ("jobs", "agents", "releases", "deliveries", "pushes", "deployments", "locks")
         with c.daemon.store.read() as db:
             rows = [db.rows(f"SELECT * FROM {table}") for table in tables]
             rows += [db.last_position(), db.one("SELECT count(*) FROM audit"), db.rows("SELECT id FROM tokens")]

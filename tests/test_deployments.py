@@ -165,6 +165,15 @@ def test_what_is_wrong_is_named(fleet, body, name, message):
     assert fleet.c.ok("GET", "/v1/deployments")["deployments"] == []
 
 
+@pytest.mark.parametrize("form", ["h{}", "no host {}"])
+def test_of_many_wrong_hosts_some_are_named(fleet, form):
+    """A body has room for a hundred thousand, and to find what each looks like would take seconds."""
+    hosts = [form.format(number) for number in range(50_000)]
+    for path, more in (("/v1/deployments", {"app": "web", "ref": "main"}), ("/v1/hooks/web", {"ref": "main"})):
+        status, errors = fleet.refused(path, hosts=hosts, **more)
+        assert (status, len(errors), {error["field"] for error in errors}) == (422, deploybot.MAX_ERRORS, {"hosts"})
+
+
 def test_an_app_that_apps_yaml_does_not_have(fleet):
     assert fleet.refused(app="wbe", ref="main") == (404, "apps.yaml has no app wbe; did you mean web?")
 
@@ -482,6 +491,17 @@ def test_a_persons_deploy_is_refused_with_who_and_why(fleet):
     job = {"repo": "myorg/web", "ref": "main", "host": "web-01"}
     assert fleet.c.call("POST", "/v1/jobs", job)[0] == 409
     assert fleet.c.call("POST", "/v1/jobs", {**job, "override": True})[0] == 201
+    assert fleet.c.ok("GET", "/v1/audit")["audit"][0]["detail"].endswith(" on web-01, although it is locked")
+
+
+def test_a_job_is_not_retried_while_the_app_is_locked(fleet):
+    job = fleet.deploy(hosts=["web-01"])["jobs"][0]
+    fleet.run("failed")
+    lock(fleet)
+    status, detail = fleet.refused(f"/v1/jobs/{job['id']}/retry")
+    assert (status, detail.endswith("incident 7: unlock it first (ctl.py unlock --app web)")) == (409, True)
+    unlock(fleet)
+    assert fleet.c.ok("POST", f"/v1/jobs/{job['id']}/retry")["created"]
 
 
 def test_a_job_is_not_tried_again_while_the_app_is_locked(fleet):
@@ -583,6 +603,13 @@ def test_a_rollback_goes_to_the_success_before_and_locks(fleet):
         fleet.end(job)
     fleet.push(NEWER)
     assert fleet.newest()["hold"] == "lock"
+
+
+def test_null_is_a_lock_that_was_left_out(fleet):
+    released(fleet, OLD, NEW)
+    assert fleet.deploy(None, rollback=True, lock=None)["created"]
+    assert fleet.c.ok("GET", "/v1/apps")["apps"][0]["lock"]["reason"] == f"rolled back to {OLD[:12]}"
+    assert fleet.refused(app="web", rollback=True, lock="no") == (422, [{"field": "lock", "message": "must be true or false"}])
 
 
 def test_a_second_rollback_goes_further_back(fleet):
@@ -746,6 +773,14 @@ def test_the_token_of_one_app_deploys_that_alone(make_controller):
         ("GET", "/v1/deliveries", None),
     ):
         assert ci.call(method, path, body)[0] == 403, (method, path)
+    for method, path, body in (  # nor is it told of another by what it looks like
+        ("POST", "/v1/hooks/apii", {"ref": "main"}),
+        ("POST", "/v1/deployments", {"app": "apii", "ref": "main"}),
+        ("PUT", "/v1/apps/apii/lock", {"reason": "x"}),
+        ("DELETE", "/v1/apps/apii/lock", None),
+    ):
+        status, answer = ci.call(method, path, body)
+        assert (status, answer["detail"]) == (403, "this token is for the app web alone"), (method, path)
 
 
 def test_every_push_is_kept_with_what_became_of_it(fleet):
@@ -762,6 +797,16 @@ def test_every_push_is_kept_with_what_became_of_it(fleet):
     page = fleet.c.ok("GET", "/v1/deliveries?limit=1")
     assert fleet.c.ok("GET", f"/v1/deliveries?before={page['next']}")["deliveries"] == [older]
     assert fleet.c.call("GET", "/v1/deliveries/none")[0] == 404
+
+
+@pytest.mark.parametrize("guid", ["a b", "a/b", "a?b=c", "%61", "\u00e9", "x" * 101, "", None])
+def test_a_delivery_has_an_id_that_a_path_can_name(fleet, guid):
+    body = payload()
+    deliver(fleet.c, body, X_GitHub_Delivery=guid)
+    (delivery,) = fleet.c.ok("GET", "/v1/deliveries")["deliveries"]
+    assert delivery["id"] == deploybot.signature_of(SECRET, json.dumps(body).encode())[7:47] == fleet.newest()["delivery_id"]
+    assert fleet.c.ok("GET", f"/v1/deliveries/{delivery['id']}")["delivery"] == delivery
+    assert fleet.c.ok("GET", f"/v1/deliveries?before={delivery['id']}")["deliveries"] == []
 
 
 def test_the_rule_of_each_push(fleet):

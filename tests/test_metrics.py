@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 import threading
 
@@ -41,6 +42,20 @@ def test_counters_add_up_by_labels():
         ("deploybot_jobs_ended_total", 'status="failed",reason="timeout"'): 2,
         ("deploybot_jobs_ended_total", 'status="success",reason=""'): 2,
     }
+
+
+def test_every_name_that_is_counted_has_its_help():
+    source = pathlib.Path(deploybot.__file__).read_text()
+    counted = re.findall(r'\bcount(?:\(|, )"(\w+)"', source)
+    assert len(counted) >= 7 and set(counted) <= deploybot.METRICS.keys()
+
+
+def test_an_ended_deployment_is_counted(controller):
+    controller.set_app(name="web", repo="o/web", hosts=["web-01"])
+    made = controller.ok("POST", "/v1/deployments", {"app": "web", "ref": "main"})["deployment"]
+    controller.ok("POST", f"/v1/deployments/{made['id']}/cancel")
+    status, _, data = controller.raw("GET", "/metrics")
+    assert (status, samples(data.decode())["deploybot_deployments_ended_total", 'status="cancelled"']) == (200, 1)
 
 
 def test_gauges_stand_with_their_value():

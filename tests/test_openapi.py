@@ -14,6 +14,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+from conftest import EventStream
 
 import deploybot
 
@@ -478,7 +479,7 @@ def upload(api, job, offset, *messages, status=200, **more):
     return api.ask("POST", f"/v1/jobs/{job['id']}/logs", {"attempt": 1, "offset": offset, "lines": lines, **more}, status=status)
 
 
-def push(api, event="push", *, body=None, secret=SECRET, kind="application/json", status=200):
+def push(api, event="push", *, body=None, secret=SECRET, kind="application/json", sender="GitHub", status=200):
     payload = {
         "ref": "refs/heads/main",
         "after": SHA,
@@ -489,13 +490,15 @@ def push(api, event="push", *, body=None, secret=SECRET, kind="application/json"
     data = json.dumps(payload).encode() if body is None else body
     if kind != "application/json":
         data = urllib.parse.urlencode({"payload": data.decode()}).encode()
-    signature = "sha256=" + hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()
-    headers = {
-        "X-Hub-Signature-256": signature,
-        "X-GitHub-Event": event,
-        "X-GitHub-Delivery": hashlib.sha256(data + event.encode()).hexdigest()[:36],
+    signature = hmac.new(secret.encode(), data, hashlib.sha256).hexdigest()
+    headers = {f"X-{sender}-Signature": signature} if sender != "GitHub" else {"X-Hub-Signature-256": f"sha256={signature}"}
+    headers |= {
+        f"X-{sender}-Event": event,
+        f"X-{sender}-Delivery": hashlib.sha256(data + event.encode()).hexdigest()[:36],
         "Content-Type": kind,
     }
+    known = {parameter["name"] for parameter in operation("POST", "/v1/webhooks/github")["parameters"]}
+    assert headers.keys() - known == {"Content-Type"}
     return api.ask("POST", "/v1/webhooks/github", data, headers=headers, status=status, role=None)
 
 
@@ -608,6 +611,38 @@ def test_the_token_of_one_app_answers_as_documented(api):
             api.ask(method, filled(path), b"{}", role="ci", status=403)
     api.ask("POST", f"/v1/jobs/{job['id']}/cancel", role="ci", status=200)
     api.ask("POST", f"/v1/jobs/{job['id']}/retry", role="ci", status=201)
+    api.ask("POST", "/v1/jobs", {**ask, "ref": "v1", "override": True}, role="ci", status=201)
+
+
+def test_the_token_of_one_app_deploys_as_documented(api):
+    apps = [{"name": name, "repo": f"myorg/{name}", "hosts": ["web-01"]} for name in ("web-frontend", "other")]
+    api.controller.apps_file.write_text(json.dumps({"apps": apps}))
+    api.ask("POST", "/v1/reload", status=200)
+    api.tokens["ci"] = make_token(api, role="operator", app="web-frontend")
+    api.tokens["screen"] = make_token(api, role="viewer", app="web-frontend")
+    mine = deploy(api, role="ci", ref="main")["deployment"]
+    other = deploy(api, app="other", ref="main")["deployment"]
+    for role in ("ci", "screen"):
+        assert api.ask("GET", "/v1/deployments", role=role, status=200)["deployments"] == [mine]
+        assert api.ask("GET", f"/v1/deployments/{mine['id']}", role=role, status=200)["deployment"] == mine
+        assert api.ask("GET", f"/v1/jobs?deployment_id={other['id']}", role=role, status=200)["jobs"] == []
+        api.ask("GET", "/v1/deployments?app=other", role=role, status=403)
+        api.ask("GET", f"/v1/deployments/{other['id']}", role=role, status=403)
+        for path in ("/v1/deliveries", "/v1/deliveries/x"):
+            api.ask("GET", path, role=role, status=403)
+    for app in ("other", "othre"):  # nor is it told that there is one
+        for asked in ({"ref": "main"}, {"ref": "main", "dry_run": True}, {"rollback": True}):
+            deploy(api, 403, role="ci", app=app, **asked)
+        api.ask("POST", f"/v1/hooks/{app}", {"ref": "main"}, role="ci", status=403)
+        api.ask("PUT", f"/v1/apps/{app}/lock", {"reason": "x"}, role="ci", status=403)
+        api.ask("DELETE", f"/v1/apps/{app}/lock", role="ci", status=403)
+    for action in ("cancel", "retry"):
+        api.ask("POST", f"/v1/deployments/{other['id']}/{action}", role="ci", status=403)
+    api.ask("POST", "/v1/hooks/web-frontend", {"ref": "v1"}, role="ci", status=201)
+    api.ask("PUT", "/v1/apps/web-frontend/lock", {"reason": "x"}, role="ci", status=200)
+    api.ask("DELETE", "/v1/apps/web-frontend/lock", role="ci", status=200)
+    api.ask("POST", f"/v1/deployments/{mine['id']}/cancel", role="ci", status=200)
+    api.ask("POST", f"/v1/deployments/{mine['id']}/retry", role="ci", status=201)
 
 
 def sign_in(api, token, status=200, **headers):
@@ -677,6 +712,14 @@ def test_the_audit_answers_as_documented(api):
     api.ask("POST", f"/v1/jobs/{waiting['id']}/cancel", status=200)
     api.ask("POST", f"/v1/jobs/{waiting['id']}/retry", status=201)
     push(api)
+    rolled_out(api, "1" * 40, "2" * 40)
+    api.ask("POST", "/v1/deployments", {"app": "web-frontend", "rollback": True}, status=201)
+    api.ask("DELETE", "/v1/apps/web-frontend/lock", status=200)
+    found = api.ask("POST", "/v1/hooks/web-frontend", {"ref": "main"}, status=201)["deployment"]
+    api.ask("POST", f"/v1/deployments/{found['id']}/cancel", status=200)
+    api.ask("POST", f"/v1/deployments/{found['id']}/retry", status=201)
+    for host in ("web-01", "web-02"):
+        drained(api, host)
     for action in ("drain", "resume", "reset"):
         api.ask("POST", f"/v1/hosts/web-01/{action}", status=200)
     api.ask("DELETE", "/v1/hosts/web-01", status=200)
@@ -695,6 +738,136 @@ def test_the_audit_answers_as_documented(api):
     assert [entry["target"] for entry in pushes] == ["myorg/web-frontend"]
     for wrong in ("limit=0", "limit=1001", "before=0", "before=x", "how=so", "who=" + "x" * 201):
         api.ask("GET", f"/v1/audit?{wrong}", status=422)
+
+
+def drained(api, host, **more):
+    """Every job that there is for that host, to its end."""
+    agent = register(api, host)
+    while job := beat(api, agent)["job"]:
+        finish(api, job, commit=job["ref"] if re.fullmatch("[0-9a-f]{40}", job["ref"]) else SHA, **more)
+
+
+def rolled_out(api, *commits):
+    """Deployments that succeed on both hosts, one after the other."""
+    for commit in commits:
+        api.ask("POST", "/v1/deployments", {"app": "web-frontend", "ref": commit}, status=201)
+        for host in ("web-01", "web-02"):
+            drained(api, host)
+
+
+def deploy(api, status=201, role="admin", **asked):
+    return api.ask("POST", "/v1/deployments", {"app": "web-frontend", **asked}, status=status, role=role)
+
+
+def test_deployments_answer_as_documented(api):
+    made = deploy(api, ref="main", hosts=["web-01"], metadata={"ticket": "OPS-118"})
+    found, path = made["deployment"], f"/v1/deployments/{made['deployment']['id']}"
+    assert deploy(api, ref="main", hosts=["web-01"])["created"] is False
+    assert deploy(api, ref="main")["skipped"] and deploy(api, ref="v1", force=True, dry_run=None, to=None, lock=None)["created"]
+    assert api.ask("GET", path, status=200, role="viewer")["deployment"] == found
+    assert api.ask("GET", f"/v1/jobs?deployment_id={found['id']}", status=200)["jobs"] == made["jobs"]
+    api.ask("POST", f"{path}/retry", status=409)
+    api.ask("POST", f"{path}/cancel", status=200)
+    api.ask("POST", f"{path}/cancel", status=409)
+    again = api.ask("POST", f"{path}/retry", status=201)
+    assert again["deployment"]["retry_of"] == found["id"]
+    drained(api, "web-01", status="failed", reason="health_check", rolled_back_to=SHA)
+    assert api.ask("GET", f"/v1/deployments/{again['deployment']['id']}", status=200)["deployment"]["status"] == "rolled_back"
+    page = api.ask("GET", "/v1/deployments?limit=1", status=200)
+    assert page["next"] and api.ask("GET", f"/v1/deployments?before={page['next']}&app=web-frontend", status=200)["next"] is None
+    assert len(api.ask("GET", f"/v1/deployments?status=cancelled&id={found['id'][:20]}", status=200)["deployments"]) == 1
+    for wrong in ("status=done", "limit=0", "limit=1001", "before=x", "id=xyz", "app=A", "host=web-01"):
+        api.ask("GET", f"/v1/deployments?{wrong}", status=422)
+    wrong = {"app": "A", "ref": "-x", "hosts": [], "rollback": 1, "to": "x", "lock": 1, "override": 1, "force": 1, "dry_run": 1, "metadata": 1}
+    assert {error["field"] for error in deploy(api, 422, **wrong, more=1)["errors"]} == {*wrong, "more"}
+    for asked in ({}, {"ref": "main", "rollback": True}, {"ref": "main", "to": SHA}, {"ref": "main", "hosts": ["web-03"]}):
+        deploy(api, 422, **asked)
+    assert "did you mean web-frontend?" in deploy(api, 404, app="web-frontned", ref="main")["detail"]
+
+
+def test_a_deployment_that_is_jobs_of_their_own_is_null(api):
+    for host in ("web-01", "web-02"):
+        create(api, host, repo="myorg/web-frontend")
+    made = deploy(api, ref="main")
+    assert (made["deployment"], made["created"], len(made["jobs"])) == (None, False, 2)
+
+
+def test_each_strategy_answers_as_documented(api):
+    both = {"name": "web-frontend", "repo": "myorg/web-frontend", "hosts": ["web-01", "web-02"]}
+    check = {"command": ["curl", "localhost"], "timeout": "30s"}
+    for more in (
+        {"strategy": {"batch": 1, "max_failures": 1}, "build": "make", "activate": ["systemctl", "restart", "web"]},
+        {"strategy": {"batch": "25%", "canary": "web-02", "pause": "500ms"}, "deploy": "./deploy.sh", "health_check": check},
+        {"strategy": {"type": "parallel"}, "health_check": {"url": "http://localhost/health"}},
+    ):
+        api.controller.set_app(**both, **more)
+        api.ask("GET", "/v1/apps", status=200)
+        planned = deploy(api, 200, ref="main", dry_run=True)["plan"]
+        found = deploy(api, ref="main", force=True)["deployment"]
+        assert found["strategy"] == planned["strategy"]
+        drained(api, "web-02")
+        shown = api.ask("GET", f"/v1/deployments/{found['id']}", status=200)["deployment"]
+        assert bool(shown["resume_at"]) == (planned["strategy"]["pause"] > 0)
+
+
+def test_a_rollback_answers_as_documented(api):
+    deploy(api, 409, rollback=True)
+    rolled_out(api, "1" * 40, "2" * 40)
+    deploy(api, 409, rollback=True, dry_run=True, to="abcdef0")
+    assert deploy(api, 200, rollback=True, dry_run=True)["plan"]["kind"] == "rollback"
+    assert deploy(api, rollback=True)["deployment"]["ref"] == "1" * 40
+    agent = register(api, "web-01")
+    assert beat(api, agent, current={"web-frontend": "1" * 40})["job"]["spec"]["reuse"]
+    assert api.ask("GET", "/v1/apps", status=200)["apps"][0]["hosts"][0]["actual"] == "1" * 40
+    assert "rolled back to" in deploy(api, 409, ref="main")["detail"]
+
+
+def test_locks_answer_as_documented(api):
+    path = "/v1/apps/web-frontend/lock"
+    lock = api.ask("PUT", path, {"reason": "incident 7", "for": 60}, status=200, role="operator")["lock"]
+    assert lock["by"] == "operator" and api.ask("GET", "/v1/apps", status=200)["apps"][0]["lock"] == lock
+    ended = create(api, "web-01", repo="myorg/web-frontend", ref="v1", override=True)
+    api.ask("POST", f"/v1/jobs/{ended['id']}/cancel", status=200)
+    api.ask("POST", f"/v1/jobs/{ended['id']}/retry", status=409)
+    api.ask("POST", "/v1/jobs", {"repo": "myorg/web-frontend", "ref": "v1", "host": "web-01"}, status=409)
+    deploy(api, 409, ref="main")
+    assert deploy(api, 200, ref="main", dry_run=True)["plan"]["lock"] == lock
+    assert deploy(api, ref="main", override=True)["deployment"]["override"]
+    assert "held" in push(api)["message"]
+    held = api.ask("GET", "/v1/deployments?limit=1", status=200)["deployments"][0]
+    assert (held["hold"], held["progress"]["held"]) == ("lock", 2)
+    assert api.ask("PUT", path, {"reason": "freeze", "for": None}, status=200)["lock"]["until"] is None
+    for wrong in ({}, {"reason": ""}, {"reason": "x" * 201}, {"reason": "x", "for": 0}, {"reason": "x", "for": 31536001}, {"reason": "x", "a": 1}):
+        api.ask("PUT", path, wrong, status=422)
+    assert api.ask("DELETE", path, status=200)["deployments"] == [held["id"]]
+    api.ask("DELETE", path, status=404)
+
+
+def test_hooks_answer_as_documented(api):
+    path = "/v1/hooks/web-frontend"
+    made = api.ask("POST", path, {"ref": "main", "commit": SHA, "message": "Fix", "pusher": "ci"}, status=201, role="operator")
+    assert made["deployment"]["kind"] == "hook"
+    api.ask("POST", path, {"ref": "main", "commit": None, "message": None, "pusher": None, "hosts": None}, status=201)
+    wrong = {"ref": "-x", "commit": "main", "message": "x" * 1001, "pusher": "x" * 101, "hosts": ["a b"], "app": "x"}
+    assert {error["field"] for error in api.ask("POST", path, wrong, status=422)["errors"]} == wrong.keys()
+
+
+def test_deliveries_answer_as_documented(api):
+    push(api)
+    push(api, body=json.dumps({"ref": "refs/tags/v1", "deleted": True, "repository": {"full_name": "else/where"}}).encode())
+    first = api.ask("GET", "/v1/deliveries?limit=1", status=200, role="viewer")
+    assert first["deliveries"][0]["outcomes"][0]["rule"] == "no_app"
+    second = api.ask("GET", f"/v1/deliveries?before={first['next']}&repo=MyOrg/Web-Frontend", status=200)["deliveries"][0]
+    assert api.ask("GET", f"/v1/deliveries/{second['id']}", status=200)["delivery"] == second
+    found = api.ask("GET", f"/v1/deployments/{second['outcomes'][0]['deployment_id']}", status=200)["deployment"]
+    assert (found["delivery_id"], found["kind"], found["branch"]) == (second["id"], "push", "main")
+    assert api.ask("GET", f"/v1/deliveries?before={second['id']}", status=200) == {"deliveries": [], "next": None}
+    for wrong in ("limit=0", "limit=1001", "before=a/b", "repo=x", "app=web-frontend"):
+        api.ask("GET", f"/v1/deliveries?{wrong}", status=422)
+
+
+def test_the_rules_of_a_push_are_those_that_are_documented():
+    assert DOCUMENT["components"]["schemas"]["Outcome"]["properties"]["rule"]["enum"] == [*deploybot.RULES]
 
 
 def test_hosts_and_apps_answer_as_documented(api):
@@ -719,6 +892,9 @@ def test_the_webhook_answers_as_documented(api):
     assert len(made) == 2 and push(api)["jobs_created"] == made
     assert push(api, "ping")["jobs_created"] == []
     push(api, kind="application/x-www-form-urlencoded")
+    for sender in ("Gitea", "Forgejo", "Gogs"):
+        push(api, secret="wrong", sender=sender, status=401)
+        assert push(api, sender=sender)["jobs_created"] == made
     push(api, secret="wrong", status=401)
     push(api, body=b"{", status=400)
     push(api, body=b'{"ref": 1, "repository": {}}', status=422)
@@ -757,10 +933,25 @@ def test_the_stream_answers_as_documented(api):
 
 
 def filled(path):
-    return path.replace("{id}", NOWHERE).replace("{hostname}", "nowhere")
+    return path.replace("{id}", NOWHERE).replace("{hostname}", "nowhere").replace("{app}", "nowhere")
 
 
 CALLS = [pytest.param(method, path, op, id=op["operationId"]) for method, path, op in operations()]
+
+
+def test_the_stream_of_deployments_answers_as_documented(api):
+    deploy(api, ref="main", hosts=["web-01"])
+    drained(api, "web-01")
+    origin = f"{api.controller.daemon.jobs.epoch}-0"
+    known, seen = operation("GET", "/v1/logs/stream")["x-events"], []
+    viewer = {"Authorization": f"Bearer {api.tokens['viewer']}"}
+    with EventStream(api.controller, last_id=origin, headers=viewer) as stream:
+        for event in stream:
+            assert problems(closed(known[event["event"]]["schema"]), event["data"], event["event"]) == []
+            seen += [event["data"]["status"]] if event["event"] == "deployment" else []
+            if seen[-1:] == ["success"]:
+                break
+    assert seen == ["pending", "running", "success"]
 
 
 def calls_with(status):

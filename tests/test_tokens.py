@@ -156,7 +156,7 @@ def test_names_and_lives_up_to_their_limits_are_taken(c, clock):
 
 def test_no_token_takes_the_name_of_what_is_configured(c):
     """The audit could not tell them apart."""
-    for name in ("admin", "agents", "reader", "local", "github"):
+    for name in ("admin", "agents", "reader", "local", "github", "controller"):
         assert status(c, "POST", "/v1/tokens", {"role": "viewer", "name": name}) == 409
     assert listed(c) == []
 
