@@ -334,6 +334,7 @@ class Config:
     allow_repos: tuple[str, ...] = ()  # none: any
     account: Account | None = None
     variables: dict[str, str] = field(default_factory=dict)  # for scripts, from --env-file
+    labels: dict[str, str] = field(default_factory=dict)  # what apps.yaml may choose hosts by
 
 
 # flag, variable, help. No secret is ever a flag: others on this machine can read command lines.
@@ -345,6 +346,7 @@ OPTIONS = (
     ("--allow-repo", "DEPLOYBOT_ALLOW_REPO", "what may be deployed here: myorg/*; again, or with commas, for more (any)"),
     ("--run-as", "DEPLOYBOT_RUN_AS", "the user that scripts run as, where the agent is root (the agent's own user)"),
     ("--env-file", "DEPLOYBOT_ENV_FILE", "NAME=VALUE lines for scripts; the values are shown as *** in logs (none)"),
+    ("--label", "DEPLOYBOT_LABELS", "role=web: what apps.yaml may choose this host by; again, or with commas, for more (none)"),
     ("--slots", "DEPLOYBOT_SLOTS", "how many jobs run at once, each of another app, 1 to 64 (1)"),
     ("--log-level", "DEPLOYBOT_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR (INFO)"),
 )
@@ -362,7 +364,7 @@ def build_parser() -> argparse.ArgumentParser:
         "4 another agent works in this folder.",
     )
     for flag, variable, text in OPTIONS:
-        action = "append" if flag == "--allow-repo" else "store"
+        action = "append" if flag in ("--allow-repo", "--label") else "store"
         parser.add_argument(flag, metavar="VALUE", action=action, help=f"{text} [{variable}]")
     parser.add_argument("--once", action="store_true", help="take one job and end")
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
@@ -410,6 +412,19 @@ def repo_patterns(text: str, problems: list[str]) -> tuple[str, ...]:
     if not all(re.fullmatch(r"[a-z0-9._*?\[\]!-]+/[a-z0-9._*?\[\]!-]+", pattern) for pattern in patterns):
         problems.append("--allow-repo: must be OWNER/NAME, each with * or ? where need be, as myorg/*")
     return patterns
+
+
+def host_labels(text: str, problems: list[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        found = re.fullmatch(r"([a-z0-9_.-]{1,63})=([A-Za-z0-9_.-]{1,63})", part)
+        if found is None:
+            problems.append(
+                f"--label: {one_line(part)!r} is no KEY=VALUE of at most 63 letters, digits, _, . and - each (no capital in KEY)"
+            )
+        elif labels.setdefault(found[1], found[2]) != found[2]:
+            problems.append(f"--label: {found[1]} has two values")
+    return labels
 
 
 def find_account(name: str, problems: list[str]) -> Account | None:
@@ -501,9 +516,9 @@ def load_config(argv: list[str], env: dict[str, str]) -> Config:
         return given if given is not None else env.get(variable) or default
 
     machine = socket.gethostname(), default_workdir(env)
-    defaults = ("http://localhost:8080", *machine, "https:ssh", "", "", "", "1", "INFO")
+    defaults = ("http://localhost:8080", *machine, "https:ssh", "", "", "", "", "1", "INFO")
     values = [value(flag, variable, default) for (flag, variable, _), default in zip(OPTIONS, defaults, strict=True)]
-    url, hostname, workdir, protocols, repos, user, env_file, slots, level = values
+    url, hostname, workdir, protocols, repos, user, env_file, labels, slots, level = values
     problems = [problem] if (problem := url_problem(url)) else []
     if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", hostname):
         problems.append(f"--hostname: {one_line(hostname)!r} is no host name (RFC 1123)")
@@ -516,7 +531,12 @@ def load_config(argv: list[str], env: dict[str, str]) -> Config:
         problems.append(f"--log-level: must be one of {', '.join(LOG_LEVELS)}")
     token = read_token(env, problems)
     check_ca_file(url, env, problems)
-    more = repo_patterns(repos, problems), find_account(user, problems), read_env_file(env_file, problems)
+    more = (
+        repo_patterns(repos, problems),
+        find_account(user, problems),
+        read_env_file(env_file, problems),
+        host_labels(labels, problems),
+    )
     if shutil.which("git", path=env.get("PATH")) is None:
         problems.append("git is not installed, or not on PATH")
     if problems:
@@ -2265,7 +2285,12 @@ class Agent:
         """
         body = {
             "hostname": self._config.hostname,
-            "capabilities": {"agent": VERSION, "python": platform.python_version(), "system": platform.system()},
+            "capabilities": {
+                "agent": VERSION,
+                "python": platform.python_version(),
+                "system": platform.system(),
+                "labels": self._config.labels,
+            },
             "slots": self._config.slots,
             "token_sha256": hashlib.sha256(self._secret.encode()).hexdigest(),
         }

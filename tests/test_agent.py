@@ -237,6 +237,29 @@ def test_repositories_that_are_allowed_come_from_flags_or_a_list():
         assert problems_of("--allow-repo", pattern)[0].startswith("--allow-repo: must be OWNER/NAME"), pattern
 
 
+def test_labels_come_from_flags_or_a_list():
+    assert loaded("--label=role=web", "--label", "zone=eu-1.A_").labels == {"role": "web", "zone": "eu-1.A_"}
+    assert loaded(DEPLOYBOT_LABELS="role=web, a.b_c-9=1,role=web,").labels == {"role": "web", "a.b_c-9": "1"}
+    assert loaded("--label=a=b", DEPLOYBOT_LABELS="c=d").labels == {"a": "b"} and loaded().labels == {}
+    for label in (
+        "role",
+        "=web",
+        "role=",
+        "Role=web",
+        "a=b=c",
+        "a b=c",
+        "a=b c",
+        "ä=b",
+        "a=ä",
+        f"{'a' * 64}=b",
+        f"a={'b' * 64}",
+        "a=b\n=c",
+    ):
+        assert problems_of("--label", label)[0].startswith("--label: "), label
+    assert loaded("--label", f"{'a' * 63}={'b' * 63}").labels
+    assert problems_of("--label=role=web,role=db") == ["--label: role has two values"]
+
+
 def test_scripts_run_as_another_user_only_where_that_takes_rights_away(monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     nobody = pwd.getpwnam("nobody")
