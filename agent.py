@@ -2,16 +2,17 @@
 """DeployBot's agent: takes the jobs of this host from the controller and deploys them.
 
 Life of a job: a heartbeat brings it; its tracking file is written and synced; under the app's file lock its branches and
-tags are fetched, the commit is checked out into a new release, `build` or `deploy` runs there, `current` is switched,
-`activate` runs; output goes up while it runs; the result is kept on disk until the controller has acknowledged it.
+tags are fetched, the commit is checked out into a new release, what is shared is linked into it, `build` or `deploy` runs there,
+`current` is switched, `activate` runs, the health check is asked; output goes up while it runs; the result is kept on disk until
+the controller has acknowledged it.
 
 Threads: the main thread acts on signals and on the end of jobs. One thread sends heartbeats. Each job has two: the worker
-(git, scripts, their output) and the uploader (log lines, then the result). Locks, none of which is held while another is
-taken: Agent._lock, Spool._ready, Children._lock, Stop._lock.
+(git, scripts, their output) and the uploader (log lines, then the result). A health check's GET has one of its own. Locks, none
+of which is held while another is taken: Agent._lock, Spool._ready, Children._lock, Stop._lock.
 
 Rights. git runs as the agent. Scripts run as the agent, or as the user that --run-as names, who then owns what was checked out
-and nothing else: the mirror, `current`, the tracking files and the secret stay the agent's. A script's environment is made
-anew, and the values that --env-file puts into it are masked in what goes up.
+and what is shared, and nothing else: the mirror, `current`, the tracking files and the secret stay the agent's. A script's
+environment is made anew, and the values that --env-file puts into it are masked in what goes up.
 
 Output and lines. A message is one line of output without its newline. A line that stays without one for PARTIAL_AFTER, or
 grows past LINE_LIMIT, goes up in pieces, each a message of its own, so the stored messages put end to end are the output
@@ -65,7 +66,9 @@ import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any, NamedTuple
 
 VERSION = "0.1.0"
@@ -86,6 +89,8 @@ DRAIN = 1.0  # for the last output of a script whose children hold the pipe: `ex
 KILL_GRACE = 10.0  # between TERM and KILL
 KILL_PATIENCE = 10.0  # after KILL: a process that hangs in the kernel holds nobody up for ever
 WAY_BACK_LIMIT = 300  # for `activate` of the old release, which neither cancel nor timeout stops
+HEALTH_ANSWER = 5.0  # for one answer to a health check
+HEALTH_LIMIT = 7 * 86400  # a health check may not ask for longer
 PARTING = 1.0  # for a job that is on its way to an agent that was just told to end
 LEAVING_GRACE = 10.0  # for the last uploads of an agent that was told to end; what is left goes up at the next start
 JOB_TIMEOUT = 3600  # of a job that names none
@@ -101,7 +106,10 @@ HELD_FROM = 4 * 1024 * 1024  # a script may be ahead of the controller by so muc
 ANSWER_LIMIT = 4 * 1024 * 1024
 CAPTURE_LIMIT = 16 * 1024  # of what a git command says
 ERROR_LIMIT = 4096  # the controller cuts longer errors
-KEEP_RELEASES = 5
+KEEP_RELEASES, KEEP_LIMIT = 5, 1000  # where a job names none; the most that it may name
+HEALTH_BODY = 1024  # of the answer to a health check; its log shows HEALTH_SHOWN characters
+HEALTH_SHOWN = 200
+HEALTH_LINES = 20  # about one health check, whose cause may change without end
 KEEP_ENTRIES = 1000  # tracking files of acknowledged attempts, so that none is started twice
 RECALLED = 10  # results that go up again to a controller that forgot this host: what it was restored to may still wait for them
 MASK_FROM = 6  # characters: a shorter value would mask half of a log
@@ -111,6 +119,7 @@ EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_NEWER, EXIT_BUSY = range(5)
 
 PROC = Path("/proc")
 HEX = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+ENV_NAME = re.compile("[A-Za-z_][A-Za-z0-9_]*")
 
 log = logging.getLogger("agent")
 
@@ -334,6 +343,7 @@ class Config:
     allow_repos: tuple[str, ...] = ()  # none: any
     account: Account | None = None
     variables: dict[str, str] = field(default_factory=dict)  # for scripts, from --env-file
+    labels: dict[str, str] = field(default_factory=dict)  # what apps.yaml may choose hosts by
 
 
 # flag, variable, help. No secret is ever a flag: others on this machine can read command lines.
@@ -345,6 +355,7 @@ OPTIONS = (
     ("--allow-repo", "DEPLOYBOT_ALLOW_REPO", "what may be deployed here: myorg/*; again, or with commas, for more (any)"),
     ("--run-as", "DEPLOYBOT_RUN_AS", "the user that scripts run as, where the agent is root (the agent's own user)"),
     ("--env-file", "DEPLOYBOT_ENV_FILE", "NAME=VALUE lines for scripts; the values are shown as *** in logs (none)"),
+    ("--label", "DEPLOYBOT_LABELS", "role=web: what apps.yaml may choose this host by; again, or with commas, for more (none)"),
     ("--slots", "DEPLOYBOT_SLOTS", "how many jobs run at once, each of another app, 1 to 64 (1)"),
     ("--log-level", "DEPLOYBOT_LOG_LEVEL", "DEBUG, INFO, WARNING or ERROR (INFO)"),
 )
@@ -362,7 +373,7 @@ def build_parser() -> argparse.ArgumentParser:
         "4 another agent works in this folder.",
     )
     for flag, variable, text in OPTIONS:
-        action = "append" if flag == "--allow-repo" else "store"
+        action = "append" if flag in ("--allow-repo", "--label") else "store"
         parser.add_argument(flag, metavar="VALUE", action=action, help=f"{text} [{variable}]")
     parser.add_argument("--once", action="store_true", help="take one job and end")
     parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
@@ -412,6 +423,19 @@ def repo_patterns(text: str, problems: list[str]) -> tuple[str, ...]:
     return patterns
 
 
+def host_labels(text: str, problems: list[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        found = re.fullmatch(r"([a-z0-9_.-]{1,63})=([A-Za-z0-9_.-]{1,63})", part)
+        if found is None:
+            problems.append(
+                f"--label: {one_line(part)!r} is no KEY=VALUE of at most 63 letters, digits, _, . and - each (no capital in KEY)"
+            )
+        elif labels.setdefault(found[1], found[2]) != found[2]:
+            problems.append(f"--label: {found[1]} has two values")
+    return labels
+
+
 def find_account(name: str, problems: list[str]) -> Account | None:
     if not name:
         return None
@@ -458,7 +482,7 @@ def parse_env_file(text: str, problems: list[str]) -> dict[str, str]:
         if item and item["name"] is None:
             continue
         name = item["name"].rstrip() if item else ""
-        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        if not ENV_NAME.fullmatch(name):
             problems.append(f"--env-file: line {number} is no NAME=VALUE")
         elif name.startswith("DEPLOYBOT_"):
             problems.append(f"--env-file: line {number}: {name} is a setting of the agent, and no script gets it")
@@ -501,9 +525,9 @@ def load_config(argv: list[str], env: dict[str, str]) -> Config:
         return given if given is not None else env.get(variable) or default
 
     machine = socket.gethostname(), default_workdir(env)
-    defaults = ("http://localhost:8080", *machine, "https:ssh", "", "", "", "1", "INFO")
+    defaults = ("http://localhost:8080", *machine, "https:ssh", "", "", "", "", "1", "INFO")
     values = [value(flag, variable, default) for (flag, variable, _), default in zip(OPTIONS, defaults, strict=True)]
-    url, hostname, workdir, protocols, repos, user, env_file, slots, level = values
+    url, hostname, workdir, protocols, repos, user, env_file, labels, slots, level = values
     problems = [problem] if (problem := url_problem(url)) else []
     if not re.fullmatch(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", hostname):
         problems.append(f"--hostname: {one_line(hostname)!r} is no host name (RFC 1123)")
@@ -516,7 +540,12 @@ def load_config(argv: list[str], env: dict[str, str]) -> Config:
         problems.append(f"--log-level: must be one of {', '.join(LOG_LEVELS)}")
     token = read_token(env, problems)
     check_ca_file(url, env, problems)
-    more = repo_patterns(repos, problems), find_account(user, problems), read_env_file(env_file, problems)
+    more = (
+        repo_patterns(repos, problems),
+        find_account(user, problems),
+        read_env_file(env_file, problems),
+        host_labels(labels, problems),
+    )
     if shutil.which("git", path=env.get("PATH")) is None:
         problems.append("git is not installed, or not on PATH")
     if problems:
@@ -549,6 +578,17 @@ class JobKey(NamedTuple):
 
 
 @dataclass(frozen=True)
+class HealthCheck:
+    """What is asked after a switch, each `interval` s, until it passed `success` times in a row; within `timeout` s."""
+
+    url: str | None = None  # this one, or ...
+    command: Command = None
+    timeout: float = 60
+    interval: float = 2
+    success: int = 1
+
+
+@dataclass(frozen=True)
 class Job:
     key: JobKey
     app: str
@@ -561,6 +601,12 @@ class Job:
     build: Command
     activate: Command
     deploy: Command
+    env: dict[str, str]  # of its scripts
+    shared: tuple[str, ...]  # paths within a release; one that ends in / is a folder
+    keep_releases: int
+    health_check: HealthCheck | None
+    rollback_on_failure: bool
+    reuse: bool  # a rollback: a release of that commit that is still there will do
     agent: str  # the controller's id of this host, the same for whichever agent speaks for it
 
 
@@ -591,6 +637,73 @@ def is_clone_url(value: Any) -> bool:
     return is_text(value) and bool(re.fullmatch(r"[^-\x00-\x20\x7f][^\x00-\x20\x7f]*", value))
 
 
+def is_environment(value: Any) -> bool:
+    return isinstance(value, dict) and all(ENV_NAME.fullmatch(name) and is_text(text) for name, text in value.items())
+
+
+def is_part(text: str) -> bool:
+    """One name of a path."""
+    return text not in ("", ".", "..") and text.isprintable() and len(text.encode()) <= 255
+
+
+def is_shared(value: Any) -> bool:
+    """Paths that stay within a release, and none within another: the other is a link to elsewhere."""
+    if not isinstance(value, list) or not all(map(is_text, value)):
+        return False
+    paths = sorted(path.removesuffix("/").split("/") for path in value)
+    return all(is_part(part) for path in paths for part in path) and not any(a == b[: len(a)] for a, b in pairwise(paths))
+
+
+def is_number(value: Any, least: float, most: float, kinds: tuple[type, ...] = (int, float)) -> bool:
+    return type(value) in kinds and least <= value <= most
+
+
+def is_web_url(value: Any) -> bool:
+    if not is_text(value) or not re.fullmatch(r"https?://[!-~]+", value):
+        return False
+    try:
+        parts = urllib.parse.urlsplit(value)
+        return bool(parts.hostname) and "@" not in parts.netloc and parts.port != 0
+    except ValueError:
+        return False
+
+
+def read_health_check(data: dict) -> HealthCheck:
+    names = HealthCheck.__dataclass_fields__
+    return HealthCheck(**{name: value for name, value in data.items() if name in names and value is not None})
+
+
+def is_health_check(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    check = read_health_check(value)
+    asked = is_command(check.command) if check.url is None else is_web_url(check.url)
+    numbers = is_number(check.timeout, 0.001, HEALTH_LIMIT) and is_number(check.interval, 0, HEALTH_LIMIT)
+    return asked and numbers and (check.url is None) != (check.command is None) and is_number(check.success, 1, 1000, (int,))
+
+
+# What a job's spec may say besides clone_url; null is as if it were not said.
+SPEC_FIELDS: dict[str, Callable[[Any], bool]] = {
+    "build": is_command,
+    "activate": is_command,
+    "deploy": is_command,
+    "env": is_environment,
+    "shared": is_shared,
+    "keep_releases": lambda value: is_number(value, 1, KEEP_LIMIT, (int,)),
+    "health_check": is_health_check,
+    "rollback_on_failure": lambda value: isinstance(value, bool),
+    "reuse": lambda value: isinstance(value, bool),
+}
+
+
+def read_spec(said: dict) -> tuple:
+    """The fields of a Job from `build` on."""
+    commands = said.get("build"), said.get("activate"), said.get("deploy")
+    check = read_health_check(said["health_check"]) if "health_check" in said else None
+    kept = said.get("env", {}), tuple(said.get("shared", ())), said.get("keep_releases", KEEP_RELEASES), check
+    return *commands, *kept, said.get("rollback_on_failure", True), said.get("reuse", False)
+
+
 def parse_job(data: dict) -> Job:
     """Raises StepFailed("rejected") that lists every field at fault."""
     spec = data.get("spec") if isinstance(data.get("spec"), dict) else {}
@@ -601,15 +714,16 @@ def parse_job(data: dict) -> Job:
     timeout = data.get("timeout") or JOB_TIMEOUT
     if not isinstance(timeout, (int, float)) or timeout <= 0:
         wrong.append("timeout")
-    wrong += [f"spec.{name}" for name in ("build", "activate", "deploy") if not is_command(spec.get(name))]
+    said = {name: spec[name] for name in SPEC_FIELDS if spec.get(name) is not None}
+    wrong += [f"spec.{name}" for name, value in said.items() if not SPEC_FIELDS[name](value)]
     if not is_clone_url(spec.get("clone_url")):
         wrong.append("spec.clone_url")
     if wrong:
         raise StepFailed("rejected", f"the agent does not take this job: {', '.join(wrong)}")
     branch = metadata.get("branch") if is_text(metadata.get("branch")) else ""
     key = JobKey(data["id"], data["attempt"])
-    commands = (spec.get("build"), spec.get("activate"), spec.get("deploy"), str(data.get("assigned_agent")))
-    return Job(key, data["app"], data["repo"], data["ref"], data["host"], branch, timeout, spec["clone_url"], *commands)
+    told = (key, data["app"], data["repo"], data["ref"], data["host"], branch, timeout, spec["clone_url"])
+    return Job(*told, *read_spec(said), str(data.get("assigned_agent")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1158,8 +1272,8 @@ class Family:
     """All processes of one job: those that carry its mark, those in a session of its commands, those that the agent
     adopted from it, and what descends from any of these."""
 
-    def __init__(self, mark: str, sole: bool, leader: Leader | None) -> None:
-        self._mark = mark
+    def __init__(self, mark: str | None, sole: bool = False, leader: Leader | None = None) -> None:
+        self._mark = mark  # None: of one command alone, and not of what others of its job left running
         self._sole = sole  # no other job can run beside it: what is adopted meanwhile belongs to it
         self._since = 0
         self.leader = leader  # of the command that runs, or that ran last
@@ -1183,6 +1297,8 @@ class Family:
     def _belongs(self, pid: int, stat: Stat, session: int | None) -> bool:
         if session in (stat.session, stat.pgrp):
             return True
+        if self._mark is None:
+            return False
         mark = read_mark(pid)
         if mark is None and self._sole and CHILDREN.adopting and stat.ppid == os.getpid() and not CHILDREN.owns(pid):
             return 0 < self._since <= stat.start
@@ -1513,6 +1629,126 @@ class Mirror:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Health
+# Owns: asking until an answer is good often enough, and what of it is told. Ignores: what follows from it.
+
+
+class Verdict(NamedTuple):
+    cause: str | None  # None: it passed
+    detail: str = ""  # the first words of a bad answer, which may differ each time
+
+
+def first_words(text: str) -> str:
+    return one_line(text)[:HEALTH_SHOWN].rstrip()
+
+
+def without_query(url: str) -> str:
+    """For a log: what comes behind the ? may be a secret."""
+    return url.partition("?")[0].partition("#")[0]
+
+
+class Request:
+    """One GET, in a thread of its own: neither a resolver nor a server that sends a byte a second keeps to a timeout.
+
+    No redirect is followed: it could lead to another host, or to a page that is always there.
+    """
+
+    def __init__(self, url: str, timeout: float) -> None:
+        parts = urllib.parse.urlsplit(url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        self._connection = kind(parts.hostname, parts.port, timeout=timeout)
+        self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        self.verdict = Verdict("no answer in time")
+        self.done = threading.Event()
+        threading.Thread(target=self._work, name="health", daemon=True).start()
+
+    def _work(self) -> None:
+        try:
+            self._ask()
+        except TimeoutError:
+            pass
+        except Exception as error:  # also what a connection says that was hung up meanwhile
+            if self.verdict.cause == "no answer in time":
+                self.verdict = Verdict(one_line(error) or type(error).__name__)
+        finally:
+            self._connection.close()
+            self.done.set()
+
+    def _ask(self) -> None:
+        headers = {"User-Agent": f"deploybot-agent/{VERSION}", "Connection": "close"}
+        self._connection.request("GET", self._target, headers=headers)
+        response = self._connection.getresponse()
+        said = one_line(f"{response.status} {response.reason}")
+        if 300 <= response.status < 400:
+            said += " (redirects are not followed)"
+        self.verdict = Verdict(None if 200 <= response.status < 300 else said)
+        if self.verdict.cause:
+            self.verdict = Verdict(said, response.read1(HEALTH_BODY).decode("utf-8", "replace"))
+
+    def hang_up(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):
+            self._connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def ask_url(url: str, limits: Limits) -> Verdict:
+    patience = min(HEALTH_ANSWER, max(TICK, limits.deadline - limits.clock()))
+    request, until = Request(url, patience), limits.clock() + patience
+    while not request.done.wait(TICK) and limits.clock() < until and limits.cause() is None:
+        pass
+    verdict = request.verdict  # before a connection that is hung up says so
+    request.hang_up()
+    return verdict
+
+
+class Watch:
+    """One health check, from its first question to its end."""
+
+    def __init__(self, check: HealthCheck, ask: Callable[[Limits], Verdict], spool: Spool, limits: Limits) -> None:
+        self._check, self._ask, self._spool, self._limits = check, ask, spool, limits
+        self._told: str | None = None  # the newest cause that the log has
+        self._lines = 0
+
+    def run(self) -> None:
+        """Raises StepFailed with the last cause, or Stopped where the job's own limits ended it."""
+        check, clock = self._check, self._limits.clock
+        begun = at = clock()
+        end = begun + check.timeout
+        mine = Limits(self._limits.stop, min(end, self._limits.deadline), clock)
+        passed = 0
+        while True:
+            verdict = self._ask(mine)
+            self._limits.check()
+            passed = 0 if verdict.cause else passed + 1
+            if passed >= check.success:
+                return self._spool.say(f"health check: passed after {clock() - begun:.1f} s")
+            self._tell(verdict)
+            at = max(at + check.interval, clock() + TICK)
+            if at >= end:
+                raise StepFailed("health_check", self._failure(verdict, passed))
+            self._wait(at)
+
+    def _tell(self, verdict: Verdict) -> None:
+        if verdict.cause and verdict.cause != self._told and self._lines < HEALTH_LINES:
+            self._lines += 1
+            self._spool.say(f"health check: {self._words(verdict)}", "warning")
+        self._told = verdict.cause
+
+    def _failure(self, verdict: Verdict, passed: int) -> str:
+        cause = self._words(verdict) if verdict.cause else f"it passed {passed} of {self._check.success} times in a row"
+        return f"the health check did not pass within {self._check.timeout:g} s: {cause}"
+
+    def _words(self, verdict: Verdict) -> str:
+        """Masked before it is cut: half of a secret would not be known as one."""
+        words = (first_words(self._spool.masked(text)) for text in (verdict.cause or "", verdict.detail))
+        return ": ".join(filter(None, words))
+
+    def _wait(self, until: float) -> None:
+        while (left := until - self._limits.clock()) > 0:
+            self._limits.check()
+            time.sleep(min(left, TICK))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Releases
 # Owns: WORKDIR/APP: the locks, releases/TIME-SHORTSHA, the `current` link. Ignores: git and scripts.
 
@@ -1526,6 +1762,42 @@ def hand_over(tree: Path, account: Account) -> None:
     os.chown(tree, account.uid, account.gid, follow_symlinks=False)
 
 
+class Ledger:
+    """releases.json: {NAME: {"commit": HEX, "succeeded": MOMENT or null}}, the moment at which a job with it last succeeded.
+
+    Written by the holder of the app's lock alone. A release that is not in it was made by an earlier version, which kept none
+    that failed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def read(self) -> dict[str, dict]:
+        try:
+            data = json.loads(self._path.read_text(encoding="utf-8"))
+            return {name: {"commit": entry["commit"], "succeeded": entry["succeeded"]} for name, entry in data.items()}
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            log.error("%s is not readable: %s", self._path, one_line(error))
+            return {}
+
+    def note(self, name: str, **values: str | None) -> None:
+        entries = self.read()
+        entries[name] = {"commit": None, "succeeded": None} | entries.get(name, {}) | values
+        write_whole(self._path, json.dumps(entries))
+
+    def drop(self, names: Iterable[str]) -> None:
+        entries = self.read()
+        gone = [name for name in names if entries.pop(name, None)]
+        if gone:
+            write_whole(self._path, json.dumps(entries))
+
+
+def moment(now: float) -> str:
+    return datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%S%f")[:-3] + "Z"
+
+
 class AppFolder:
     """`host` names who else may run this app on this machine: agents with other folders, of the same host at its controller."""
 
@@ -1534,6 +1806,7 @@ class AppFolder:
         self._name = f"{host} {path.name}"
         self.current = path / "current"
         self._releases = path / "releases"
+        self.ledger = Ledger(path / "releases.json")
         self._releases.mkdir(parents=True, exist_ok=True)
 
     def _check_owner(self) -> None:
@@ -1574,13 +1847,13 @@ class AppFolder:
         """Of a release that is not there yet. It is noted before add() makes it, so that whoever comes after a crash knows of it."""
         now = self._now()
         while True:
-            moment = datetime.fromtimestamp(now, UTC).strftime("%Y%m%dT%H%M%S%f")[:-3]
-            name = f"{moment}Z-{commit[:12]}"
+            name = f"{moment(now)}-{commit[:12]}"
             if not (self._releases / name).exists():
                 return name
             now += 0.001
 
-    def add(self, name: str) -> Path:
+    def add(self, name: str, commit: str | None = None) -> Path:
+        self.ledger.note(name, commit=commit)
         release = self._releases / name
         release.mkdir()
         return release
@@ -1589,6 +1862,24 @@ class AppFolder:
         """The release of that name, if it is still there."""
         path = self._releases / name if name else None
         return path if path and path.is_dir() else None
+
+    def find(self, commit: str) -> Path | None:
+        """The newest release of that commit that succeeded, if it is still there and the scripts' own."""
+        owner = self._account.uid if self._account else os.geteuid()
+        entries = [(entry["succeeded"], name) for name, entry in self.ledger.read().items() if entry["commit"] == commit]
+        paths = [self.release(name) for succeeded, name in sorted(filter(all, entries), reverse=True)]
+        return next((path for path in paths if path and path.lstat().st_uid == owner), None)
+
+    def commit_of(self, release: Path) -> str | None:
+        return self.ledger.read().get(release.name, {}).get("commit")
+
+    def succeeded(self, release: Path) -> None:
+        self.ledger.note(release.name, succeeded=moment(self._now()))
+
+    def unknown(self) -> list[str]:
+        """Releases that the ledger has not."""
+        known = self.ledger.read()
+        return [path.name for path in self._releases.iterdir() if path.is_dir() and path.name not in known]
 
     def active(self) -> Path | None:
         """The release that `current` leads to."""
@@ -1609,13 +1900,147 @@ class AppFolder:
             os.replace(scratch, self.current)
         sync_folder(self.path)
 
-    def prune(self, keep: set[Path]) -> list[str]:
-        """Removes all but the newest ones and `keep`; the names of what went. Failed releases are gone already."""
-        releases = sorted(path for path in self._releases.iterdir() if path.is_dir())
-        old = [path for path in releases[:-KEEP_RELEASES] if path not in keep]
+    def prune(self, keep: set[Path], count: int) -> list[str]:
+        """Removes what failed, and what succeeded but the newest `count`; never `keep`. The names of what went, now or before."""
+        known = self.ledger.read()
+
+        def last(path: Path) -> str:
+            return known.get(path.name, {}).get("succeeded") or ""
+
+        releases = [path for path in self._releases.iterdir() if path.is_dir()]
+        good = sorted(filter(last, releases), key=last)
+        old = set(releases) - set(good[-count:]) - keep
         for path in old:
             remove_tree(path)
-        return [path.name for path in old]
+        gone = [name for name in {*known, *(path.name for path in old)} if self.release(name) is None]
+        self.ledger.drop(gone)
+        return gone
+
+
+def commit_in_force(path: Path) -> str | None:
+    """What `current` of that app's folder is, by the agent's own notes."""
+    if not (path / "current").is_symlink():
+        return None
+    folder = AppFolder(path, time.time, "")
+    release = folder.active()
+    return folder.commit_of(release) if release else None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared
+# Owns: WORKDIR/APP/shared, and the links to it in a release. Ignores: what is kept there.
+
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+
+
+def entry_at(folder: int, name: str) -> os.stat_result | None:
+    """Of a link the link itself."""
+    try:
+        return os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+
+
+def clear_entry(folder: int, name: str) -> None:
+    found = entry_at(folder, name)
+    if found and S_ISDIR(found.st_mode):
+        shutil.rmtree(name, dir_fd=folder)
+    elif found:
+        os.unlink(name, dir_fd=folder)
+
+
+def move_entry(source: int, folder: int, name: str) -> None:
+    try:
+        os.rename(name, name, src_dir_fd=source, dst_dir_fd=folder)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        raise StepFailed("rejected", f"shared {name}: that place is on another disk: make it there by hand") from error
+
+
+class Shared:
+    """What the releases of one app have in common.
+
+    A commit may hold links, and what is shared belongs to the account of the scripts, who can change it at any moment. So
+    every step goes by descriptors and follows no link; and what is made is made in `shared.new`, where only the agent gets,
+    handed over there, and then moved into its place: nothing that others put there is ever handed over.
+    """
+
+    def __init__(self, app: Path, account: Account | None, say: Callable[[str, str], None]) -> None:
+        self._app, self._account, self._say = app, account, say
+        self._home, self._scratch = app / "shared", app / "shared.new"
+
+    def link(self, release: Path, paths: Iterable[str], fresh: bool) -> None:
+        """`fresh`: the release is still the agent's own, to be handed over as a whole. Raises StepFailed."""
+        with contextlib.ExitStack() as opened:
+            opened.callback(remove_tree, self._scratch)
+            remove_tree(self._scratch)
+            self._scratch.mkdir(mode=0o700)
+            scratch = self._open(opened, self._scratch, [], "")
+            self._make(scratch, self._open(opened, self._app, [], ""), "shared", give=True)
+            for path in paths:
+                self._link(scratch, release, path, fresh)
+
+    def _link(self, scratch: int, release: Path, path: str, fresh: bool) -> None:
+        *parents, name = path.removesuffix("/").split("/")
+        target = os.path.join(*[".."] * (len(parents) + 2), "shared", *parents, name)
+        with contextlib.ExitStack() as opened:
+            here = self._open(opened, release, parents, path, scratch, give=not fresh)
+            there = self._open(opened, self._home, parents, path, scratch, give=True)
+            if entry_at(there, name) is None:
+                self._fill(scratch, here, there, name, path.endswith("/"), fresh)
+            if not self._leads(here, name, target):
+                clear_entry(here, name)
+                os.symlink(target, name, dir_fd=here)
+            if entry_at(there, name) is None:
+                self._say(f"shared {path} is not there yet: {self._home / path}", "warning")
+
+    def _open(
+        self, opened: contextlib.ExitStack, base: Path, names: list[str], path: str, scratch: int = -1, give: bool = False
+    ) -> int:
+        """A descriptor of the folder below `base`, made where it is missing."""
+        folder, at = -1, base
+        for name in ["", *names]:
+            at = at / name
+            try:
+                if name:
+                    self._make(scratch, folder, name, give)
+                folder = os.open(name or base, FOLDER, dir_fd=folder if name else None)
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
+                raise StepFailed("rejected", f"shared {path}: {at} must be a folder, and no link") from error
+            opened.callback(os.close, folder)
+        return folder
+
+    def _make(self, scratch: int, folder: int, name: str, give: bool) -> None:
+        if entry_at(folder, name) is None:
+            os.mkdir(name, 0o755, dir_fd=scratch)
+            self._give(name, give)
+            move_entry(scratch, folder, name)
+
+    def _give(self, name: str, give: bool) -> None:
+        if self._account and give:
+            hand_over(self._scratch / name, self._account)
+
+    def _fill(self, scratch: int, here: int, there: int, name: str, folder: bool, fresh: bool) -> None:
+        """What the first release brings becomes the shared one."""
+        found = entry_at(here, name)
+        if found and (S_ISDIR(found.st_mode) or (S_ISREG(found.st_mode) and not folder)):
+            if not fresh:  # it is the account's already, who may have put there what it has no right to
+                return move_entry(here, there, name)
+            move_entry(here, scratch, name)
+            self._give(name, True)
+            move_entry(scratch, there, name)
+        elif folder:
+            self._make(scratch, there, name, give=True)
+
+    @staticmethod
+    def _leads(folder: int, name: str, target: str) -> bool:
+        try:
+            return os.readlink(name, dir_fd=folder) == target
+        except OSError:
+            return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1650,12 +2075,20 @@ class Machine:
 
 
 class Deployment:
-    """One attempt at one job. `on_commit` is told the commit as soon as it is known."""
+    """One attempt at one job. `on_commit` is told the commit as soon as it is known, `on_switch` that `current` leads elsewhere."""
 
     def __init__(
-        self, job: Job, entry: Entry, spool: Spool, stop: Stop, machine: Machine, on_commit: Callable[[str], None]
+        self,
+        job: Job,
+        entry: Entry,
+        spool: Spool,
+        stop: Stop,
+        machine: Machine,
+        on_commit: Callable[[str], None],
+        on_switch: Callable[[], None] = lambda: None,
     ) -> None:
-        self._job, self._entry, self._spool, self._machine, self._on_commit = job, entry, spool, machine, on_commit
+        self._job, self._entry, self._spool, self._machine = job, entry, spool, machine
+        self._on_commit, self._on_switch = on_commit, on_switch
         same_boot = entry.data["boot"] == boot_id() != ""  # pids of an earlier boot are others'
         leader = Leader(*entry.data["leader"]) if same_boot and entry.data.get("leader") else None
         self._family = Family(job.key.job_id, machine.slots == 1, leader)
@@ -1666,8 +2099,11 @@ class Deployment:
         protections = {"GIT_TERMINAL_PROMPT": "0", "GIT_ALLOW_PROTOCOL": machine.git_protocols}
         git_env = git_environment(machine.env) | protections | mark
         self._mirror = Mirror(self._app.path / "repo.git", job.clone_url, self._run_git, git_env)
-        self._script_env = script_environment(machine.env, machine.account, machine.variables) | mark
+        variables = job.env | machine.variables  # as systemd has it: the file of this host wins
+        self._script_env = script_environment(machine.env, machine.account, variables) | mark
+        self._shared = Shared(self._app.path, machine.account, spool.say)
         self._resolved = Resolved("", "")
+        self._aftermath = ""  # what the error says about the time after the failure
         self._rolled_back_to: str | None = None
 
     # The two ways in.
@@ -1680,7 +2116,7 @@ class Deployment:
         """Ends what an agent that died left running, and undoes a switch whose `activate` it did not see through."""
         result = self._judged(self._undo)
         error = "the agent ended while this ran; its processes were stopped"
-        if result["status"] == "failed":
+        if result["error"]:
             error += f"; {result['error']}"
         self._spool.say(error, "error")
         return {**result, "status": "failed", "reason": "agent_crashed", "exit_code": None, "error": error}
@@ -1700,6 +2136,7 @@ class Deployment:
         except Exception as failure:
             step = unexpected(failure, self._job.key.job_id)
             reason, error = step.reason, str(step)
+        error = "; ".join(filter(None, (error, self._aftermath))) or None
         error = error and self._spool.masked(error)[:ERROR_LIMIT]
         result = {"status": status, "reason": reason, "exit_code": exit_code, "error": error}
         return {**result, "commit": self._resolved.commit or None, "rolled_back_to": self._rolled_back_to}
@@ -1713,16 +2150,31 @@ class Deployment:
             raise StepFailed("rejected", f"this host does not deploy {self._job.repo}: --allow-repo is {allowed}")
         waiting = iter([f"waiting for another job of {self._job.app} on this host"])
         with self._app.locked(self._limits, lambda: [self._spool.say(text) for text in waiting]):
-            release = self._prepare()
+            release = self._find() or self._prepare()
             before = self._app.active()
             try:
-                self._check_out_and_build(release, before)
+                self._fill(release, before)
                 self._switch(release, before)
             except BaseException:
                 self._discard(release)
                 raise
             self._spool.say(f"deployed {self._resolved.commit}")
             self._prune({release, before} - {None})
+
+    @property
+    def _reused(self) -> bool:
+        return bool(self._entry.data.get("reused"))
+
+    def _find(self) -> Path | None:
+        """For a rollback: a release of that commit that is still there needs neither git nor a build."""
+        commit = self._job.ref.lower()
+        release = self._app.find(commit) if self._job.reuse and HEX.fullmatch(commit) else None
+        if release:
+            self._resolved = Resolved(commit, "")
+            self._on_commit(commit)
+            self._entry.note(release=release.name, reused=True)
+            self._spool.say(f"commit {commit} is still there as releases/{release.name}")
+        return release
 
     def _prepare(self) -> Path:
         self._spool.say(f"fetching {without_passwords(self._job.clone_url)}")
@@ -1731,14 +2183,21 @@ class Deployment:
         self._on_commit(self._resolved.commit)
         name = self._app.new_name(self._resolved.commit)
         self._entry.note(release=name)
-        release = self._app.add(name)
+        release = self._app.add(name, self._resolved.commit)
         self._mirror.remember(release.name, self._resolved.commit)
         self._spool.say(f"commit {self._resolved.commit} into releases/{release.name}")
         return release
 
-    def _check_out_and_build(self, release: Path, before: Path | None) -> None:
-        self._mirror.check_out(self._resolved.commit, release)
-        self._app.hand_over(release)
+    def _fill(self, release: Path, before: Path | None) -> None:
+        if not self._reused:
+            self._mirror.check_out(self._resolved.commit, release)
+        if self._job.shared:
+            self._shared.link(release, self._job.shared, fresh=not self._reused)
+        if not self._reused:
+            self._app.hand_over(release)
+            self._build(release, before)
+
+    def _build(self, release: Path, before: Path | None) -> None:
         job = self._job
         name, command = ("deploy", job.deploy) if job.deploy else ("build", job.build)
         if not (job.deploy or job.build or job.activate) and os.access(release / CONVENTION, os.X_OK):
@@ -1749,33 +2208,60 @@ class Deployment:
     def _switch(self, release: Path, before: Path | None) -> None:
         self._limits.check()
         self._entry.note(switched_from=before.name if before else "")
-        self._app.switch(release)
+        self._point(release)
         try:
-            self._activate(release, self._resolved.commit, before)
+            self._bring_up(release, self._resolved.commit, before)
         except BaseException:
             self._way_back(release, before)
             raise
+        try:
+            self._app.succeeded(release)
+        except OSError as error:
+            log.error("releases/%s will go before its time: %s", release.name, one_line(error))
         with contextlib.suppress(OSError):  # an agent that dies from here on has nothing to undo
             self._entry.end({"status": "success", "exit_code": 0, "commit": self._resolved.commit})
 
-    def _activate(self, release: Path, commit: str, previous: Path | None) -> None:
+    def _point(self, release: Path | None) -> None:
+        self._app.switch(release)
+        self._on_switch()
+
+    def _bring_up(self, release: Path, commit: str, previous: Path | None) -> None:
+        """What follows a switch."""
+        variables = self._variables(release, commit, previous)
         if self._job.activate and not self._job.deploy:
-            self._script("activate", self._job.activate, release, self._variables(release, commit, previous))
+            self._script("activate", self._job.activate, release, variables)
+        if check := self._job.health_check:
+            self._spool.say(f"health check: {without_query(check.url) if check.url else 'running its command'}")
+            Watch(check, lambda limits: self._ask(check, release, variables, limits), self._spool, self._limits).run()
 
     def _way_back(self, release: Path, before: Path | None) -> None:
         """Neither cancel nor timeout stops it: it is what puts the host right again."""
-        self._app.switch(before)
-        if before is None:
-            self._spool.say("there is no release to go back to", "warning")
-            return
-        self._spool.say(f"going back to releases/{before.name}", "warning")
-        self._limits = Limits(None, self._machine.clock() + WAY_BACK_LIMIT, self._machine.clock)
-        commit = self._mirror.recall(before.name)
+        if not self._job.rollback_on_failure or release == before:
+            return self._stay(release)
+        where = f"releases/{before.name}" if before else "no release"
         try:
-            self._activate(before, commit or "", release)
+            self._point(before)
+            self._runner.end(lambda: time.sleep(TICK))  # what activate left running, where it was well and its health is not
+            if before is None:
+                return self._spool.say("there is no release to go back to", "warning")
+            self._spool.say(f"going back to {where}", "warning")
+            self._limits = Limits(None, self._machine.clock() + self._way_back_limit(), self._machine.clock)
+            commit = self._app.commit_of(before) or self._mirror.recall(before.name)
+            self._bring_up(before, commit or "", release)
             self._rolled_back_to = commit
-        except (StepFailed, Stopped) as failure:
-            self._spool.say(f"activate of the old release failed too: {failure}", "error")
+        except Exception as failure:
+            known = isinstance(failure, (StepFailed, Stopped))
+            cause = failure if known else unexpected(failure, self._job.key.job_id)
+            self._aftermath = f"going back to {where} failed too: {cause}"
+            self._spool.say(self._aftermath, "error")
+
+    def _way_back_limit(self) -> float:
+        return WAY_BACK_LIMIT + (self._job.health_check.timeout if self._job.health_check else 0)
+
+    def _stay(self, release: Path) -> None:
+        if self._app.active() == release:
+            self._aftermath = f"current stays at releases/{release.name}"
+            self._spool.say(self._aftermath, "warning")
 
     def _undo(self) -> None:
         self._runner.end(lambda: time.sleep(TICK))
@@ -1821,6 +2307,21 @@ class Deployment:
             cause = f": {self._spool.last}; {NOT_STARTED[code]}" if code in NOT_STARTED and self._spool.last else ""
             raise StepFailed("exit_code", f"{name} ended with exit code {code}{one_line(cause)}", code)
 
+    def _ask(self, check: HealthCheck, cwd: Path, env: dict[str, str], limits: Limits) -> Verdict:
+        """Its command has a runner of its own: one that fails ends nothing of what `activate` left running."""
+        if check.url:
+            return ask_url(check.url, limits)
+        argv = check.command if isinstance(check.command, list) else ["/bin/sh", "-c", check.command]
+        family, said, machine = Family(None), Capture(), self._machine
+        runner = Runner(family, machine.grace, machine.clock, lambda: self._entry.note(sync=False, leader=family.leader))
+        try:
+            code = runner.run(argv, cwd, env, said, limits, machine.account)
+        except Stopped:
+            return Verdict("its command did not end in time")
+        except OSError as error:
+            return Verdict(f"{argv[0]}: {error.strerror}")
+        return Verdict(f"exit code {code}" if code else None, said.text().rpartition("\n")[2])
+
     def _run_git(self, argv: list[str], cwd: Path, env: dict[str, str], sink: Any) -> int:
         return self._runner.run(argv, cwd, env, sink, self._limits)
 
@@ -1828,14 +2329,17 @@ class Deployment:
         self._entry.note(sync=False, leader=self._family.leader)  # after a power cut nobody looks for it
 
     def _discard(self, release: Path) -> None:
-        """A failed release goes at once: it must not push out a good one."""
-        if self._app.active() != release:
+        """A failed release goes at once. Not one that succeeded once, nor one that `current` leads to."""
+        if self._app.active() != release and not self._reused:
             remove_tree(release)
 
     def _prune(self, keep: set[Path]) -> None:
         """The deployment is done: what cannot be tidied up now does not undo it."""
         try:
-            for name in self._app.prune(keep):
+            for name in self._app.unknown():
+                commit = None if self._reused else self._mirror.recall(name)  # a mirror that no fetch has looked at is not asked
+                self._app.ledger.note(name, commit=commit, succeeded=name)  # its name begins with a moment, too
+            for name in self._app.prune(keep, self._job.keep_releases):
                 self._mirror.forget(name)
         except (OSError, GitError, Stopped) as error:
             log.warning("old releases of %s: %s", self._job.app, one_line(error))
@@ -2101,6 +2605,24 @@ class Agent:
         self._chosen: Run | None = None  # the one job of --once
         self._recovering: list[Run] = []  # what an agent that died left; set before any job is taken
         self._trouble = ""
+        self._accepts: tuple[str, ...] = ()  # what the controller takes in a heartbeat beside what all of them do; the heart's own
+        self._current = self._look_around()  # app: commit. Guarded by _lock; changes with `current` itself
+
+    def _look_around(self) -> dict[str, str]:
+        found = {}
+        for path in self._config.workdir.iterdir():
+            if JOB_FIELDS["app"].fullmatch(path.name):
+                with contextlib.suppress(OSError):
+                    found[path.name] = commit_in_force(path)
+        return {app: commit for app, commit in sorted(found.items()) if commit}
+
+    def _look(self, app: str) -> None:
+        commit = None
+        with contextlib.suppress(OSError):  # not known is better than wrong
+            commit = commit_in_force(self._config.workdir / app)
+        with self._lock:
+            self._current.pop(app, None)
+            self._current |= {app: commit} if commit else {}
 
     # The main thread.
 
@@ -2158,7 +2680,7 @@ class Agent:
         for run in self._holding():
             run.stop.set("fenced")
         for run in self._holding():
-            run.ended.wait(self._machine.grace + KILL_PATIENCE + WAY_BACK_LIMIT)
+            run.ended.wait(self._machine.grace + KILL_PATIENCE + WAY_BACK_LIMIT + HEALTH_LIMIT)
         self._over.set()
         return EXIT_NEWER
 
@@ -2265,7 +2787,12 @@ class Agent:
         """
         body = {
             "hostname": self._config.hostname,
-            "capabilities": {"agent": VERSION, "python": platform.python_version(), "system": platform.system()},
+            "capabilities": {
+                "agent": VERSION,
+                "python": platform.python_version(),
+                "system": platform.system(),
+                "labels": self._config.labels,
+            },
             "slots": self._config.slots,
             "token_sha256": hashlib.sha256(self._secret.encode()).hexdigest(),
         }
@@ -2284,6 +2811,8 @@ class Agent:
             self._sign_in = self._secret
         with contextlib.suppress(OSError):
             self._registered.touch(mode=0o600)
+        accepts = answer.get("accepts")
+        self._accepts = tuple(filter(is_text, accepts)) if isinstance(accepts, list) else ()
         self._identity = (urllib.parse.quote(str(answer.get("id")), safe=""), answer.get("session"))
         log.info("registered as %s at %s", self._config.hostname, self._config.url)
         if self._forgotten:
@@ -2303,10 +2832,13 @@ class Agent:
         agent_id, session = self._identity
         with self._lock:
             self._named = set(self._runs)
+            current = dict(self._current)
         running = [key._asdict() for key in self._named]
         body: dict[str, Any] = {"status": status, "running": running}
         if session is not None:
             body["session"] = session
+        if "current" in self._accepts:
+            body["current"] = current
         if wait:
             body["wait"] = wait
         return f"/v1/agents/{agent_id}/heartbeat", body
@@ -2400,7 +2932,7 @@ class Agent:
 
     def _deployment(self, run: Run) -> Deployment:
         job = parse_job(run.entry.data["job"])
-        return Deployment(job, run.entry, run.spool, run.stop, self._machine, run.know_commit)
+        return Deployment(job, run.entry, run.spool, run.stop, self._machine, run.know_commit, lambda: self._look(job.app))
 
     def _uploader(self, run: Run) -> None:
         controller = Controller(self._config.url, lambda: self._secret)
