@@ -25,6 +25,7 @@ VERSION = "0.1.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
 TOKEN_FILE = "data/admin.token"  # where a controller's first start writes it, seen from the folder it runs in
 ENDED = ("success", "failed", "cancelled")
+OVER = (*ENDED, "partial", "rolled_back")  # how a deployment may have ended
 
 DONE, FAILED, WRONG_USE, NOT_REACHED, REFUSED = range(5)
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
@@ -38,15 +39,22 @@ PAGE_JOBS = 1000  # the most that GET /v1/jobs gives at once
 PAGE_LINES = 1000
 PAGE_AUDIT = 1000
 PAGE_NAMES = 1000  # of hosts, also of those of the apps
+PAGE_DEPLOYMENTS = 1000  # also of deliveries
+ALL = 1 << 30  # more than any list has
 STREAM_TAIL_MOST = 1000  # the most that GET /v1/logs/stream gives
 DEFAULT_TAIL = 50
 RECENT_JOBS = 20  # whose logs `logs` looks through when no job is named
 SHORT_ID = 13  # characters: the 48 bits of time of a UUIDv7
+COUNTED_ID = 18  # and the count within that time: a deployment is made in one millisecond with its jobs
+LAST_ID = "ffffffff-ffff-7fff-bfff-ffffffffffff"
 CANDIDATES = 5
 SHORT_COMMIT = 8
 MAX_TIMEOUT = 7 * 86400  # seconds that a job may run, as the controller has it
 TOKEN_LIFE = (60, 3650 * 86400)  # seconds that a token may last, as the controller has it
+LOCK_LIFE = (1, 365 * 86400)  # seconds
 EVENTS_AHEAD = 1000  # read, and not yet printed
+FRAME_S = 0.05  # what comes within is drawn at once
+TICK_S = 1  # the times that run are drawn anew
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,12 +65,13 @@ EVENTS_AHEAD = 1000  # read, and not yet printed
 class Failure(Exception):
     """Ends the program with `code`, the line `text` and each of `items` under it.
 
-    `again`: why, in a few words, where asking again may help; `after`: the seconds until then, where the controller said so.
+    `again`: why, in a few words, where asking again may help; `after`: the seconds until then, where the controller said so;
+    `status`: of HTTP, where it answered.
     """
 
-    def __init__(self, code, text, again="", items=(), after=None):
+    def __init__(self, code, text, again="", items=(), after=None, status=None):
         super().__init__(text)
-        self.code, self.text, self.again, self.items, self.after = code, text, again, items, after
+        self.code, self.text, self.again, self.items, self.after, self.status = code, text, again, items, after, status
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,10 +145,10 @@ def short_commit(text):
     return text[:SHORT_COMMIT] if text and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", text) else text
 
 
-def short_ids(ids):
-    """Each id to its start, of the one length that tells all of `ids` apart."""
+def short_ids(ids, least=SHORT_ID):
+    """Each id to its start, of the one length, from `least` on, that tells all of `ids` apart."""
     wanted = set(ids)
-    length = next((n for n in range(SHORT_ID, 36) if len({one[:n] for one in wanted}) == len(wanted)), 36)
+    length = next((n for n in range(least, 36) if len({one[:n] for one in wanted}) == len(wanted)), 36)
     return {one: one[:length] for one in wanted}
 
 
@@ -168,10 +177,10 @@ def cut(text, most):
 COLOURS = {"red": 31, "green": 32, "yellow": 33, "cyan": 36, "dim": 2, "bold": 1}
 COLOUR_OF = {
     **dict.fromkeys(("success", "online", "ok"), "green"),
-    **dict.fromkeys(("failed", "offline", "error"), "red"),
-    **dict.fromkeys(("pending", "unknown"), "yellow"),
+    **dict.fromkeys(("failed", "rolled_back", "offline", "error", "drift"), "red"),
+    **dict.fromkeys(("pending", "partial", "unknown"), "yellow"),
     "running": "cyan",
-    "cancelled": "dim",
+    **dict.fromkeys(("cancelled", "held"), "dim"),
 }
 LEVEL_COLOURS = {"error": "red", "warning": "yellow", "debug": "dim"}
 GAP = 2  # columns between two columns
@@ -205,6 +214,8 @@ class Screen:
         self.as_json, self.raw = as_json, raw
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.live = self.terminal and not as_json and os.environ.get("TERM") != "dumb"
+        self.drawn, self.size = 0, None  # lines of the last frame, and the terminal that it was drawn for
 
     def paint(self, text, colour):
         return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if self.colour and colour else text
@@ -231,22 +242,34 @@ class Screen:
 
     def table(self, headers, rows, shrink=()):
         """Rows under `headers`; on a terminal, columns named in `shrink` are cut first, then the last columns go."""
-        if not rows:
-            return
+        for line in self.lines(headers, rows, shrink) if rows else ():
+            print(line)
+
+    def lines(self, headers, rows, shrink=()):
         rows = [[cell(value) for value in row] for row in rows]
         widths = [max(map(width, column)) for column in zip(headers, *rows, strict=True)]
         if self.terminal:
             widths = fit(widths, [name in shrink for name in headers], columns())
-        self._row(headers, widths, lambda text: "bold")
-        for row in rows:
-            self._row(row, widths, COLOUR_OF.get)
+        return [self._row(headers, widths, lambda text: "bold"), *(self._row(row, widths, COLOUR_OF.get) for row in rows)]
+
+    def redraw(self, frame):
+        """Draws `frame(lines)` in the place of the one before; all anew where the size has changed: what has become of it is not known."""
+        import shutil
+
+        size = shutil.get_terminal_size()
+        back = f"\x1b[{self.drawn}A\r" if self.drawn else ""
+        if self.size not in (None, size):
+            back = "\x1b[H\x1b[2J"
+        shown = frame(size.lines - 1)[: size.lines - 1]
+        print(back + "".join(f"\x1b[K{line}\n" for line in shown) + "\x1b[J", end="", flush=True)
+        self.drawn, self.size = len(shown), size
 
     def _row(self, row, widths, colour_of):
         text = ""
         for value, most in zip(row, widths, strict=False):  # there are fewer widths where the last columns are dropped
             shown = cut(value, most)
             text += self.paint(shown, colour_of(value)) + " " * (most - width(shown) + GAP)
-        print(text.rstrip())
+        return text.rstrip()
 
     def fields(self, pairs):
         """Names and values under one another; a value of None is left out."""
@@ -323,8 +346,8 @@ def controller_token(url):
 HINTS = {
     400: "this ctl.py and the controller may be of different versions, `ctl.py health` names the controller's",
     403: "`ctl.py whoami` shows what yours may do",
-    404: "`ctl.py jobs`, `hosts` and `apps` list what there is",
-    409: "`ctl.py status JOB` and `ctl.py hosts` show the state",
+    404: "`ctl.py jobs`, `deployments`, `hosts` and `apps` list what there is",
+    409: "`ctl.py status ID` and `ctl.py hosts` show the state",
     413: "send less",
     422: "mend what is named and run it again",
 }
@@ -381,6 +404,7 @@ class Client:
     def __init__(self, url, token, token_source, flagged=False):
         self.url, self.token, self.token_source, self.flagged = url, token, token_source, flagged
         self._opener = None
+        self.hints = dict(HINTS)  # what to do about a status; a verb may know better
 
     def call(self, method, path, query=None, body=None):
         """The JSON object that the controller answers."""
@@ -468,7 +492,7 @@ class Client:
         code = REFUSED if 400 <= status < 500 else NOT_REACHED
         text = f"{status} from {method} {target}: {said}: {self._hint(status, response.headers, target)}"
         again = f"{status} {said}" if status == 429 or status >= 500 else ""
-        return Failure(code, text, again, after=retry_after(response.headers) if again else None)
+        return Failure(code, text, again, after=retry_after(response.headers) if again else None, status=status)
 
     def _hint(self, status, headers, target):
         if status < 400:
@@ -480,14 +504,14 @@ class Client:
             return f"try again in {retry_after(headers) or 5} s"
         if status in (404, 409) and target.startswith(self.url + "/v1/tokens"):
             return TOKEN_HINT
-        return HINTS.get(status, "see `ctl.py --help`")
+        return self.hints.get(status, "see `ctl.py --help`")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stream
 # Owns: server-sent events (WHATWG HTML, 9.2.6), resuming at Last-Event-ID, several streams as one. Ignores: the screen.
 
-# kind: log, job, gap, end as the controller sends them (data: dict), or note (data: text)
+# kind: log, job, deployment, gap, end as the controller sends them (data: dict); note (data: text); opened: from here on all is told
 Event = namedtuple("Event", "kind data")
 
 
@@ -578,6 +602,8 @@ class Stream:
             if self.lost:
                 yield Event("note", f"connected again to {self.client.url}")
             self.answered, self.lost = True, None
+            if self.last_id is None:
+                yield Event("opened", None)
             if response.status != 204:
                 yield from self._read(response)
 
@@ -783,6 +809,8 @@ class LogView:
 
     def event(self, event):
         """One Event. Notes go to stderr, for programs too."""
+        if event.kind == "opened":
+            return
         if event.kind == "note":
             self.screen.note(event.data)
         elif self.screen.as_json:
