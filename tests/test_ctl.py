@@ -1243,12 +1243,12 @@ def test_the_audit_is_a_table_newest_first(here, closed):
 
 
 def test_the_audit_beyond_a_page_is_fetched_page_by_page(here, closed, monkeypatch):
-    monkeypatch.setattr(ctl, "PAGE_AUDIT", 2)
+    monkeypatch.setattr(ctl, "PAGE_JOBS", 2)
     for number in range(5):
         here("token", "create", "--role", "viewer", "--name", f"t{number}")
     listed = json.loads(here("audit", "--limit", "5", "--json").out)
     assert [one["target"] for one in listed["audit"]] == ["t4", "t3", "t2", "t1", "t0"]
-    monkeypatch.setattr(ctl, "PAGE_AUDIT", 1000)
+    monkeypatch.setattr(ctl, "PAGE_JOBS", 1000)
     assert len(json.loads(here("audit", "--limit", "1001", "--json").out)["audit"]) == 5, "more than one call gives"
 
 
