@@ -774,9 +774,10 @@ def strategy_words(strategy):
     return clean(", ".join(words))
 
 
-def lock_words(lock):
-    until = f", until {when(lock['until'])} UTC ({ends(lock['until'])})" if lock["until"] else ""
-    return f"locked by {lock['by']} {ago(lock['at'])}: {lock['reason']}{until}"
+def lock_words(client, lock):
+    """locked by alice 2h ago (ctl.py unlock --app web): the database moves, until 2026-11-23 13:13:37 UTC"""
+    until = f", until {when(lock['until'])} UTC" if lock["until"] else ""
+    return f"locked by {lock['by']} {ago(lock['at'])} ({client.command('unlock --app ' + lock['app'])}): {lock['reason']}{until}"
 
 
 def held_words(client, deployment, lock=None):
@@ -784,9 +785,9 @@ def held_words(client, deployment, lock=None):
     hold = deployment["hold"]
     if hold == "pause" and deployment["resume_at"]:
         return f"the canary is watched until {when(deployment['resume_at'])} UTC ({ends(deployment['resume_at'])})"
-    if hold == "lock":
-        return (lock_words(lock) if lock else "the app is locked") + f" ({client.command('unlock --app ' + deployment['app'])})"
-    return "the batch that runs: the next one goes after it" if hold == "batch" else hold
+    if hold == "lock" and lock:
+        return lock_words(client, lock)
+    return "the batch that runs: the next one goes after it" if hold == "batch" else HOLDS.get(hold, hold)
 
 
 def show_deployments(screen, deployments):
@@ -862,7 +863,7 @@ def show_plan(screen, client, plan, skipped):
         check = plan["health_check"]
         screen.line(f"  health check: {cell(check.get('url') or command_words(check.get('command')))}")
     if plan["lock"]:
-        locked = lock_words(plan["lock"]) if isinstance(plan["lock"], dict) else "the app is locked then"
+        locked = lock_words(client, plan["lock"]) if isinstance(plan["lock"], dict) else "the app is locked then"
         screen.line(f"  lock: {clean(locked)}")
     for one in skipped:
         screen.line(f"  left out: {cell(one['host'])}: {cell(one['reason'])}")
@@ -919,25 +920,13 @@ def show_delivery(screen, client, delivery):
     screen.fields([*pairs, *[(clean(one["app"] or "no app"), outcome_words(client, one)) for one in delivery["outcomes"]]])
 
 
-KINDS = {
-    "push": "a push",
-    "deploy": "a deployment",
-    "hook": "a hook of another system",
-    "retry": "a retry",
-    "rollback": "a rollback",
-}
 REASONS = {
     "superseded": "a newer push took its place",
     "stopped": "too many hosts before it failed",
     "expired": "it was pending for too long",
-    "cancelled": "a person ended it",
     "agent_lost": "its agent was away for too long",
     "agent_crashed": "its agent died while it ran",
     "rejected": "its agent refused it",
-    "fetch_failed": "git did not get the commit",
-    "health_check": "the health check did not pass",
-    "timeout": "it ran for too long",
-    "exit_code": "a command failed",
 }
 
 
@@ -945,7 +934,7 @@ def show_why(screen, client, waits, job, deployment, delivery):
     """Who and what made a job (or, where that is None, a deployment), and why it waits or ended as it did."""
     one, where = (job, f" on {job['host']}") if job else (deployment, "")
     outcomes = [outcome for outcome in (delivery or {"outcomes": ()})["outcomes"] if outcome["app"] == one["app"]]
-    kind = KINDS.get(deployment["kind"], deployment["kind"]) if deployment else "a job of its own"
+    kind = deployment["kind"] if deployment else "a job of its own"
     said = [REASONS.get(one["reason"], one["reason"]), job and beyond(job, "error")]
     pairs = [
         ("job" if job else "deployment", one["id"]),
@@ -978,31 +967,26 @@ def pushed_branches(app):
 
 def versions(host):
     """[wanted, actual, mark] of a host of an app: where its agent says nothing, actual is the last success, in brackets."""
-    wanted, actual, last = host.get("wanted"), host.get("actual"), short_commit(host["commit"])
-    drift = wanted and actual and short_commit(wanted) != wanted != actual  # a branch is compared with nothing
-    return [short_commit(wanted), short_commit(actual) if actual else last and f"({last})", "drift" if drift else " "]
+    wanted, actual, last = (short_commit(one) for one in (host.get("wanted"), host.get("actual"), host["commit"]))
+    drift = wanted and actual and short_commit(host["wanted"]) != host["wanted"] and wanted != actual  # a branch is like any commit
+    return [wanted, actual or (last and f"({last})"), "drift" if drift else " "]
 
 
 def show_apps(screen, client, apps):
     """A row an app and host; what belongs to the app stands in its first. Then the locks. An older controller says less."""
     jobs = short_ids(host["job_id"] for app in apps for host in app["hosts"] if host["job_id"])
     never = {"hostname": None, "commit": None, "job_id": None, "deployed_at": None}
-    tells = any("wanted" in host for app in apps for host in app["hosts"])
     rows = []
     for app in apps:
-        strategy = [app["strategy"] and strategy_words(app["strategy"])] if "strategy" in app else []
-        named, of_app = [app["name"], app["repo"]], [pushed_branches(app), *strategy]
+        named, of_app = [app["name"], app["repo"]], [pushed_branches(app), app.get("strategy") and strategy_words(app["strategy"])]
         for host in app["hosts"] or [never]:
-            runs = versions(host) if tells else [short_commit(host["commit"])]
-            rows.append([*named, host["hostname"], *runs, ago(host["deployed_at"]), jobs.get(host["job_id"]), *of_app])
-            named, of_app = [" "] * len(named), [" "] * len(of_app)
-    runs = ["WANTED", "ACTUAL", ""] if tells else ["COMMIT"]
-    strategy = ["STRATEGY"] if any("strategy" in app for app in apps) else []
-    headers = ["APP", "REPO", "HOST", *runs, "DEPLOYED", "JOB", "ON PUSH", *strategy]
+            rows.append([*named, host["hostname"], *versions(host), ago(host["deployed_at"]), jobs.get(host["job_id"]), *of_app])
+            named = of_app = [" ", " "]
+    headers = ["APP", "REPO", "HOST", "WANTED", "ACTUAL", " ", "DEPLOYED", "JOB", "ON PUSH", "STRATEGY"]
     screen.table(headers, rows, shrink=("APP", "REPO", "HOST", "ON PUSH", "STRATEGY"))
     for app in apps:
         if app.get("lock"):
-            screen.line(f"{cell(app['name'])} is {cell(lock_words(app['lock']))} ({client.command('unlock --app ' + app['name'])})")
+            screen.line(f"{cell(app['name'])} is {cell(lock_words(client, app['lock']))}")
 
 
 def bound_to(token):
@@ -1345,6 +1329,9 @@ def draw(screen, board, stream):
                 screen.redraw(lambda lines: frame(screen, board, lines))
         board.read()
         screen.redraw(lambda lines: frame(screen, board, lines))
+    except KeyboardInterrupt:
+        print("\r\x1b[K", end="", flush=True)  # the ^C that the terminal shows
+        raise
     finally:
         signal.signal(signal.SIGWINCH, before)
 
@@ -1475,6 +1462,14 @@ def follow_deployment(client, screen, answer, quiet=False):
     return DONE if one["status"] == "success" else FAILED
 
 
+def present(screen, client, deployment, jobs=()):
+    """What was made of a deployment, and how to see the rest."""
+    show_deployment(screen, client, deployment, lock_of(client, deployment))
+    screen.table(["HOST", "STATUS", "REF"], [[job["host"], counted_as(job), short_commit(job["ref"])] for job in jobs])
+    if deployment["status"] not in OVER:
+        screen.note(f"to follow it: {client.command('follow ' + deployment['id'])}")
+
+
 def settle(client, screen, options, answer):
     """Shows the answer to the creation of a deployment, {deployment, created, jobs, skipped}; follows it where the options say so."""
     one, jobs = answer["deployment"], answer["jobs"]
@@ -1489,12 +1484,7 @@ def settle(client, screen, options, answer):
     if options.follow or options.wait:
         return follow_deployment(client, screen, answer, quiet=not options.follow)
 
-    def view():
-        show_deployment(screen, client, one, lock_of(client, one))
-        screen.table(["HOST", "STATUS", "REF"], [[job["host"], counted_as(job), short_commit(job["ref"])] for job in jobs])
-        screen.note(f"to follow it: {client.command('follow ' + one['id'])}")
-
-    screen.show(answer, view)
+    screen.show(answer, lambda: present(screen, client, one, jobs))
     return DONE
 
 
@@ -1576,8 +1566,7 @@ def show_state(client, screen, deployment):
         show_deployment(screen, client, deployment, lock_of(client, deployment), jobs)
         print()
         show_jobs(screen, jobs)
-        waits = waiting(client, jobs)
-        for _, reason in waits[:CANDIDATES]:
+        for _, reason in waiting(client, jobs)[:CANDIDATES]:
             screen.note(f"waits for: {reason}")
 
     screen.show({"deployment": deployment, "jobs": jobs}, view)
@@ -1593,21 +1582,12 @@ def status(client, screen, options):
     return DONE
 
 
-def cancel_deployment(client, screen, deployment):
-    answer = client.call("POST", deployment_path(deployment["id"], "/cancel"))
-    one = answer["deployment"]
-    running = one["progress"]["running"]
-    ends = f"{running} host{'s' * (running != 1)} still stop{'s' * (running == 1)} ({client.command('follow ' + one['id'])})"
-    said = f"{cell(one['app'])} {cell(short_commit(one['ref']))}, {progress(one['progress'])}"
-    line = f"{screen.status(cell(one['status']))}: {said}" if one["status"] in OVER else f"cancel asked for: {said}: {ends}"
-    screen.show(answer, lambda: screen.line(line))
-    return DONE
-
-
 def cancel(client, screen, options):
     kind, one = find(client, options.id)
     if kind == "deployment":
-        return cancel_deployment(client, screen, one)
+        answer = client.call("POST", deployment_path(one["id"], "/cancel"))
+        screen.show(answer, lambda: present(screen, client, answer["deployment"]))
+        return DONE
     answer = client.call("POST", job_path(one["id"], "/cancel"))
     job = answer["job"]
     asked = f"cancel asked for: the agent of {cell(job['host'])} stops it ({client.command('status ' + job['id'])})"

@@ -781,10 +781,14 @@ def test_apps_as_a_table_with_a_row_a_host(here, scripted):
     ]
     server = scripted(as_json(200, {"apps": apps, "next": None}))
     rows = [re.split(r"  +", row) for row in here("apps", "--url", server.url).out.splitlines()]
-    assert rows[0] == ["APP", "REPO", "HOST", "COMMIT", "DEPLOYED", "JOB", "ON PUSH"]
-    assert rows[1][:4] == ["web", "myorg/web", "web-01", "c0ffee00"] and rows[1][5:] == ["0199c2f0-1111", "main, release/*"]
-    assert rows[2][1:] == ["web-02", "-", "-", "-"]
-    assert rows[3] == ["api", "myorg/api", "-", "-", "-", "-", "-"]
+    assert rows[0] == ["APP", "REPO", "HOST", "WANTED", "ACTUAL", "DEPLOYED", "JOB", "ON PUSH", "STRATEGY"]
+    assert rows[1][:5] == ["web", "myorg/web", "web-01", "-", "(c0ffee00)"] and rows[1][6:] == [
+        "0199c2f0-1111",
+        "main, release/*",
+        "-",
+    ]
+    assert rows[2][1:] == ["web-02", "-", "-", "-", "-"]
+    assert rows[3] == ["api", "myorg/api", "-", "-", "-", "-", "-", "-", "-"]
 
 
 def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, controller):
