@@ -424,7 +424,7 @@ class Client:
 
     def command(self, words):
         """A ctl.py command that reaches the same controller."""
-        return f"ctl.py {words} --url {self.url}" if self.flagged else f"ctl.py {words}"
+        return clean(f"ctl.py {words} --url {self.url}" if self.flagged else f"ctl.py {words}")
 
     def target(self, path, query=None):
         asked = {name: value for name, value in (query or {}).items() if value is not None}
@@ -822,8 +822,8 @@ def show_deployment(screen, client, deployment, lock=None, jobs=None):
 def failure_words(job):
     """exit_code: npm ci ended with 3, back on c0ffee00"""
     back = job["rolled_back_to"] and f"back on {short_commit(job['rolled_back_to'])}"
-    said = ": ".join(clean(job[name]) for name in ("reason", "error") if beyond(job, name))
-    return ", ".join(filter(None, (said, back)))
+    said = ": ".join(job[name] for name in ("reason", "error") if beyond(job, name))
+    return clean(", ".join(filter(None, (said, back))))
 
 
 def show_end(screen, client, deployment, jobs):
@@ -1164,8 +1164,10 @@ def named(client, prefix):
     jobs = [("job", job) for job in client.call("GET", "/v1/jobs", {"id": prefix, "limit": CANDIDATES})["jobs"]]
     if len(jobs) == 1:
         return jobs
-    query = {"before": prefix + LAST_ID[len(prefix) :], "limit": CANDIDATES}  # ids sort by time
-    page = unless_absent(client.call, "GET", "/v1/deployments", query) or {"deployments": ()}
+    last, page = prefix + LAST_ID[len(prefix) :], None  # the greatest id that starts so: ids sort by time
+    if re.sub("[0-9a-f]", "f", last) == re.sub("[0-9a-f]", "f", LAST_ID):
+        page = unless_absent(client.call, "GET", "/v1/deployments", {"before": last, "limit": CANDIDATES})
+    page = page or {"deployments": ()}
     return [("deployment", one) for one in page["deployments"] if one["id"].startswith(prefix)] + jobs
 
 
@@ -1173,15 +1175,11 @@ def find(client, text, deliveries=False):
     """(kind, object): the one Job, or else Deployment, or else, where asked for, Delivery whose id starts with `text`."""
     prefix = text.lower()
     if not deliveries and not re.fullmatch(r"[0-9a-f-]{1,36}", prefix):
-        raise Failure(
-            WRONG_USE, f"{text!r} is no start of an id (hex and dashes): `ctl.py jobs` and `ctl.py deployments` list them"
-        )
+        raise Failure(WRONG_USE, f"{text!r} is no start of an id (hex and dashes): `ctl.py jobs` and `deployments` list them")
     found = named(client, prefix) if re.fullmatch(r"[0-9a-f-]{1,36}", prefix) else []
     if len(found) > 1:
-        items = [
-            f"{one['id']}  {one['app']} {'on ' + one['host'] if kind == 'job' else kind}, {ago(one['created_at'])}"
-            for kind, one in found
-        ]
+        what = [f"{one['app']} {'on ' + one['host'] if kind == 'job' else kind}" for kind, one in found]
+        items = [f"{one['id']}  {words}, {ago(one['created_at'])}" for words, (_, one) in zip(what, found, strict=True)]
         more = " or more" if len(found) >= CANDIDATES else ""
         raise Failure(WRONG_USE, f"{prefix} is the start of {len(found)}{more} ids ({client.url}), give more of one:", items=items)
     if not found and deliveries and text:
@@ -1476,14 +1474,13 @@ def settle(client, screen, options, answer):
     for left_out in answer["skipped"]:
         screen.note(f"left out: {left_out['host']}: {left_out['reason']}")
     if not answer["created"]:
-        screen.note(f"this deployment is {one['status']} already, --force makes a new one")
+        screen.note(f"this deployment is {one['status']} already" + ", --force makes a new one" * hasattr(options, "force"))
     for job in jobs if answer["created"] else ():
         if job["deployment_id"] != one["id"]:
             other = client.command(f"status {job['deployment_id'] or job['id']}")
             screen.note(f"{job['host']}: the same is {job['status']} there already ({other})")
     if options.follow or options.wait:
         return follow_deployment(client, screen, answer, quiet=not options.follow)
-
     screen.show(answer, lambda: present(screen, client, one, jobs))
     return DONE
 
@@ -1502,9 +1499,7 @@ def ask_for(client, screen, options, **given):
 def deploy_app(client, screen, options):
     """A deployment of an app, by its strategy."""
     if not options.app:
-        raise Failure(
-            WRONG_USE, "deploy needs --app APP (its hosts, by its strategy), or --repo OWNER/NAME and --host HOST (a job)"
-        )
+        raise Failure(WRONG_USE, "deploy needs --app APP (its hosts, by its strategy), or --repo OWNER/NAME and --host HOST")
     if options.timeout is not None or options.retries is not None:
         raise Failure(WRONG_USE, "--timeout and --retries are of jobs that --repo and --host make: an app has its own in apps.yaml")
     unlock = client.command(f"unlock --app {options.app}")
@@ -1527,9 +1522,7 @@ def rollback(client, screen, options):
 def deploy_jobs(client, screen, options):
     """A job a host. A refusal ends it there; the jobs that were made before are shown and go on."""
     if not options.host:
-        raise Failure(
-            WRONG_USE, "deploy --repo needs --host HOST, again for each further host; --app APP without --repo is all of its hosts"
-        )
+        raise Failure(WRONG_USE, "deploy --repo needs --host HOST; --app APP without --repo takes all hosts of the app")
     if options.override or options.dry_run:
         raise Failure(WRONG_USE, "--override and --dry-run are of deployments: name the app with --app, and leave out --repo")
     given = {name: getattr(options, name) for name in ("repo", "ref", "app", "timeout", "retries")}
@@ -1658,9 +1651,7 @@ def unlock(client, screen, options):
     ids = answer["deployments"]
 
     def view():
-        screen.line(
-            f"{clean(options.app)} is unlocked, {len(ids) or 'no'} deployment{'s' * (len(ids) != 1)} go{'es' * (len(ids) == 1)} on"
-        )
+        screen.line(f"{clean(options.app)} is unlocked, deployments that go on: {len(ids)}")
         show_deployments(screen, list(filter(None, (unless_absent(get_deployment, client, one) for one in ids))))
 
     screen.show(answer, view)

@@ -503,7 +503,7 @@ def test_an_ambiguous_start_lists_the_candidates(run, controller):
     result = run("cancel", common_start(first["id"], second["id"]))
     assert result.code == ctl.WRONG_USE
     said, *candidates = result.err.splitlines()
-    assert f" is the start of 2 jobs' ids ({controller.url}), give more of one:" in said
+    assert f" is the start of 2 ids ({controller.url}), give more of one:" in said
     ids = [re.fullmatch(r"(\S{36})  myorg--web on web-01, \d+s ago", line)[1] for line in candidates]
     assert ids == [second["id"], first["id"]]
     assert controller.call("GET", f"/v1/jobs/{first['id']}")[1]["job"]["status"] == "pending"
@@ -798,7 +798,7 @@ def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, con
     assert result.code == 0 and result.out.endswith(", apps: 1\n")
     assert json.loads(run("reload", "--json").out)["apps"] == 1
     assert [one["name"] for one in json.loads(run("apps", "--json").out)["apps"]] == ["web"]
-    assert re.search(r"^web +myorg/web +web-01 +- .* default branch$", run("apps").out, re.MULTILINE)
+    assert re.search(r"^web +myorg/web +web-01 +- .* default branch +-$", run("apps").out, re.MULTILINE)
     controller.apps_file.write_text('{"apps": [\n {"name": "web", "repo": "no repo", "hosts": ["web-01"],\n "no": 1}\n]}')
     result = run("reload")
     assert (result.code, result.out) == (ctl.REFUSED, "")

@@ -31,6 +31,7 @@ import ctl
 # ----------------------------------------------------------------------------------------------------------------------
 # The contract, as a server
 
+ID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 HEX = "0123456789abcdef"
 COMMITS = {letter: letter * 40 for letter in HEX}
 TIME = "2026-11-23T13:13:37.123Z"
@@ -219,6 +220,8 @@ class Fake:
             one for one in self.deployments.values() if all(one[name] == query.get(name, one[name]) for name in ("app", "status"))
         ]
         shown = sorted((one for one in wanted if one["id"] < query.get("before", "g")), key=lambda one: one["id"], reverse=True)
+        if not re.fullmatch(ID, query.get("before", ctl.LAST_ID)):
+            raise Refused(422, "before: no id")
         limit = int(query["limit"])
         return 200, {"deployments": list(map(self.count, shown[:limit])), "next": shown[limit - 1]["id"] if shown[limit:] else None}
 
@@ -520,7 +523,7 @@ def test_a_job_is_found_before_a_deployment_and_the_start_of_both_is_ambiguous(h
     assert all(method == "GET" for method, *_ in fake.requests), "nothing was cancelled"
 
 
-@pytest.mark.parametrize("name", ["ffffffff", "ffffffff-ffff-7fff-8fff-ffffffffffff"])
+@pytest.mark.parametrize("name", ["ffffffff", "ff-f", "ffffffff-ffff-7fff-8fff-ffffffffffff"])
 @pytest.mark.parametrize("verb", ["status", "follow", "cancel", "retry", "why"])
 def test_an_id_that_nothing_has_is_refused(here, fake, verb, name):
     fake.deployment()
@@ -571,10 +574,10 @@ def test_lock_and_unlock_say_what_follows(here, fake):
     one = fake.deployment()
     fake.resumed = [one["id"]]
     said, _, row = here("unlock", "--app", "web").out.splitlines()
-    assert said == "web is unlocked, 1 deployment goes on" and row.split()[0] == one["id"][:18]
+    assert said == "web is unlocked, deployments that go on: 1" and row.split()[0] == one["id"][:18]
     assert json.loads(here("unlock", "--app", "web", "--json").out)["deployments"] == [one["id"]]
     fake.resumed = []
-    assert here("unlock", "--app", "web").out == "web is unlocked, no deployments go on\n"
+    assert here("unlock", "--app", "web").out == "web is unlocked, deployments that go on: 0\n"
 
 
 def test_a_lock_without_an_end_and_an_unlock_of_nothing(here, fake):
