@@ -942,7 +942,7 @@ def show_why(screen, client, waits, job, deployment, delivery):
         ("what", f"{one['app']} {short_commit(one['ref'])}{where}"),
         ("made", f"{ago(one['created_at'])} by {one['created_by'] or '-'}: {kind}"),
         ("push", delivery and push_words(delivery)),
-        *[("rule", outcome_words(client, outcome)) for outcome in outcomes],
+        *[("rule", outcome_words(client, {**outcome, "deployment_id": None})) for outcome in outcomes],
         ("deployment", f"{deployment['id']}, {deployment['status']}" if job and deployment else None),
         ("waits_for", waits),
         ("because", ": ".join(filter(None, said)) or None),
