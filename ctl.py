@@ -787,7 +787,7 @@ def held_words(client, deployment, lock=None):
         return f"the canary is watched until {when(deployment['resume_at'])} UTC ({ends(deployment['resume_at'])})"
     if hold == "lock" and lock:
         return lock_words(client, lock)
-    return "the batch that runs: the next one goes after it" if hold == "batch" else HOLDS.get(hold, hold)
+    return "the next batch waits for the one that runs" if hold == "batch" else HOLDS.get(hold, hold)
 
 
 def show_deployments(screen, deployments):
@@ -1276,8 +1276,8 @@ def chosen(jobs, most):
 def frame(screen, board, lines):
     """What a terminal with room for so many lines shows of a board."""
     one, jobs, most = board.deployment, list(board.jobs.values()), columns()
-    held = held_words(board.client, one, board.lock)
-    said = list(filter(None, (strategy_words(one["strategy"]), held and f"waits: {held}", board.note)))
+    said = [strategy_words(one["strategy"]), held_words(board.client, one, board.lock), board.note]
+    said = list(filter(None, said))
     shown = chosen(jobs, lines - len(said) - 2)  # a title and headers
     if len(shown) < len(jobs):
         shown = chosen(jobs, lines - len(said) - 3)  # and the count of the others

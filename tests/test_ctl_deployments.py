@@ -669,9 +669,9 @@ def test_why_of_a_job_tells_what_made_it_and_what_took_its_place(here, fake):
 
 def test_why_of_what_waits_says_what_for(here, fake):
     one = fake.deployment(["web-01"], held=["web-01"], hold="batch", kind="rollback")
-    assert "waits for   the batch that runs" in here("why", one["id"]).out
+    assert "waits for   the next batch waits" in here("why", one["id"]).out
     job = next(iter(fake.jobs.values()))
-    assert "waits for   the batch that runs" in here("why", job["id"]).out
+    assert "waits for   the next batch waits" in here("why", job["id"]).out
     fake.lock, job["hold"], one["hold"] = LOCK, "lock", "lock"
     assert "waits for   locked by alice" in here("why", job["id"]).out
     assert re.search(r"^made +\w+ ago by bob: rollback$", here("why", one["id"]).out, re.MULTILINE)
@@ -925,19 +925,17 @@ def test_ctrl_c_says_how_to_go_on_and_how_to_end_it(follower, fake):
 
 
 class Terminal:
-    """A ctl on a terminal of its own. `screen` is what a terminal shows of what it wrote: of the sequences that ctl uses, no others."""
+    """A ctl on a terminal of its own, which makes Ctrl-C and resizes into signals; without `ticks` it draws only what happens.
 
-    def __init__(self, *argv, size=(24, 80)):
+    `lines`: what a terminal shows of what it wrote; of the sequences that ctl uses, no others.
+    """
+
+    def __init__(self, *argv, size=(24, 80), ticks=True):
         self.master, slave = pty.openpty()
         self.resize(*size)
-        command = [
-            "setsid",
-            "--ctty",
-            sys.executable,
-            str(CTL),
-            *argv,
-        ]  # Ctrl-C and resizes come from the terminal, as they do to people
-        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=dict(os.environ))
+        program = "import sys, ctl\nif not int(sys.argv[1]): ctl.TICK_S = 3600\nsys.exit(ctl.main(sys.argv[2:]))"
+        command = ["setsid", "--ctty", sys.executable, "-c", program, str(int(ticks)), *argv]
+        self.process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=dict(os.environ), cwd=CTL.parent)
         os.close(slave)
         self.timer = ends_in_time(self.process)
         self.text, self.raw, self.lines, self.row = b"", b"", [""], 0
@@ -1058,7 +1056,7 @@ def test_of_hundreds_of_hosts_those_that_count_are_shown(terminal, fake):
 
 def test_a_resize_draws_anew_and_fits(terminal, fake):
     one = fake.deployment([f"a-rather-long-name-of-web-{number}.example.com" for number in range(8)])
-    shown = terminal("follow", one["id"])
+    shown = terminal("follow", one["id"], ticks=False)
     assert len(shown.until("web-7")) == 11
     shown.resize(6, 30)
     lines = shown.until("others")
