@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections import deque, namedtuple
+from collections import Counter, deque, namedtuple
 from contextlib import suppress
 from urllib.parse import quote, urlencode, urlsplit
 
@@ -25,6 +25,7 @@ VERSION = "0.1.0"
 DEFAULT_URL = "http://127.0.0.1:8080"
 TOKEN_FILE = "data/admin.token"  # where a controller's first start writes it, seen from the folder it runs in
 ENDED = ("success", "failed", "cancelled")
+OVER = (*ENDED, "partial", "rolled_back")  # how a deployment may have ended
 
 DONE, FAILED, WRONG_USE, NOT_REACHED, REFUSED = range(5)
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE, as shells count
@@ -34,19 +35,25 @@ STREAM_SILENCE_S = 45  # the controller sends a comment every 15 s: three missed
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 10
 GIVE_UP_S = 600  # without a controller; a restart or an upgrade takes less
 SSE_READ_BYTES = 65536
-PAGE_JOBS = 1000  # the most that GET /v1/jobs gives at once
+PAGE_JOBS = 1000  # the most that GET /v1/jobs, deployments, deliveries and audit give at once
 PAGE_LINES = 1000
-PAGE_AUDIT = 1000
 PAGE_NAMES = 1000  # of hosts, also of those of the apps
+ALL = 1 << 30  # more than any list has
 STREAM_TAIL_MOST = 1000  # the most that GET /v1/logs/stream gives
 DEFAULT_TAIL = 50
 RECENT_JOBS = 20  # whose logs `logs` looks through when no job is named
 SHORT_ID = 13  # characters: the 48 bits of time of a UUIDv7
+COUNTED_ID = 18  # and the count within that time: a deployment is made in one millisecond with its jobs
+LAST_ID = "ffffffff-ffff-7fff-bfff-ffffffffffff"
 CANDIDATES = 5
 SHORT_COMMIT = 8
 MAX_TIMEOUT = 7 * 86400  # seconds that a job may run, as the controller has it
 TOKEN_LIFE = (60, 3650 * 86400)  # seconds that a token may last, as the controller has it
+LOCK_LIFE = (1, 365 * 86400)  # seconds
 EVENTS_AHEAD = 1000  # read, and not yet printed
+FRAME_S = 0.05  # what comes within is drawn at once
+TICK_S = 1  # the times that run are drawn anew
+ASK_S = 10  # what keeps pending jobs is asked again
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -57,12 +64,13 @@ EVENTS_AHEAD = 1000  # read, and not yet printed
 class Failure(Exception):
     """Ends the program with `code`, the line `text` and each of `items` under it.
 
-    `again`: why, in a few words, where asking again may help; `after`: the seconds until then, where the controller said so.
+    `again`: why, in a few words, where asking again may help; `after`: the seconds until then, where the controller said so;
+    `status`: of HTTP, where it answered.
     """
 
-    def __init__(self, code, text, again="", items=(), after=None):
+    def __init__(self, code, text, again="", items=(), after=None, status=None):
         super().__init__(text)
-        self.code, self.text, self.again, self.items, self.after = code, text, again, items, after
+        self.code, self.text, self.again, self.items, self.after, self.status = code, text, again, items, after, status
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -136,10 +144,10 @@ def short_commit(text):
     return text[:SHORT_COMMIT] if text and re.fullmatch(r"[0-9a-f]{40}([0-9a-f]{24})?", text) else text
 
 
-def short_ids(ids):
-    """Each id to its start, of the one length that tells all of `ids` apart."""
+def short_ids(ids, least=SHORT_ID):
+    """Each id to its start, of the one length, from `least` on, that tells all of `ids` apart."""
     wanted = set(ids)
-    length = next((n for n in range(SHORT_ID, 36) if len({one[:n] for one in wanted}) == len(wanted)), 36)
+    length = next((n for n in range(least, 36) if len({one[:n] for one in wanted}) == len(wanted)), 36)
     return {one: one[:length] for one in wanted}
 
 
@@ -168,10 +176,10 @@ def cut(text, most):
 COLOURS = {"red": 31, "green": 32, "yellow": 33, "cyan": 36, "dim": 2, "bold": 1}
 COLOUR_OF = {
     **dict.fromkeys(("success", "online", "ok"), "green"),
-    **dict.fromkeys(("failed", "offline", "error"), "red"),
-    **dict.fromkeys(("pending", "unknown"), "yellow"),
+    **dict.fromkeys(("failed", "rolled_back", "offline", "error", "drift"), "red"),
+    **dict.fromkeys(("pending", "partial", "unknown"), "yellow"),
     "running": "cyan",
-    "cancelled": "dim",
+    **dict.fromkeys(("cancelled", "held"), "dim"),
 }
 LEVEL_COLOURS = {"error": "red", "warning": "yellow", "debug": "dim"}
 GAP = 2  # columns between two columns
@@ -205,6 +213,8 @@ class Screen:
         self.as_json, self.raw = as_json, raw
         self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.colour = self.terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        self.live = self.terminal and not as_json and os.environ.get("TERM") != "dumb"
+        self.drawn, self.size = 0, None  # lines of the last frame, and the terminal that it was drawn for
 
     def paint(self, text, colour):
         return f"\x1b[{COLOURS[colour]}m{text}\x1b[0m" if self.colour and colour else text
@@ -231,22 +241,34 @@ class Screen:
 
     def table(self, headers, rows, shrink=()):
         """Rows under `headers`; on a terminal, columns named in `shrink` are cut first, then the last columns go."""
-        if not rows:
-            return
+        for line in self.lines(headers, rows, shrink) if rows else ():
+            print(line)
+
+    def lines(self, headers, rows, shrink=()):
         rows = [[cell(value) for value in row] for row in rows]
         widths = [max(map(width, column)) for column in zip(headers, *rows, strict=True)]
         if self.terminal:
             widths = fit(widths, [name in shrink for name in headers], columns())
-        self._row(headers, widths, lambda text: "bold")
-        for row in rows:
-            self._row(row, widths, COLOUR_OF.get)
+        return [self._row(headers, widths, lambda text: "bold"), *(self._row(row, widths, COLOUR_OF.get) for row in rows)]
+
+    def redraw(self, frame):
+        """Draws `frame(lines)` in the place of the one before; all anew where the size has changed: what has become of it is not known."""
+        import shutil
+
+        size = shutil.get_terminal_size()
+        back = f"\x1b[{self.drawn}A\r" if self.drawn else ""
+        if self.size not in (None, size):
+            back = "\x1b[H\x1b[2J"
+        shown = frame(size.lines - 1)[: size.lines - 1]
+        print(back + "".join(f"\x1b[K{line}\n" for line in shown) + "\x1b[J", end="", flush=True)
+        self.drawn, self.size = len(shown), size
 
     def _row(self, row, widths, colour_of):
         text = ""
         for value, most in zip(row, widths, strict=False):  # there are fewer widths where the last columns are dropped
             shown = cut(value, most)
             text += self.paint(shown, colour_of(value)) + " " * (most - width(shown) + GAP)
-        print(text.rstrip())
+        return text.rstrip()
 
     def fields(self, pairs):
         """Names and values under one another; a value of None is left out."""
@@ -323,8 +345,8 @@ def controller_token(url):
 HINTS = {
     400: "this ctl.py and the controller may be of different versions, `ctl.py health` names the controller's",
     403: "`ctl.py whoami` shows what yours may do",
-    404: "`ctl.py jobs`, `hosts` and `apps` list what there is",
-    409: "`ctl.py status JOB` and `ctl.py hosts` show the state",
+    404: "`ctl.py jobs`, `deployments`, `hosts` and `apps` list what there is",
+    409: "`ctl.py status ID` and `ctl.py hosts` show the state",
     413: "send less",
     422: "mend what is named and run it again",
 }
@@ -381,6 +403,7 @@ class Client:
     def __init__(self, url, token, token_source, flagged=False):
         self.url, self.token, self.token_source, self.flagged = url, token, token_source, flagged
         self._opener = None
+        self.hints = dict(HINTS)  # what to do about a status; a verb may know better
 
     def call(self, method, path, query=None, body=None):
         """The JSON object that the controller answers."""
@@ -401,7 +424,7 @@ class Client:
 
     def command(self, words):
         """A ctl.py command that reaches the same controller."""
-        return f"ctl.py {words} --url {self.url}" if self.flagged else f"ctl.py {words}"
+        return clean(f"ctl.py {words} --url {self.url}" if self.flagged else f"ctl.py {words}")
 
     def target(self, path, query=None):
         asked = {name: value for name, value in (query or {}).items() if value is not None}
@@ -468,7 +491,7 @@ class Client:
         code = REFUSED if 400 <= status < 500 else NOT_REACHED
         text = f"{status} from {method} {target}: {said}: {self._hint(status, response.headers, target)}"
         again = f"{status} {said}" if status == 429 or status >= 500 else ""
-        return Failure(code, text, again, after=retry_after(response.headers) if again else None)
+        return Failure(code, text, again, after=retry_after(response.headers) if again else None, status=status)
 
     def _hint(self, status, headers, target):
         if status < 400:
@@ -480,14 +503,14 @@ class Client:
             return f"try again in {retry_after(headers) or 5} s"
         if status in (404, 409) and target.startswith(self.url + "/v1/tokens"):
             return TOKEN_HINT
-        return HINTS.get(status, "see `ctl.py --help`")
+        return self.hints.get(status, "see `ctl.py --help`")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Stream
 # Owns: server-sent events (WHATWG HTML, 9.2.6), resuming at Last-Event-ID, several streams as one. Ignores: the screen.
 
-# kind: log, job, gap, end as the controller sends them (data: dict), or note (data: text)
+# kind: log, job, deployment, gap, end as the controller sends them (data: dict); note (data: text); opened: from here on all is told
 Event = namedtuple("Event", "kind data")
 
 
@@ -578,6 +601,8 @@ class Stream:
             if self.lost:
                 yield Event("note", f"connected again to {self.client.url}")
             self.answered, self.lost = True, None
+            if self.last_id is None:
+                yield Event("opened", None)
             if response.status != 204:
                 yield from self._read(response)
 
@@ -707,6 +732,225 @@ def show_outcome(screen, client, job):
         screen.line(f"  log: {client.command('logs --job ' + job['id'])}")
 
 
+# Deployments. What is counted is called as in these words; a cancelled job by its reason, such as stopped or superseded.
+
+COUNTED = ("success", "failed", "running", "pending", "held")
+HOLDS = {"batch": "its batch comes later", "pause": "the canary is watched", "lock": "the app is locked"}
+
+
+def counted_as(job):
+    if job["status"] == "pending":
+        return "held" if job["hold"] else "pending"
+    return (job["reason"] if job["status"] == "cancelled" else None) or job["status"]
+
+
+def counts(numbers):
+    """1 failed, 5 stopped: what there is of {word: number}, in the order of COUNTED."""
+    ranked = sorted(numbers, key=lambda word: COUNTED.index(word) if word in COUNTED else len(COUNTED))
+    return ", ".join(f"{numbers[word]} {clean(word)}" for word in ranked if numbers[word])
+
+
+def progress(numbers):
+    """2 of 8 succeeded, 1 failed, 5 stopped."""
+    rest = counts({word: number for word, number in numbers.items() if word != "success"})
+    return f"{numbers.get('success', 0)} of {sum(numbers.values())} succeeded" + (rest and f", {rest}")
+
+
+def count_of(jobs):
+    """{word: number} of jobs."""
+    return Counter(map(counted_as, jobs))
+
+
+def strategy_words(strategy):
+    """2 hosts at a time, canary web-01 first, watched for 5m, stops at the first failure."""
+    batch = strategy["batch"]
+    size = f"{batch} of the hosts" if isinstance(batch, str) else f"{batch} host{'s' * (batch != 1)}"
+    words = ["all hosts at once" if strategy["type"] == "parallel" else f"{size} at a time"]
+    if strategy["canary"]:
+        words += [f"canary {strategy['canary']} first", f"watched for {span(strategy['pause'] or 0)}"]
+    most = strategy["max_failures"]
+    if most is not None:
+        words.append(f"stops after more than {most} failures" if most else "stops at the first failure")
+    return clean(", ".join(words))
+
+
+def lock_words(client, lock):
+    """locked by alice 2h ago (ctl.py unlock --app web): the database moves, until 2026-11-23 13:13:37 UTC"""
+    until = f", until {when(lock['until'])} UTC" if lock["until"] else ""
+    return f"locked by {lock['by']} {ago(lock['at'])} ({client.command('unlock --app ' + lock['app'])}): {lock['reason']}{until}"
+
+
+def held_words(client, deployment, lock=None):
+    """Why a deployment waits; None where nothing holds it. `lock`: that of its app, where it is known."""
+    hold = deployment["hold"]
+    if hold == "pause" and deployment["resume_at"]:
+        return f"the canary is watched until {when(deployment['resume_at'])} UTC ({ends(deployment['resume_at'])})"
+    if hold == "lock" and lock:
+        return lock_words(client, lock)
+    return "the next batch waits for the one that runs" if hold == "batch" else HOLDS.get(hold, hold)
+
+
+def show_deployments(screen, deployments):
+    ids = short_ids((one["id"] for one in deployments), COUNTED_ID)
+    rows = []
+    for one in deployments:
+        what = [ids[one["id"]], one["status"], one["app"], short_commit(one["ref"]), one["kind"], progress(one["progress"])]
+        why = one["reason"] or HOLDS.get(one["hold"], one["hold"])
+        rows.append([*what, ago(one["created_at"]), took(one), one["created_by"], why])
+    headers = ["DEPLOYMENT", "STATUS", "APP", "REF", "KIND", "HOSTS", "CREATED", "TOOK", "BY", "REASON"]
+    screen.table(headers, rows, shrink=("APP", "REF", "HOSTS", "BY", "REASON"))
+
+
+def show_deployment(screen, client, deployment, lock=None, jobs=None):
+    """What it is and how far it is. `jobs`: its jobs, where they are known; `lock`: that of its app."""
+    override = " (passes the lock)" if deployment["override"] else ""
+    pairs = [
+        ("deployment", deployment["id"]),
+        ("status", deployment["status"]),
+        ("progress", progress(count_of(jobs) if jobs else deployment["progress"])),
+        ("waits_for", held_words(client, deployment, lock)),
+        *[(name, deployment[name]) for name in ("reason", "app", "repo", "ref", "branch")],
+        ("kind", deployment["kind"] + override),
+        ("strategy", strategy_words(deployment["strategy"])),
+        ("created", f"{ago(deployment['created_at'])} by {deployment['created_by'] or '-'}"),
+        ("took", deployment["started_at"] and took(deployment)),
+        *[(name, deployment[name]) for name in ("superseded_by", "retry_of", "delivery_id")],
+    ]
+    screen.fields(pairs)
+
+
+def failure_words(job):
+    """exit_code: npm ci ended with 3, back on c0ffee00"""
+    back = job["rolled_back_to"] and f"back on {short_commit(job['rolled_back_to'])}"
+    said = ": ".join(job[name] for name in ("reason", "error") if beyond(job, name))
+    return clean(", ".join(filter(None, (said, back))))
+
+
+def show_end(screen, client, deployment, jobs):
+    """The end of a deployment in a line, and what one needs to know where not all went well."""
+    status, what = deployment["status"], f"{cell(deployment['app'])} {cell(short_commit(deployment['ref']))}"
+    ran = f", took {took(deployment)}" if deployment["started_at"] else ""
+    screen.line(f"{screen.status(cell(status))}: {what}, {progress(count_of(jobs))}{ran}")
+    if status == "success":
+        return
+    failed = [job for job in jobs if job["status"] == "failed"]
+    if deployment["reason"]:
+        screen.line(f"  reason: {cell(deployment['reason'])}")
+    for job in failed[:CANDIDATES]:
+        screen.line(f"  {cell(job['host'])}: {failure_words(job)} ({client.command('logs --job ' + job['id'])})")
+    if len(failed) > CANDIDATES:
+        screen.line(f"  and {len(failed) - CANDIDATES} more failed: {client.command('status ' + deployment['id'])}")
+    screen.line(f"  once more where it did not succeed: {client.command('retry ' + deployment['id'])}")
+
+
+def command_words(command):
+    """A command of apps.yaml as a shell reads it."""
+    import shlex
+
+    return shlex.join(command) if isinstance(command, list) else command
+
+
+def show_plan(screen, client, plan, skipped):
+    starts = {"success": "when the step before has succeeded", "pause": "when the canary has been watched"}
+    screen.line(f"{cell(plan['app'])} ({cell(plan['repo'])}), {cell(plan['kind'])}: {strategy_words(plan['strategy'])}")
+    for number, step in enumerate(plan["steps"], 1):
+        start = starts.get(step["waits"], "at once")
+        screen.line(f"  {number}. {start}: {cell(short_commit(step['ref']))} on {cell(', '.join(step['hosts']))}")
+    for name in ("build", "activate", "deploy"):
+        if plan[name]:
+            screen.line(f"  {name}: {cell(command_words(plan[name]))}")
+    if plan["health_check"]:
+        check = plan["health_check"]
+        screen.line(f"  health check: {cell(check.get('url') or command_words(check.get('command')))}")
+    if plan["lock"]:
+        locked = lock_words(client, plan["lock"]) if isinstance(plan["lock"], dict) else "the app is locked then"
+        screen.line(f"  lock: {clean(locked)}")
+    for one in skipped:
+        screen.line(f"  left out: {cell(one['host'])}: {cell(one['reason'])}")
+    screen.note("a dry run: nothing was made")
+
+
+# Deliveries: what became of pushes. Each rule of the controller in words.
+
+RULES = {
+    "deleted": "a branch or tag was deleted: nothing to deploy",
+    "not_on_push": "deploy_on_push is off: no push deploys it",
+    "ref": "neither branches nor tags of it match what was pushed",
+    "skip": "the commit's message asks to skip it",
+    "paths": "no file of the push is one of its paths",
+    "older": "a newer push came first, an older one changes nothing",
+    "no_host": "it has no host",
+    "duplicate": "the same is under way already",
+    "locked": "it was made, and is held while the app is locked",
+    "deployed": "it was deployed",
+    "no_app": "no app of apps.yaml has this repository",
+    "wrong_secret": "it was signed with a secret that this app does not have",
+}
+
+
+def outcome_words(client, outcome):
+    """The rule that applied, by name and in words, and what to look at."""
+    words = [f"{outcome['rule']}: {RULES.get(outcome['rule'], 'a rule that this ctl.py does not know')}"]
+    if outcome["detail"]:
+        words.append(f"({outcome['detail']})")
+    if outcome["deployment_id"]:
+        words.append(f"[{client.command('why ' + outcome['deployment_id'])}]")
+    return " ".join(words)
+
+
+def show_deliveries(screen, deliveries):
+    ids = short_ids(one["id"] for one in deliveries)
+    rows = []
+    for one in deliveries:
+        what = [ids[one["id"]], ago(one["received_at"]), one["repo"], one["ref"], short_commit(one["commit"]), one["pusher"]]
+        outcomes = [f"{outcome['app'] or '-'} {outcome['rule']}" for outcome in one["outcomes"]]
+        rows.append([*what, ", ".join(outcomes)])
+    headers = ["DELIVERY", "RECEIVED", "REPO", "REF", "COMMIT", "PUSHER", "OUTCOME"]
+    screen.table(headers, rows, shrink=("REPO", "REF", "PUSHER", "OUTCOME"))
+
+
+def push_words(delivery):
+    message = f': "{delivery["message"]}"' if delivery["message"] else ""
+    commit = f", {short_commit(delivery['commit'])}" if delivery["commit"] else ""
+    return f"{delivery['ref']} of {delivery['repo']}{commit}, by {delivery['pusher'] or '-'}{message}"
+
+
+def show_delivery(screen, client, delivery):
+    pairs = [("delivery", delivery["id"]), ("received", ago(delivery["received_at"])), ("push", push_words(delivery))]
+    screen.fields([*pairs, *[(clean(one["app"] or "no app"), outcome_words(client, one)) for one in delivery["outcomes"]]])
+
+
+REASONS = {
+    "superseded": "a newer push took its place",
+    "stopped": "too many hosts before it failed",
+    "expired": "it was pending for too long",
+    "agent_lost": "its agent was away for too long",
+    "agent_crashed": "its agent died while it ran",
+    "rejected": "its agent refused it",
+}
+
+
+def show_why(screen, client, waits, job, deployment, delivery):
+    """Who and what made a job (or, where that is None, a deployment), and why it waits or ended as it did."""
+    one, where = (job, f" on {job['host']}") if job else (deployment, "")
+    outcomes = [outcome for outcome in (delivery or {"outcomes": ()})["outcomes"] if outcome["app"] == one["app"]]
+    kind = deployment["kind"] if deployment else "a job of its own"
+    said = [REASONS.get(one["reason"], one["reason"]), job and beyond(job, "error")]
+    pairs = [
+        ("job" if job else "deployment", one["id"]),
+        ("status", state(job) if job else one["status"]),
+        ("what", f"{one['app']} {short_commit(one['ref'])}{where}"),
+        ("made", f"{ago(one['created_at'])} by {one['created_by'] or '-'}: {kind}"),
+        ("push", delivery and push_words(delivery)),
+        *[("rule", outcome_words(client, {**outcome, "deployment_id": None})) for outcome in outcomes],
+        ("deployment", f"{deployment['id']}, {deployment['status']}" if job and deployment else None),
+        ("waits_for", waits),
+        ("because", ": ".join(filter(None, said)) or None),
+        *[(name, one[name] and f"{one[name]} ({client.command('why ' + one[name])})") for name in ("superseded_by", "retry_of")],
+    ]
+    screen.fields(pairs)
+
+
 def show_hosts(screen, hosts):
     rows = []
     for host in hosts:
@@ -721,19 +965,28 @@ def pushed_branches(app):
     return (", ".join(app["branches"] or ()) or "default branch") if app["deploy_on_push"] else None
 
 
-def show_apps(screen, apps):
-    """A row an app and host; what belongs to the app stands in its first."""
+def versions(host):
+    """[wanted, actual, mark] of a host of an app: where its agent says nothing, actual is the last success, in brackets."""
+    wanted, actual, last = (short_commit(one) for one in (host.get("wanted"), host.get("actual"), host["commit"]))
+    drift = wanted and actual and short_commit(host["wanted"]) != host["wanted"] and wanted != actual  # a branch is like any commit
+    return [wanted, actual or (last and f"({last})"), "drift" if drift else " "]
+
+
+def show_apps(screen, client, apps):
+    """A row an app and host; what belongs to the app stands in its first. Then the locks. An older controller says less."""
     jobs = short_ids(host["job_id"] for app in apps for host in app["hosts"] if host["job_id"])
     never = {"hostname": None, "commit": None, "job_id": None, "deployed_at": None}
     rows = []
     for app in apps:
-        named = [app["name"], app["repo"], pushed_branches(app)]
+        named, of_app = [app["name"], app["repo"]], [pushed_branches(app), app.get("strategy") and strategy_words(app["strategy"])]
         for host in app["hosts"] or [never]:
-            there = [host["hostname"], short_commit(host["commit"]), ago(host["deployed_at"]), jobs.get(host["job_id"])]
-            rows.append([*named[:2], *there, named[2]])
-            named = [" ", " ", " "]
-    headers = ["APP", "REPO", "HOST", "COMMIT", "DEPLOYED", "JOB", "ON PUSH"]
-    screen.table(headers, rows, shrink=("APP", "REPO", "HOST", "ON PUSH"))
+            rows.append([*named, host["hostname"], *versions(host), ago(host["deployed_at"]), jobs.get(host["job_id"]), *of_app])
+            named = of_app = [" ", " "]
+    headers = ["APP", "REPO", "HOST", "WANTED", "ACTUAL", " ", "DEPLOYED", "JOB", "ON PUSH", "STRATEGY"]
+    screen.table(headers, rows, shrink=("APP", "REPO", "HOST", "ON PUSH", "STRATEGY"))
+    for app in apps:
+        if app.get("lock"):
+            screen.line(f"{cell(app['name'])} is {cell(lock_words(client, app['lock']))}")
 
 
 def bound_to(token):
@@ -783,6 +1036,8 @@ class LogView:
 
     def event(self, event):
         """One Event. Notes go to stderr, for programs too."""
+        if event.kind == "opened":
+            return
         if event.kind == "note":
             self.screen.note(event.data)
         elif self.screen.as_json:
@@ -801,8 +1056,8 @@ class LogView:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Verbs
-# Owns: one function a verb, (client, screen, options) -> exit code. Ignores: argv, what a failure looks like.
+# Reading
+# Owns: lists over their pages, and what an id or its start names. Ignores: what is done with it.
 
 
 def newest(client, path, name, most, limit, filters):
@@ -851,24 +1106,6 @@ def get_job(client, job_id):
     return client.call("GET", job_path(job_id))["job"]
 
 
-def find_job(client, text):
-    """The Job whose id starts with `text`; Failure where there is none or more than one."""
-    prefix = text.lower()
-    if not re.fullmatch(r"[0-9a-f-]{1,36}", prefix):
-        raise Failure(WRONG_USE, f"{text!r} is no start of a job's id (hex and dashes): `ctl.py jobs` lists them")
-    if len(prefix) == 36:
-        return get_job(client, prefix)
-    found = client.call("GET", "/v1/jobs", {"id": prefix, "limit": CANDIDATES})["jobs"]
-    if not found:
-        raise Failure(REFUSED, f"no job's id starts with {prefix} ({client.url}): `ctl.py jobs` lists them")
-    if len(found) > 1:
-        items = [f"{job['id']}  {job['app']} on {job['host']}, {ago(job['created_at'])}" for job in found]
-        more = " or more" if len(found) == CANDIDATES else ""
-        text = f"{prefix} is the start of {len(found)}{more} jobs' ids ({client.url}), give more of one:"
-        raise Failure(WRONG_USE, text, items=items)
-    return found[0]
-
-
 def waiting(client, jobs):
     """[(job, what it waits for)] of those of `jobs` that are pending and where that is known; no answer, none known."""
     pending = [job for job in jobs if job["status"] == "pending" and not job["hold"]]
@@ -877,6 +1114,273 @@ def waiting(client, jobs):
         reasons = {host["hostname"]: why_waits(client, host) for host in hosts}
         return [(job, reasons[job["host"]]) for job in pending if reasons.get(job["host"])]
     return []
+
+
+def deployment_path(deployment_id, action=""):
+    return f"/v1/deployments/{quote(deployment_id, safe='')}{action}"
+
+
+def get_deployment(client, deployment_id):
+    return client.call("GET", deployment_path(deployment_id))["deployment"]
+
+
+def jobs_of(client, deployment_id):
+    """Its jobs in the order in which they were made, which is that of the batches."""
+    return sorted(list_jobs(client, ALL, deployment_id=deployment_id)["jobs"], key=lambda job: job["id"])
+
+
+def lock_of(client, deployment):
+    """The lock of a deployment that is held by it; None where there is none, or no telling."""
+    with suppress(Failure):
+        apps = list_apps(client)["apps"] if deployment["hold"] == "lock" else ()
+        return next((app["lock"] for app in apps if app["name"] == deployment["app"]), None)
+
+
+def unless_absent(call, *given):
+    """What `call(*given)` answers; None for a 404, also that of a controller which does not know the call."""
+    try:
+        return call(*given)
+    except Failure as failure:
+        if failure.status != 404:
+            raise
+
+
+def find_delivery(client, text):
+    """The Delivery of that id, or the only one of the newest whose id starts so; None where there is none."""
+    answer = unless_absent(client.call, "GET", f"/v1/deliveries/{quote(text, safe='')}")
+    if answer:
+        return answer["delivery"]
+    page = unless_absent(client.call, "GET", "/v1/deliveries", {"limit": PAGE_JOBS}) or {"deliveries": ()}
+    found = [one for one in page["deliveries"] if one["id"].startswith(text)]
+    return found[0] if len(found) == 1 else None
+
+
+def named(client, prefix):
+    """[(kind, Job or Deployment)] whose id is or starts with `prefix`; deployments only where it names no single job."""
+    if len(prefix) == len(LAST_ID):
+        found = [("job", unless_absent(get_job, client, prefix))]
+        found = found if found[0][1] else [("deployment", unless_absent(get_deployment, client, prefix))]
+        return [one for one in found if one[1]]
+    jobs = [("job", job) for job in client.call("GET", "/v1/jobs", {"id": prefix, "limit": CANDIDATES})["jobs"]]
+    if len(jobs) == 1:
+        return jobs
+    last, page = prefix + LAST_ID[len(prefix) :], None  # the greatest id that starts so: ids sort by time
+    if re.sub("[0-9a-f]", "f", last) == re.sub("[0-9a-f]", "f", LAST_ID):
+        page = unless_absent(client.call, "GET", "/v1/deployments", {"before": last, "limit": CANDIDATES})
+    page = page or {"deployments": ()}
+    return [("deployment", one) for one in page["deployments"] if one["id"].startswith(prefix)] + jobs
+
+
+def find(client, text, deliveries=False):
+    """(kind, object): the one Job, or else Deployment, or else, where asked for, Delivery whose id starts with `text`."""
+    prefix = text.lower()
+    if not deliveries and not re.fullmatch(r"[0-9a-f-]{1,36}", prefix):
+        raise Failure(WRONG_USE, f"{text!r} is no start of an id (hex and dashes): `ctl.py jobs` and `deployments` list them")
+    found = named(client, prefix) if re.fullmatch(r"[0-9a-f-]{1,36}", prefix) else []
+    if len(found) > 1:
+        what = [f"{one['app']} {'on ' + one['host'] if kind == 'job' else kind}" for kind, one in found]
+        items = [f"{one['id']}  {words}, {ago(one['created_at'])}" for words, (_, one) in zip(what, found, strict=True)]
+        more = " or more" if len(found) >= CANDIDATES else ""
+        raise Failure(WRONG_USE, f"{prefix} is the start of {len(found)}{more} ids ({client.url}), give more of one:", items=items)
+    if not found and deliveries and text:
+        found = [("delivery", one) for one in [find_delivery(client, text)] if one]
+    if not found:
+        lists = "`ctl.py jobs` and `ctl.py deployments` list them" + (", `ctl.py deliveries` pushes" if deliveries else "")
+        raise Failure(REFUSED, f"no id of a job or deployment starts with {text} ({client.url}): {lists}")
+    return found[0]
+
+
+def find_job(client, text):
+    kind, one = find(client, text)
+    if kind != "job":
+        raise Failure(WRONG_USE, f"{text} is a deployment: `{client.command('status ' + one['id'])}` lists its jobs")
+    return one
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Board
+# Owns: a deployment while it is followed, as a frame of a terminal and as lines. Ignores: who made it.
+
+
+class Board:
+    """A deployment and its jobs as their stream tells of them, the last line that each has logged, and what the pending ones wait for."""
+
+    def __init__(self, client, deployment):
+        self.client, self.deployment = client, deployment
+        self.jobs, self.last, self.waits = {}, {}, {}  # all by the job's id
+        self.lock, self.note, self.asked = None, "", -ASK_S
+
+    def is_over(self):
+        return self.deployment["status"] in OVER
+
+    def read(self):
+        """All of it as the controller has it now. The deployment first: where that is over, so are its jobs."""
+        backoff = Backoff()
+        while True:
+            try:
+                self.deployment = get_deployment(self.client, self.deployment["id"])
+                self.jobs = {job["id"]: job for job in jobs_of(self.client, self.deployment["id"])}
+                self.lock = lock_of(self.client, self.deployment)
+                return
+            except Failure as failure:
+                if not failure.again or not backoff.wait(failure.after or 0):
+                    raise
+
+    def take(self, event):
+        """Lets the event change it; whether it is one of this deployment. What tells of earlier than is known changes nothing."""
+        (kind, data), wanted = event, self.deployment["id"]
+        self.note = data if kind == "note" else ""
+        if kind in ("opened", "gap"):
+            self.read()
+        elif kind == "log" and data["job_id"] in self.jobs:
+            self.last[data["job_id"]] = data["message"]
+        elif kind == "job" and data["deployment_id"] == wanted:
+            known = self.jobs.get(data["id"])
+            if not known or (known["status"] not in ENDED and known["attempt"] <= data["attempt"]):
+                self.jobs[data["id"]] = data
+        elif kind == "deployment" and data["id"] == wanted:
+            if not self.is_over():
+                self.deployment, self.lock = data, lock_of(self.client, data)
+        else:
+            return False
+        return True
+
+    def ask(self):
+        """What keeps its pending jobs, asked now and then."""
+        if not self.is_over() and time.monotonic() - self.asked >= ASK_S:
+            self.asked = time.monotonic()
+            self.waits = {job["id"]: reason for job, reason in waiting(self.client, self.jobs.values())}
+
+    def title(self):
+        """web main: running, 2 of 8 succeeded, 6 held"""
+        one = self.deployment
+        return f"{one['app']} {short_commit(one['ref'])}: {one['status']}, {progress(count_of(self.jobs.values()))}"
+
+    def why(self, job):
+        """What keeps a job, or why it ended as it did; None where there is nothing to say."""
+        kept = HOLDS.get(job["hold"], job["hold"]) or self.waits.get(job["id"])
+        return kept if job["status"] == "pending" else failure_words(job) or None
+
+
+RANKS = {"running": 0, "failed": 1, "pending": 2, "held": 3}  # who is shown first where there is no room for all
+
+
+def chosen(jobs, most):
+    """The jobs that are shown in so many lines: all, else those that run, failed or are next; in their order."""
+    if len(jobs) <= most:
+        return jobs
+    those = sorted((job for job in jobs if counted_as(job) in RANKS), key=lambda job: RANKS[counted_as(job)])
+    return sorted(those[: max(most, 0)], key=lambda job: job["id"])
+
+
+def frame(screen, board, lines):
+    """What a terminal with room for so many lines shows of a board."""
+    one, jobs, most = board.deployment, list(board.jobs.values()), columns()
+    said = [strategy_words(one["strategy"]), held_words(board.client, one, board.lock), board.note]
+    said = list(filter(None, said))
+    shown = chosen(jobs, lines - len(said) - 2)  # a title and headers
+    if len(shown) < len(jobs):
+        shown = chosen(jobs, lines - len(said) - 3)  # and the count of the others
+    rows = []
+    for job in shown:
+        log = board.last.get(job["id"]) if job["status"] == "running" else None
+        words = log or board.why(job) or short_commit(job["commit"]) or " "
+        status = "held" if counted_as(job) == "held" else job["status"]
+        rows.append([job["host"], status, took(job) if job["started_at"] else " ", words])
+    ran = f", {took(one)}" if one["started_at"] else ""
+    left = count_of(jobs) - count_of(shown)
+    table = screen.lines(["HOST", "STATUS", "TIME", " "], rows, shrink=("HOST", " ")) if rows else []
+    others = [cut(f"and {left.total()} others: {counts(left)}", most)] if left else []
+    return [screen.paint(cut(cell(board.title() + ran), most), "bold"), *(cut(cell(text), most) for text in said), *table, *others]
+
+
+def gathered(events):
+    """The events that came: waits for one as long as TICK_S, then a moment for more."""
+    from queue import Empty
+
+    found = []
+    with suppress(Empty):
+        found.append(events.get(timeout=TICK_S))
+        time.sleep(FRAME_S)
+        while True:
+            found.append(events.get_nowait())
+    return found
+
+
+def draw(screen, board, stream):
+    """Follows on a terminal, until the deployment is over: a thread reads the stream, this one draws."""
+    import signal
+    from queue import SimpleQueue
+    from threading import Thread
+
+    events = SimpleQueue()  # the one whose put() a handler of signals may call
+    before = signal.signal(signal.SIGWINCH, lambda *_: events.put(Event("resized", None)))
+    Thread(target=pump, args=(stream, events), daemon=True).start()
+    try:
+        while not board.is_over():
+            for event in gathered(events):
+                if isinstance(event, Exception):
+                    raise event
+                board.take(event)
+            if board.jobs:
+                board.ask()
+                screen.redraw(lambda lines: frame(screen, board, lines))
+        board.read()
+        screen.redraw(lambda lines: frame(screen, board, lines))
+    except KeyboardInterrupt:
+        print("\r\x1b[K", end="", flush=True)  # the ^C that the terminal shows
+        raise
+    finally:
+        signal.signal(signal.SIGWINCH, before)
+
+
+class Changes:
+    """What there is to say of a board, a line a change of status: time, host, status, reason."""
+
+    def __init__(self, screen, board):
+        self.screen, self.board, self.told = screen, board, {}
+
+    def tell(self):
+        """What has changed since. At first all of it in a line, and of the jobs those that are not about to start."""
+        one, first = self.board.deployment, not self.told
+        held = held_words(self.board.client, one, self.board.lock)
+        if first:
+            self.say(None, None, None, self.board.title(), held)
+        self.say(one["id"], (one["status"], one["hold"]), one["completed_at"], f"deployment: {one['status']}", held, first)
+        for job in list(self.board.jobs.values()):
+            stamp, why = job["completed_at"] or (job["status"] == "running" and job["started_at"]), self.board.why(job)
+            known = first and job["status"] == "pending" and job["id"] not in self.board.waits
+            self.say(job["id"], (job["status"], job["hold"], bool(why)), stamp, f"{job['host']}: {job['status']}", why, known)
+
+    def say(self, key, state, stamp, what, why, known=False):
+        if not known and (key is None or self.told.get(key) != state):
+            clock = stamp[11:19] if stamp else time.strftime("%H:%M:%S", time.gmtime())
+            self.screen.line(clean(f"{clock}Z {what}" + (f" ({why})" if why else "")))
+        self.told[key] = state
+
+
+def tell(screen, board, stream, quiet):
+    """Follows in lines, or objects a line, or `quiet`, until the deployment is over."""
+    changes = Changes(screen, board)
+    for event in stream:
+        ours = board.take(event)
+        if event.kind == "note":
+            screen.note(event.data)
+        elif ours and screen.as_json and not quiet and event.kind != "opened":
+            screen.object_line({"event": event.kind, "data": event.data})
+        elif ours and event.kind != "log" and not (quiet or screen.as_json):
+            board.ask()
+            changes.tell()
+        if board.is_over():
+            break
+    board.read()
+    if not (quiet or screen.as_json):
+        changes.tell()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verbs
+# Owns: one function a verb, (client, screen, options) -> exit code. Ignores: argv, what a failure looks like.
 
 
 def tell_waiting(client, screen, results):
@@ -935,8 +1439,92 @@ def conclude(client, screen, options, results):
     return DONE if all(job["status"] == "success" for job in ended) else FAILED
 
 
-def deploy(client, screen, options):
+def follow_deployment(client, screen, answer, quiet=False):
+    """Follows the deployment of `answer` to its end, `quiet`: says how it ended alone; the exit code."""
+    board = Board(client, answer["deployment"])
+    live = screen.live and not quiet
+    tail = STREAM_TAIL_MOST if live or (screen.as_json and not quiet) else 0
+    stream = Stream(client, {"app": board.deployment["app"], "tail": tail}, answered=True)
+    try:
+        draw(screen, board, stream) if live else tell(screen, board, stream, quiet)
+    except (KeyboardInterrupt, Failure):
+        again, end = (client.command(f"{verb} {board.deployment['id']}") for verb in ("follow", "cancel"))
+        screen.note(f"no longer watched, the deployment goes on; to follow it again: {again}; to end it: {end}")
+        raise
+    one, jobs = board.deployment, list(board.jobs.values())
+    document = {**answer, "deployment": one, "jobs": jobs}
+    if screen.as_json and not quiet:
+        screen.object_line({"event": "results", "data": document})
+    else:
+        screen.show(document, lambda: show_end(screen, client, one, jobs))
+    return DONE if one["status"] == "success" else FAILED
+
+
+def present(screen, client, deployment, jobs=()):
+    """What was made of a deployment, and how to see the rest."""
+    show_deployment(screen, client, deployment, lock_of(client, deployment))
+    screen.table(["HOST", "STATUS", "REF"], [[job["host"], counted_as(job), short_commit(job["ref"])] for job in jobs])
+    if deployment["status"] not in OVER:
+        screen.note(f"to follow it: {client.command('follow ' + deployment['id'])}")
+
+
+def settle(client, screen, options, answer):
+    """Shows the answer to the creation of a deployment, {deployment, created, jobs, skipped}; follows it where the options say so."""
+    one, jobs = answer["deployment"], answer["jobs"]
+    for left_out in answer["skipped"]:
+        screen.note(f"left out: {left_out['host']}: {left_out['reason']}")
+    if not answer["created"]:
+        screen.note(f"this deployment is {one['status']} already" + ", --force makes a new one" * hasattr(options, "force"))
+    for job in jobs if answer["created"] else ():
+        if job["deployment_id"] != one["id"]:
+            other = client.command(f"status {job['deployment_id'] or job['id']}")
+            screen.note(f"{job['host']}: the same is {job['status']} there already ({other})")
+    if options.follow or options.wait:
+        return follow_deployment(client, screen, answer, quiet=not options.follow)
+    screen.show(answer, lambda: present(screen, client, one, jobs))
+    return DONE
+
+
+def ask_for(client, screen, options, **given):
+    """POST /v1/deployments with what is given; a dry run shows the plan. The answer, None after a dry run."""
+    given |= {"app": options.app, "hosts": list(dict.fromkeys(options.host or ())), "dry_run": options.dry_run}
+    body = {name: value for name, value in given.items() if value or name == "lock"}
+    answer = client.call("POST", "/v1/deployments", body=body)
+    if options.dry_run:
+        screen.show(answer, lambda: show_plan(screen, client, answer["plan"], answer["skipped"]))
+        return None
+    return answer
+
+
+def deploy_app(client, screen, options):
+    """A deployment of an app, by its strategy."""
+    if not options.app:
+        raise Failure(WRONG_USE, "deploy needs --app APP (its hosts, by its strategy), or --repo OWNER/NAME and --host HOST")
+    if options.timeout is not None or options.retries is not None:
+        raise Failure(WRONG_USE, "--timeout and --retries are of jobs that --repo and --host make: an app has its own in apps.yaml")
+    unlock = client.command(f"unlock --app {options.app}")
+    client.hints[409] = f"`{unlock}` ends the lock, --override deploys all the same"
+    given = {name: getattr(options, name) for name in ("ref", "override", "force")}
+    answer = ask_for(client, screen, options, **given, metadata=dict(options.metadata or ()) or None)
+    return settle(client, screen, options, answer) if answer else DONE
+
+
+def rollback(client, screen, options):
+    client.hints[409] = f"--to COMMIT names another one, `{client.command('apps')}` shows what each host runs"
+    given = {"rollback": True, "to": options.to} | ({"lock": False} if options.no_lock else {})
+    answer = ask_for(client, screen, options, **given)
+    if answer and not options.no_lock:
+        unlock = client.command(f"unlock --app {options.app}")
+        screen.note(f"{options.app} is locked now, so that no push brings it back: {unlock}")
+    return settle(client, screen, options, answer) if answer else DONE
+
+
+def deploy_jobs(client, screen, options):
     """A job a host. A refusal ends it there; the jobs that were made before are shown and go on."""
+    if not options.host:
+        raise Failure(WRONG_USE, "deploy --repo needs --host HOST; --app APP without --repo takes all hosts of the app")
+    if options.override or options.dry_run:
+        raise Failure(WRONG_USE, "--override and --dry-run are of deployments: name the app with --app, and leave out --repo")
     given = {name: getattr(options, name) for name in ("repo", "ref", "app", "timeout", "retries")}
     given |= {"force": options.force or None, "metadata": dict(options.metadata) if options.metadata else None}
     body = {name: value for name, value in given.items() if value is not None}
@@ -952,34 +1540,121 @@ def deploy(client, screen, options):
     return conclude(client, screen, options, results)
 
 
+def deploy(client, screen, options):
+    return (deploy_jobs if options.repo else deploy_app)(client, screen, options)
+
+
 def retry(client, screen, options):
-    job = find_job(client, options.job)
-    return conclude(client, screen, options, [client.call("POST", job_path(job["id"], "/retry"))])
+    """A job anew; of a deployment the hosts that have not succeeded."""
+    kind, one = find(client, options.id)
+    if kind == "deployment":
+        return settle(client, screen, options, client.call("POST", deployment_path(one["id"], "/retry")))
+    return conclude(client, screen, options, [client.call("POST", job_path(one["id"], "/retry"))])
+
+
+def show_state(client, screen, deployment):
+    jobs = jobs_of(client, deployment["id"])
+
+    def view():
+        show_deployment(screen, client, deployment, lock_of(client, deployment), jobs)
+        print()
+        show_jobs(screen, jobs)
+        for _, reason in waiting(client, jobs)[:CANDIDATES]:
+            screen.note(f"waits for: {reason}")
+
+    screen.show({"deployment": deployment, "jobs": jobs}, view)
+    return DONE
 
 
 def status(client, screen, options):
-    job = find_job(client, options.job)
+    kind, job = find(client, options.id)
+    if kind == "deployment":
+        return show_state(client, screen, job)
     waits = [] if screen.as_json else waiting(client, [job])
     screen.show({"job": job}, lambda: show_job(screen, client, job, *(reason for _, reason in waits)))
     return DONE
 
 
 def cancel(client, screen, options):
-    answer = client.call("POST", job_path(find_job(client, options.job)["id"], "/cancel"))
+    kind, one = find(client, options.id)
+    if kind == "deployment":
+        answer = client.call("POST", deployment_path(one["id"], "/cancel"))
+        screen.show(answer, lambda: present(screen, client, answer["deployment"]))
+        return DONE
+    answer = client.call("POST", job_path(one["id"], "/cancel"))
     job = answer["job"]
     asked = f"cancel asked for: the agent of {cell(job['host'])} stops it ({client.command('status ' + job['id'])})"
     screen.show(answer, lambda: show_outcome(screen, client, job) if job["status"] in ENDED else screen.line(asked))
     return DONE
 
 
-def jobs(client, screen, options):
-    filters = {name: getattr(options, name) for name in ("status", "host", "app", "repo")}
-    page = list_jobs(client, options.limit, **filters)
-    screen.show(page, lambda: show_jobs(screen, page["jobs"]))
-    if not page["jobs"]:
-        screen.note(f"no such jobs at {client.url}: ctl.py deploy --repo OWNER/NAME --ref main --host HOST makes one")
+def listed(client, screen, options, name, show, nothing, **filters):
+    """Shows the newest of what /v1/`name` lists, up to --limit; the exit code."""
+    page = newest(client, f"/v1/{name}", name, PAGE_JOBS, options.limit, filters)
+    screen.show(page, lambda: show(screen, page[name]))
+    if not page[name]:
+        screen.note(f"{nothing.format(client.url)}")
     elif page["next"]:
         screen.note(f"there are older ones: --limit {options.limit * 10}")
+    return DONE
+
+
+def jobs(client, screen, options):
+    filters = {name: getattr(options, name) for name in ("status", "host", "app", "repo")}
+    nothing = "no such jobs at {}: ctl.py deploy --repo OWNER/NAME --ref main --host HOST makes one"
+    return listed(client, screen, options, "jobs", show_jobs, nothing, **filters)
+
+
+def deployments(client, screen, options):
+    nothing = "no such deployments at {}: ctl.py deploy --app APP --ref main makes one"
+    return listed(client, screen, options, "deployments", show_deployments, nothing, app=options.app, status=options.status)
+
+
+def deliveries(client, screen, options):
+    return listed(client, screen, options, "deliveries", show_deliveries, "no such push has come to {}", repo=options.repo)
+
+
+def why(client, screen, options):
+    """What became of a push, or what a job or deployment came of."""
+    kind, one = find(client, options.id, deliveries=True)
+    if kind == "delivery":
+        screen.show({"delivery": one}, lambda: show_delivery(screen, client, one))
+        return DONE
+    job = one if kind == "job" else None
+    above = one if kind == "deployment" else one["deployment_id"] and unless_absent(get_deployment, client, one["deployment_id"])
+    delivery = find_delivery(client, above["delivery_id"]) if above and above["delivery_id"] else None
+    waits = held_words(client, above, lock_of(client, above)) if above and one["hold"] else None
+    if job and not waits and not screen.as_json:
+        waits = next((reason for _, reason in waiting(client, [job])), HOLDS.get(job["hold"]))
+    document = {"job": job, "deployment": above or None, "delivery": delivery}
+    screen.show(document, lambda: show_why(screen, client, waits, **document))
+    return DONE
+
+
+def lock_path(app):
+    return f"/v1/apps/{quote(app, safe='')}/lock"
+
+
+def lock(client, screen, options):
+    length = getattr(options, "for")
+    body = {"reason": options.reason} | ({} if length is None else {"for": length})
+    answer = client.call("PUT", lock_path(options.app), body=body)
+    until = f" until {when(answer['lock']['until'])} UTC" if answer["lock"]["until"] else ""
+    said = f"{clean(options.app)} is locked{until}: pushes are held, deploys are refused"
+    screen.show(answer, lambda: screen.line(f"{said} ({client.command('unlock --app ' + clean(options.app))})"))
+    return DONE
+
+
+def unlock(client, screen, options):
+    client.hints[404] = f"`{client.command('apps')}` shows which are locked"
+    answer = client.call("DELETE", lock_path(options.app))
+    ids = answer["deployments"]
+
+    def view():
+        screen.line(f"{clean(options.app)} is unlocked, deployments that go on: {len(ids)}")
+        show_deployments(screen, list(filter(None, (unless_absent(get_deployment, client, one) for one in ids))))
+
+    screen.show(answer, view)
     return DONE
 
 
@@ -1012,7 +1687,7 @@ def hosts(client, screen, options):
 
 def apps(client, screen, options):
     answer = list_apps(client)
-    screen.show(answer, lambda: show_apps(screen, answer["apps"]))
+    screen.show(answer, lambda: show_apps(screen, client, answer["apps"]))
     if not answer["apps"]:
         screen.note(f"no apps at {client.url}; write them into its apps.yaml, then: ctl.py reload")
     return DONE
@@ -1046,14 +1721,8 @@ def whoami(client, screen, options):
 
 
 def audit(client, screen, options):
-    filters = {"who": options.who, "action": options.action}
-    page = newest(client, "/v1/audit", "audit", PAGE_AUDIT, options.limit, filters)
-    screen.show(page, lambda: show_audit(screen, page["audit"]))
-    if not page["audit"]:
-        screen.note(f"nothing of that kind was done at {client.url}")
-    elif page["next"]:
-        screen.note(f"there are older ones: --limit {options.limit * 10}")
-    return DONE
+    nothing = "nothing of that kind was done at {}"
+    return listed(client, screen, options, "audit", show_audit, nothing, who=options.who, action=options.action)
 
 
 # Tokens. The secret of a new one is the only thing that goes to stdout, so that a script can keep it and show it to nobody.
@@ -1154,6 +1823,14 @@ def follow_logs(client, screen, options, job, view):
     return DONE if job["status"] == "success" else FAILED
 
 
+def follow(client, screen, options):
+    kind, one = find(client, options.id)
+    if kind == "deployment":
+        return follow_deployment(client, screen, {"deployment": one})
+    every = argparse.Namespace(host=None, app=None, tail=STREAM_TAIL_MOST)
+    return follow_logs(client, screen, every, one, LogView(screen))
+
+
 def logs(client, screen, options):
     if options.job and (options.host or options.app):
         raise Failure(WRONG_USE, "--job names one job already: leave out --host and --app")
@@ -1175,9 +1852,9 @@ def logs(client, screen, options):
 # Owns: argv, the table of verbs, help. Ignores: what the verbs do.
 
 EXIT_CODES = """exit codes:
-  0    done (with --wait, --follow and `logs -f --job`: the deployment succeeded)
-  1    the deployment failed or was cancelled (from those three alone)
-  2    wrong use: an option, a setting, or a start of a job's id that fits several jobs
+  0    done (with --wait, --follow, `follow` and `logs -f --job`: the deployment succeeded)
+  1    the deployment failed, in part too, or was cancelled (from those four alone)
+  2    wrong use: an option, a setting, or a start of an id that fits several
   3    the controller was not reached, or did not answer as one (5xx, a redirect, no JSON); `health`: it is not well
   4    refused: not signed in (401), not allowed (403), not there (404), not in this state (409), wrong fields (422),
        too large (413), too often (429: the line says when to come back; what follows a log waits until then)
@@ -1239,31 +1916,48 @@ JOB_HELP = "a job's id, or any start of it that only it has"
 TAIL_HELP = f"the last N lines (default: all of a job, else {DEFAULT_TAIL}; with -f at most {STREAM_TAIL_MOST})"
 
 HOST, APP, REPO = (("--host", {}), ("--app", {}), ("--repo", {"metavar": "OWNER/NAME"}))
-JOB = ("job", {"metavar": "JOB", "help": JOB_HELP})
+ID = ("id", {"metavar": "ID", "help": "the id of a job or of a deployment, or any start of it that only one has"})
+WHY = ("id", {"metavar": "ID", "help": "the id of a delivery, a job or a deployment, or a start of it"})
 WATCH = (
-    ("--follow", {"action": "store_true", "help": "show the log until the deployment has ended"}),
-    ("--wait", {"action": "store_true", "help": "wait for the end without the log, then show how it ended"}),
+    ("--follow", {"action": "store_true", "help": "show all hosts live, or the log of a job, until the end"}),
+    ("--wait", {"action": "store_true", "help": "wait for the end without that, then show how it ended"}),
 )
+AN_APP = ("--app", {"required": True, "help": "of apps.yaml"})
+HOSTS_OF = ("--host", {"action": "append", "help": "only this one, and again for each further host (default: all of the app)"})
+DRY_RUN = ("--dry-run", {"action": "store_true", "help": "show hosts, batches and commands, and make nothing"})
 DEPLOY = (
-    ("--repo", {"required": True, "metavar": "OWNER/NAME"}),
+    ("--app", {"help": "of apps.yaml: a deployment of its hosts, by its strategy"}),
     ("--ref", {"required": True, "help": "a branch, a tag or a commit"}),
-    ("--host", {"required": True, "action": "append", "help": "again for each further host: a job each"}),
-    ("--app", {"help": "default: the only app of that repository"}),
-    ("--force", {"action": "store_true", "help": "a new job, also while the same is pending or running"}),
+    HOSTS_OF,
+    ("--override", {"action": "store_true", "help": "also while the app is locked"}),
+    ("--force", {"action": "store_true", "help": "a new one, also while the same is pending or running"}),
+    DRY_RUN,
+    ("--repo", {"metavar": "OWNER/NAME", "help": "instead of a deployment a job for each --host, at once"}),
     ("--timeout", {"type": time_of(1, MAX_TIMEOUT), "metavar": "TIME", "help": "30s, 5m, 2h, 1d (default: the app's, or an hour)"}),
     ("--retries", {"type": whole(0), "metavar": "N", "help": "attempts after one that was lost (or the app's)"}),
-    ("--metadata", {"type": pair, "action": "append", "metavar": "KEY=VALUE", "help": "kept with the job; repeatable"}),
+    ("--metadata", {"type": pair, "action": "append", "metavar": "KEY=VALUE", "help": "kept with the jobs; repeatable"}),
 )
+ROLLBACK = (
+    AN_APP,
+    ("--to", {"metavar": "COMMIT", "help": "default: on each host the success before the present one"}),
+    HOSTS_OF,
+    ("--no-lock", {"action": "store_true", "help": "leave the app unlocked: the next push deploys again"}),
+    DRY_RUN,
+)
+LOCK = (
+    AN_APP,
+    ("--reason", {"required": True, "help": "what others are told"}),
+    ("--for", {"type": time_of(*LOCK_LIFE), "metavar": "TIME", "help": "30m, 2h, 1d (default: until it is unlocked)"}),
+)
+NEWEST = ("--limit", {"type": whole(1), "default": 20, "metavar": "N", "help": "the newest N (default 20)"})
 LOGS = (
     ("--job", {"metavar": "JOB", "help": JOB_HELP}),
     ("--follow", "-f", {"action": "store_true", "help": "go on with what comes; with --job until its deployment ends"}),
     ("--tail", {"type": whole(0), "metavar": "N", "help": TAIL_HELP}),
     ("--raw", {"action": "store_true", "help": "leave control characters and colours of the scripts in"}),
 )
-JOBS = (
-    ("--status", {"choices": ("pending", "running", *ENDED)}),
-    ("--limit", {"type": whole(1), "default": 20, "metavar": "N", "help": "the newest N (default 20)"}),
-)
+JOBS = (("--status", {"choices": ("pending", "running", *ENDED)}), NEWEST)
+DEPLOYMENTS = (("--status", {"choices": ("pending", "running", *OVER)}), NEWEST)
 HOSTS = (
     ("action", {"nargs": "?", "choices": HOST_ACTIONS, "help": "no new jobs; jobs again; forget its agent; only its secret"}),
     ("name", {"nargs": "?", "metavar": "HOST"}),
@@ -1278,10 +1972,10 @@ TOKEN = (
 AUDIT = (
     ("--who", {"metavar": "NAME", "help": "only what this one did: the name of a token"}),
     ("--action", {"help": "only this, such as job.create, token.create, host.reset or reload"}),
-    ("--limit", {"type": whole(1), "default": 20, "metavar": "N", "help": "the newest N (default 20)"}),
+    NEWEST,
 )
 COMMON = (  # before or behind the verb
-    ("--url", {"default": argparse.SUPPRESS, "help": "the controller (default: DEPLOYBOT_URL)"}),
+    ("--url", {"default": argparse.SUPPRESS, "metavar": "CONTROLLER", "help": "its address (default: DEPLOYBOT_URL)"}),
     ("--json", {"action": "store_true", "default": argparse.SUPPRESS, "help": "JSON on stdout, for programs"}),
 )
 
@@ -1290,14 +1984,21 @@ LOGS_HELP = f"show a job's log, or the last lines of the {RECENT_JOBS} newest jo
 Verb = namedtuple("Verb", "name run options help example")
 
 VERBS = (
-    Verb("deploy", deploy, DEPLOY + WATCH, "deploy a ref to hosts", "--repo myorg/web --ref main --host web-01 --wait"),
-    Verb("status", status, (JOB,), "show a job", "0199c2f0"),
+    Verb("deploy", deploy, DEPLOY + WATCH, "deploy a ref to the hosts of an app", "--app web --ref main --follow"),
+    Verb("rollback", rollback, ROLLBACK + WATCH, "let hosts go back, and lock the app", "--app web --host web-01 --dry-run"),
+    Verb("lock", lock, LOCK, "hold pushes and refuse deploys of an app", '--app web --reason "migration under way" --for 2h'),
+    Verb("unlock", unlock, (AN_APP,), "end the lock of an app: what it held goes on", "--app web"),
+    Verb("status", status, (ID,), "show a deployment or a job, and what it waits for", "0199c2f0"),
+    Verb("follow", follow, (ID,), "show a deployment live, or a job's log, until its end", "0199c2f0"),
+    Verb("why", why, (WHY,), "tell what became of a push, or what a job or deployment came of", "0199c2f0"),
+    Verb("deployments", deployments, (APP, *DEPLOYMENTS), "list deployments, newest first", "--app web --status failed"),
+    Verb("deliveries", deliveries, (REPO, NEWEST), "list pushes and what became of them", "--repo myorg/web"),
     Verb("logs", logs, (HOST, APP, *LOGS), LOGS_HELP, "-f --host web-01"),
     Verb("jobs", jobs, (HOST, APP, REPO, *JOBS), "list jobs, newest first", "--status failed --limit 50"),
     Verb("hosts", hosts, HOSTS, "list hosts; drain, resume, remove or reset one", "drain web-01"),
-    Verb("apps", apps, (), "list the apps of apps.yaml and what each host runs", "--json"),
-    Verb("cancel", cancel, (JOB,), "end a job: a pending one at once, a running one through its agent", "0199c2f0"),
-    Verb("retry", retry, (JOB, *WATCH), "make an ended job again, as a new job", "0199c2f0 --follow"),
+    Verb("apps", apps, (), "list the apps of apps.yaml, their locks and what each host runs", "--json"),
+    Verb("cancel", cancel, (ID,), "end a job or all of a deployment: pending at once, running through the agent", "0199c2f0"),
+    Verb("retry", retry, (ID, *WATCH), "make an ended job again; of a deployment the hosts without success", "0199c2f0 --follow"),
     Verb("reload", reload, (), "make the controller read its apps.yaml again", ""),
     Verb("health", health, (), "ask whether the controller is well", ""),
     Verb("whoami", whoami, (), "show who one is to the controller, and the role", ""),

@@ -503,7 +503,7 @@ def test_an_ambiguous_start_lists_the_candidates(run, controller):
     result = run("cancel", common_start(first["id"], second["id"]))
     assert result.code == ctl.WRONG_USE
     said, *candidates = result.err.splitlines()
-    assert f" is the start of 2 jobs' ids ({controller.url}), give more of one:" in said
+    assert f" is the start of 2 ids ({controller.url}), give more of one:" in said
     ids = [re.fullmatch(r"(\S{36})  myorg--web on web-01, \d+s ago", line)[1] for line in candidates]
     assert ids == [second["id"], first["id"]]
     assert controller.call("GET", f"/v1/jobs/{first['id']}")[1]["job"]["status"] == "pending"
@@ -781,10 +781,14 @@ def test_apps_as_a_table_with_a_row_a_host(here, scripted):
     ]
     server = scripted(as_json(200, {"apps": apps, "next": None}))
     rows = [re.split(r"  +", row) for row in here("apps", "--url", server.url).out.splitlines()]
-    assert rows[0] == ["APP", "REPO", "HOST", "COMMIT", "DEPLOYED", "JOB", "ON PUSH"]
-    assert rows[1][:4] == ["web", "myorg/web", "web-01", "c0ffee00"] and rows[1][5:] == ["0199c2f0-1111", "main, release/*"]
-    assert rows[2][1:] == ["web-02", "-", "-", "-"]
-    assert rows[3] == ["api", "myorg/api", "-", "-", "-", "-", "-"]
+    assert rows[0] == ["APP", "REPO", "HOST", "WANTED", "ACTUAL", "DEPLOYED", "JOB", "ON PUSH", "STRATEGY"]
+    assert rows[1][:5] == ["web", "myorg/web", "web-01", "-", "(c0ffee00)"] and rows[1][6:] == [
+        "0199c2f0-1111",
+        "main, release/*",
+        "-",
+    ]
+    assert rows[2][1:] == ["web-02", "-", "-", "-", "-"]
+    assert rows[3] == ["api", "myorg/api", "-", "-", "-", "-", "-", "-", "-"]
 
 
 def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, controller):
@@ -794,7 +798,7 @@ def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, con
     assert result.code == 0 and result.out.endswith(", apps: 1\n")
     assert json.loads(run("reload", "--json").out)["apps"] == 1
     assert [one["name"] for one in json.loads(run("apps", "--json").out)["apps"]] == ["web"]
-    assert re.search(r"^web +myorg/web +web-01 +- .* default branch$", run("apps").out, re.MULTILINE)
+    assert re.search(r"^web +myorg/web +web-01 +- .* default branch +-$", run("apps").out, re.MULTILINE)
     controller.apps_file.write_text('{"apps": [\n {"name": "web", "repo": "no repo", "hosts": ["web-01"],\n "no": 1}\n]}')
     result = run("reload")
     assert (result.code, result.out) == (ctl.REFUSED, "")
@@ -1243,12 +1247,12 @@ def test_the_audit_is_a_table_newest_first(here, closed):
 
 
 def test_the_audit_beyond_a_page_is_fetched_page_by_page(here, closed, monkeypatch):
-    monkeypatch.setattr(ctl, "PAGE_AUDIT", 2)
+    monkeypatch.setattr(ctl, "PAGE_JOBS", 2)
     for number in range(5):
         here("token", "create", "--role", "viewer", "--name", f"t{number}")
     listed = json.loads(here("audit", "--limit", "5", "--json").out)
     assert [one["target"] for one in listed["audit"]] == ["t4", "t3", "t2", "t1", "t0"]
-    monkeypatch.setattr(ctl, "PAGE_AUDIT", 1000)
+    monkeypatch.setattr(ctl, "PAGE_JOBS", 1000)
     assert len(json.loads(here("audit", "--limit", "1001", "--json").out)["audit"]) == 5, "more than one call gives"
 
 
