@@ -771,7 +771,7 @@ class Desk:
             if not is_new and not (stuck and before["status"] == status and not before["told"]):
                 return  # told already: an event that was read again, or is older than what was asked for
             since = before["since"] if before and not is_new else self._since(deployment, before)
-            events = self._events(deployment, before) if is_new else ["stuck"]
+            events = self._events(deployment) if is_new else ["stuck"]
             messages = list(self._messages(app, deployment, events, since, is_new))
             told = not is_new or bool(before and before["told"])
             entry = {"app": app.name, "status": status, "hold": hold, "since": since, "told": told}
@@ -784,11 +784,9 @@ class Desk:
         stamp = seconds(deployment.get("started_at") or deployment.get("created_at")) or self.now()
         return max(stamp, before["since"]) if before and before["status"] == deployment["status"] else stamp
 
-    def _events(self, deployment, before):
-        """What is to be told, the word that says most first."""
+    def _events(self, deployment):
+        """What is to be told, the word that says most first. An end is new only once."""
         status = deployment["status"]
-        if before and before["status"] == status:
-            return []
         if status == "success":
             return ["recovered", "success"] if deployment["app"] in self.memory["failed"] else ["success"]
         return ["failed"] if status in BAD else []
