@@ -756,7 +756,7 @@ class Desk:
     # -- news ----------------------------------------------------------------------------------------------------------
 
     def take(self, deployment, stuck=False):
-        """Stores and announces what follows from a deployment as it is now; `stuck`: also that it takes too long.
+        """Stores and announces what follows from a deployment as it is now; `stuck`: that it takes too long, where nothing else is new.
 
         Raises OSError where it cannot be stored, and then nothing of it counts.
         """
@@ -934,7 +934,7 @@ class Reader:
         for name in self.desk.overdue():
             status, data = self.get(f"/v1/deployments/{name}")
             if status == 200:
-                self._guard(self._still, name, data)
+                self._guard(self._asked, data)
             elif status == 404:
                 self.desk.forget(name)
 
@@ -969,10 +969,8 @@ class Reader:
         elif kind == "gap":
             log.warning("events are gone: %s", brief(json.loads(data)["detail"]))
 
-    def _still(self, name, data):
-        self.desk.take(data["deployment"])
-        if name in self.desk.overdue():
-            self.desk.take(data["deployment"], stuck=True)
+    def _asked(self, data):
+        self.desk.take(data["deployment"], stuck=True)
 
     @staticmethod
     def _guard(do, *given):

@@ -442,7 +442,9 @@ def test_what_takes_too_long_is_stuck_once(make, world, controller, hook, status
     assert world.told() == []
     overdue(program, controller, NOW + 1800 + begun)
     program.restart()
+    asked = len(controller.asked)
     overdue(program, controller, NOW + 9000)
+    assert len(controller.asked) == asked
     program.tells(deployment(status, hold="batch"), deployment("success"))
     assert world.told() == [("stuck", "d1"), ("success", "d1")]
 
@@ -480,15 +482,21 @@ def test_what_the_controller_does_not_know_any_more_is_forgotten(make, world, co
 
 def test_a_stream_without_news_looks_too(make, world, controller, hook, monkeypatch):
     monkeypatch.setattr(notify, "LOOK_EVERY_S", 0)
-    program = make(hook)
-    controller.news(deployment("running"))
-    controller.cut = 1
-    program.desk.cursor = f"{controller.epoch}-0"
-    program.clock = NOW + 9000
-    with pytest.raises(notify.Later):
-        program.reader.follow()
+    program, looked = make(hook), []
+    program.takes(deployment("running"))
+    controller.deployments["d1"] = deployment("running")
+    program.clock, program.desk.cursor = NOW + 9000, f"{controller.epoch}-0"
+
+    def end():
+        try:
+            looked.append(wait_for(lambda: [path for path, *_ in controller.asked if path == "/v1/deployments/d1"], 5))
+        finally:
+            controller.news({}, kind="log")
+
+    threading.Thread(target=end, daemon=True).start()
+    program.reader.follow(until=1)
     program.deliver()
-    assert world.told() == [("stuck", "d1")]
+    assert looked and world.told() == [("stuck", "d1")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
