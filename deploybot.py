@@ -5116,6 +5116,7 @@ def asset(name: str) -> str:
         raise NotFound(f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes") from None
 
 
+ACCEPTS_OF_AGENTS = ("current",)  # fields of a heartbeat that came after the first agents: an agent sends what is named here
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
@@ -5144,7 +5145,7 @@ class Controller:
         secret = new_secret() if enrols and asked.token_sha256 is None else None  # for an agent that makes none: told this once
         agent = self.jobs.register(asked, request.principal, secret)
         shown = {name: getattr(agent, name) for name in ("id", "hostname", "slots", "registered_at", "last_heartbeat", "session")}
-        shown |= {"capabilities": json.loads(agent.capabilities), "status": "online"}
+        shown |= {"capabilities": json.loads(agent.capabilities), "status": "online", "accepts": ACCEPTS_OF_AGENTS}
         return {**shown, "token": secret} if secret else shown
 
     def heartbeat(self, request: Request) -> Answer:

@@ -253,7 +253,14 @@ def check_ctl(site, first, second, failed):
     assert code == 3 and len(errors.splitlines()) == 1 and "http://127.0.0.1:1" in errors
 
 
-ROLLING = {"strategy": {"type": "rolling", "batch": 1}}
+# As in apps.yaml of the README, with a check of health that looks at the release that is current.
+ROLLING = {
+    "strategy": {"type": "rolling", "batch": 1},
+    "activate": "cat page > started.txt",
+    "health_check": {"command": "test ! -e sick", "timeout": "200ms", "interval": "50ms", "success": 2},
+    "shared": ["uploads/"],
+    "env": {"NODE_ENV": "production"},
+}
 
 
 @pytest.fixture
@@ -266,39 +273,62 @@ def three(tmp_path):
         made.end()
 
 
-def rolled(site, **body):
-    """(the deployment at its end, {host: (status, reason)})."""
-    made = site.api.ok("POST", "/v1/deployments", {"app": "web", **body})["deployment"]
-    return at_end(site, made["id"])
-
-
-def at_end(site, deployment_id):
-    path = f"/v1/deployments/{deployment_id}"
-    found = wait_for(lambda: (one := site.api.ok("GET", path)["deployment"])["completed_at"] and one, LIMIT)
-    jobs = site.api.ok("GET", f"/v1/jobs?deployment_id={deployment_id}")["jobs"]
+def newest(site):
+    """(the newest deployment, {host: (status, reason)}), at its end."""
+    found = wait_for(lambda: (one := site.api.ok("GET", "/v1/deployments?limit=1")["deployments"][0])["completed_at"] and one, LIMIT)
+    jobs = site.api.ok("GET", f"/v1/jobs?deployment_id={found['id']}")["jobs"]
     return found, {job["host"]: (job["status"], job["reason"]) for job in jobs}
+
+
+def pages(site):
+    return [site.page(host).split()[-1] for host in site.hosts]
 
 
 def test_a_rolling_deployment_stops_at_the_host_that_fails_and_can_be_rolled_back(three):
     first = three.commit(page="one")
-    found, hosts = rolled(three, ref="main")
-    assert found["status"] == "success" and set(hosts.values()) == {("success", None)}
+    code, out, errors = three.ctl("deploy", "--app", "web", "--ref", "main", "--follow")
+    assert code == 0, out + errors
+    assert pages(three) == [first] * 3 and newest(three)[0]["status"] == "success"
 
+    # the second host fails: the third is untouched
     second = three.commit(**{"broken-on": "web-02"})
     three.push(second)
-    found, hosts = at_end(three, three.api.ok("GET", "/v1/deployments?limit=1")["deployments"][0]["id"])
+    found, hosts = newest(three)
     assert (found["status"], found["reason"]) == ("partial", "stopped: 1 failed of 3")
     assert hosts == {"web-01": ("success", None), "web-02": ("failed", "exit_code"), "web-03": ("cancelled", "stopped")}
-    assert [three.page(host) for host in three.hosts] == [f"page of {commit}\n" for commit in (second, first, first)]
+    assert pages(three) == [second, first, first]
+    code, out, _ = three.ctl("why", second)  # the delivery's id
+    assert code == 0 and "deployed" in out and found["id"][:8] in out
 
-    found, hosts = rolled(three, rollback=True, hosts=["web-01"])
-    assert (found["status"], found["ref"], hosts) == ("success", first, {"web-01": ("success", None)})
-    assert [three.page(host) for host in three.hosts] == [f"page of {first}\n"] * 3
+    # the first can be rolled back, without a fetch
+    (three.folder / "source").rename(three.folder / "away")
+    code, out, errors = three.ctl("rollback", "--app", "web", "--host", "web-01", "--follow")
+    (three.folder / "away").rename(three.folder / "source")
+    assert code == 0 and "unlock" in out + errors, out + errors
+    assert pages(three) == [first] * 3
 
-    third = three.commit(**{"broken-on": ""})  # a push to a locked app waits
+    # a push to the app, which is locked now, waits for unlock
+    third = three.commit(**{"broken-on": ""})
     three.push(third)
-    held = three.api.ok("GET", "/v1/deployments?limit=1")["deployments"][0]
-    assert (held["hold"], held["progress"]["held"]) == ("lock", 3)
-    assert three.api.ok("DELETE", "/v1/apps/web/lock")["deployments"] == [held["id"]]
-    assert at_end(three, held["id"])[0]["status"] == "success"
-    assert [three.page(host) for host in three.hosts] == [f"page of {third}\n"] * 3
+    code, out, _ = three.ctl("apps")
+    assert code == 0 and "locked" in out
+    assert three.ctl("deploy", "--app", "web", "--ref", "main")[0] == 4
+    assert three.ctl("unlock", "--app", "web")[0] == 0
+    assert newest(three)[0]["status"] == "success" and pages(three) == [third] * 3
+    wait_for(lambda: {one["actual"] for one in three.api.ok("GET", "/v1/apps")["apps"][0]["hosts"]} == {third}, LIMIT)
+
+
+def test_a_release_that_is_not_well_goes_back_by_itself(three):
+    first = three.commit(page="one")
+    three.push(first)
+    assert newest(three)[0]["status"] == "success"
+    (three.folder / "web-01" / "web" / "current" / "uploads" / "kept").write_text("by hand")
+    second = three.commit(page="two", sick="")
+    three.push(second)
+    found, hosts = newest(three)
+    assert found["status"] == "rolled_back" and hosts["web-01"] == ("failed", "health_check")
+    (job,) = (job for job in three.api.ok("GET", f"/v1/jobs?deployment_id={found['id']}")["jobs"] if job["host"] == "web-01")
+    assert job["rolled_back_to"] == first and pages(three) == [first] * 3
+    current = three.folder / "web-01" / "web" / "current"
+    assert (current / "started.txt").read_text() == "one" and (current / "uploads" / "kept").read_text() == "by hand"
+    assert three.ctl("deploy", "--app", "web", "--ref", second, "--wait")[0] == 1
