@@ -1135,12 +1135,13 @@ def test_no_control_character_of_any_answer_reaches_the_terminal(here, fake):
         assert result.code == 0, result
         assert not controls(result.out + result.err) and "\u202e" not in result.out + result.err, argv
     one["status"] = "failed"
-    job.update(status="failed", reason=evil, error=evil, id=evil, rolled_back_to=evil)
+    job.update(status="failed", reason=evil, error=evil, id="0" + evil, rolled_back_to=evil)
     result = here("follow", one["id"])
-    assert result.code == ctl.FAILED and not controls(result.out + result.err)
+    assert result.code == ctl.FAILED and "ctl.py logs --job 0x y" in result.out and not controls(result.out + result.err)
     fake.plan = {
         **PLAN,
         "app": evil,
+        "strategy": one["strategy"],
         "build": [evil],
         "deploy": evil,
         "lock": fake.lock or LOCK,
