@@ -683,7 +683,7 @@ def is_health_check(value: Any) -> bool:
 
 
 # What a job's spec may say besides clone_url; null is as if it were not said.
-SPEC_FIELDS: dict[str, Callable[[Any], bool]] = {
+SPEC_FIELDS = {
     "build": is_command,
     "activate": is_command,
     "deploy": is_command,
