@@ -2301,6 +2301,14 @@ def test_a_failing_health_check_goes_the_way_back_and_the_old_release_is_asked_t
     assert not lives(int((tmp_path / "pids").read_text()))  # what activate of the bad one left
 
 
+def test_the_way_back_has_time_for_its_health_check(host, monkeypatch):
+    monkeypatch.setattr(agent, "WAY_BACK_LIMIT", 0)
+    first = host.deploy()["commit"]
+    host.source.commit({"page.txt": "bad\n"})
+    result = host.deploy(health_check={"command": "grep one page.txt", "timeout": 10, "interval": 11})
+    assert (result["reason"], result["rolled_back_to"]) == ("health_check", first)
+
+
 @pytest.mark.parametrize(
     ("spec", "error"),
     [
