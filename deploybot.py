@@ -2938,7 +2938,7 @@ def segment_expression(segment: str) -> str:
     """Of what stands between two slashes. It matches in one way or none, so nothing is tried twice."""
     first, *rest = ["".join("[^/]" if char == "?" else re.escape(char) for char in part) for part in re.split(r"\*+", segment)]
     inner = "".join(f"(?>[^/]*?{part})" for part in rest[:-1])
-    return f"(?>{first}{inner}{f'[^/]*{rest[-1]}(?![^/])' if rest else ''})"
+    return first + inner + (f"[^/]*{rest[-1]}(?![^/])" if rest else "")
 
 
 def path_expression(pattern: str) -> str:
