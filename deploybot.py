@@ -380,7 +380,7 @@ GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPE
 LEVELS = ("debug", "info", "warning", "error")
 LINE = ("message", "level", "timestamp")  # of a log
 ENDED_WORDS = ("success", "failed", "cancelled")
-NOTIFY_EVENTS = ("started", "success", "failed", "recovered")
+NOTIFY_EVENTS = ("failed", "recovered", "success", "stuck")
 NOTIFY_FORMATS = ("json", "slack")
 # What a job's agent gets of its app.
 IN_SPEC = ("clone_url", "build", "activate", "deploy", "env", "shared", "keep_releases", "health_check", "rollback_on_failure")

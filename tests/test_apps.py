@@ -574,7 +574,7 @@ REFUSED = [
     (
         "notify/0/events",
         ["failed", "faild"],
-        "notify[0].events: 'faild' must be one of started, success, failed, recovered; did you mean failed?",
+        "notify[0].events: 'faild' must be one of failed, recovered, success, stuck; did you mean failed?",
     ),
     ("notify/0/events", [], "notify[0].events: must be a list with at least one"),
     ("notify/0/format", "slak", "notify[0].format: 'slak' must be one of json, slack; did you mean slack?"),
