@@ -1232,7 +1232,7 @@ def web_url(value: Any) -> str:
     raise ValueError("must be a URL that starts with http:// or https://")
 
 
-is_label = matches(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=[A-Za-z0-9._:/@+-]{1,63}", "a label such as role=edge")
+is_label = matches(r"[a-z0-9_.-]{1,63}=[A-Za-z0-9_.-]{1,63}", "a label such as role=edge")  # as agent.py takes it
 
 
 def is_group_or_host(text: str) -> str | None:
@@ -1296,6 +1296,10 @@ class HealthCheck(Part):
             entry.wrong("command", "stands instead of url; keep one")
         elif url is command:
             entry.wrong("url", "is required, or a command")
+        if self.timeout <= 0:
+            entry.wrong("timeout", "must be more than 0")
+        if self.url and "@" in urllib.parse.urlsplit(self.url).netloc:
+            entry.wrong("url", "must not hold a password or token: use a command")
 
 
 @dataclasses.dataclass(slots=True)
@@ -1350,6 +1354,10 @@ class App(Part):
     def check(self, entry: Entry) -> None:
         if self.deploy and (self.build or self.activate):
             entry.wrong("deploy", "stands instead of build and activate; keep one form")
+        paths = sorted(path.removesuffix("/") + "/" for path in self.shared)
+        for outer, inner in itertools.pairwise(paths):
+            if inner.startswith(outer):
+                entry.wrong("shared", f"{inner[:80].rstrip('/')} lies within {outer[:80].rstrip('/')}, which is shared already")
 
 
 @functools.lru_cache(maxsize=1024)
