@@ -570,7 +570,7 @@ REFUSED = [
             )
         ]
     ),
-    ("health_check", {"url": "http://h/", "timeout": "0s"}, "health_check.timeout: must be more than 0"),
+    ("health_check", {"url": "http://h/", "timeout": "0s"}, "health_check.timeout: must be a duration"),
     ("health_check", {"url": "http://me@h/"}, "health_check.url: must not hold a password or token"),
     ("shared", ["a", "a/"], "shared: a lies within a, which is shared already"),
     ("shared", ["b", "a/b/c", "a/"], "shared: a/b/c lies within a, which is shared already"),
