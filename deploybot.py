@@ -3501,7 +3501,14 @@ class Jobs:
         if lock and not asked.override:
             raise Conflict(f"{lock}: unlock it, or ask with override")
         draft = self.draft(asked, app, principal)
-        job, created = self.store.write(lambda tx: self.add(tx, draft, asked.force, principal, "job.create"))
+
+        def do(tx: Tx) -> tuple[Job, bool]:
+            job, created = self.add(tx, draft, asked.force, principal, "job.create")
+            if not created and asked.override and job.hold == Hold.LOCK:  # it would wait for the lock
+                return self.add(tx, draft, True, principal, "job.create")
+            return job, created
+
+        job, created = self.store.write(do)
         return job, created, self._warning(job, asked)
 
     def check_allowed(self, principal: Principal, name: str, host: str) -> None:
@@ -4043,6 +4050,12 @@ class Plan(NamedTuple):
         return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
 
 
+def held(draft: Job, hold: Hold) -> tuple[Job, str]:
+    """As Jobs.draft() makes it."""
+    job = draft._replace(hold=hold)
+    return job, dump(job.public())
+
+
 class Made(NamedTuple):
     """What came of a plan: the deployment, its jobs, and whether it was made now; without a deployment nothing was to be made."""
 
@@ -4249,44 +4262,57 @@ class Deployments:
             drafts.append(self._jobs.draft(asked, plan.app, by, plan.retries.get(host), terms))
 
         def do(tx: Tx) -> Made:
-            found = [self._jobs.add(tx, draft, plan.force, by) for draft in drafts]
-            jobs = [job for job, created in found if created]
+            is_locked = not plan.override and tx.lock_of(plan.app.name) is not None  # by now: the drafts may be older
+            first = hold or (Hold.LOCK if is_locked else None)
+            found = [self._add(tx, plan, draft if hold == first else held(draft[0], first), by) for draft in drafts]
+            jobs, there = [job for job, created in found if created], [job for job, created in found if not created]
             if not jobs:
-                there = next((job.deployment_id for job, _ in found if job.deployment_id), None)
-                return Made(tx.deployment(there) if there else None, [job for job, _ in found], False)
+                known = next((job.deployment_id for job in there if job.deployment_id), None)
+                self._supersede(tx, plan, known, [], there)
+                tx.settle()
+                return Made(tx.deployment(known) if known else None, [tx.job(job.id) for job in there], False)
             strategy = plan.strategy()
             strategy["canary"] = strategy["canary"] if jobs[0].host == strategy["canary"] else None
-            counts = (len(jobs), len(jobs), 0) if hold else (len(jobs), 0, len(jobs))
+            counts = (len(jobs), len(jobs), 0) if first else (len(jobs), 0, len(jobs))
             about = (plan.app.name, plan.app.repo, plan.ref, plan.branch, plan.kind, State.PENDING, None, dump(strategy))
-            rest = (hold, None, int(plan.override), plan.retry_of, None, delivery, self._clock.stamp(), by.name, None, None)
+            rest = (first, None, int(plan.override), plan.retry_of, None, delivery, self._clock.stamp(), by.name, None, None)
             deployment = Deployment(new, *about, *counts, 0, 0, 0, 0, 0, *rest)
             tx.add("deployments", *deployment)
             if action:
                 said = what(deployment) + (", although it is locked" if plan.override and tx.lock_of(plan.app.name) else "")
                 tx.audited(self._clock.stamp(), by, action, new, said)
             tx.add_deployment_event(deployment)
-            self._supersede(tx, deployment, jobs)
-            if hold:
+            self._supersede(tx, plan, new, jobs, there)
+            if first:
                 tx.due[new] = self._step
                 tx.settle()
                 deployment, jobs = tx.deployment(new), tx.jobs_of(new)
-            there = [job for job, created in found if not created]
             return Made(deployment, jobs, True, [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in there])
 
         return do
 
-    def _supersede(self, tx: Tx, new: Deployment, jobs: list[Job]) -> None:
+    def _add(self, tx: Tx, plan: Plan, draft: tuple[Job, str], by: Principal) -> tuple[Job, bool]:
+        """As Jobs.add(); what passes the lock does not wait for the same that is held, nor does what goes back."""
+        job, created = self._jobs.add(tx, draft, plan.force, by)
+        waits = job.hold == Hold.LOCK or (plan.kind is Kind.ROLLBACK and not job.spec.endswith(REUSES))
+        if not created and plan.override and job.hold and job.status == Status.PENDING and waits:
+            return self._jobs.add(tx, draft, True, by)
+        return job, created
+
+    def _supersede(self, tx: Tx, plan: Plan, new: str | None, jobs: list[Job], there: list[Job]) -> None:
         """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun ends. A rollback ends what
-        any deployment of the app has not begun."""
-        if new.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
+        any deployment of the app has not begun. `there`: what is the same stays."""
+        if plan.retry_of or plan.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
             return
-        places, any_branch = {job.host: job.id for job in jobs}, new.hold == Hold.LOCK
-        for old in tx.open_deployments(new.app):
-            is_older = old.kind in (Kind.PUSH, Kind.HOOK) and (any_branch or old.branch == new.branch)
-            pending = tx.jobs_of(old.id, "status = 'pending'") if is_older or new.kind == Kind.ROLLBACK else []
-            if pending and old.id != new.id:
-                tx.change_deployment(old.id, superseded_by=new.id, reason=f"superseded by {new.id}")
-                self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"superseded by deployment {new.id}", places)
+        places, kept = {job.host: job.id for job in (*there, *jobs)}, {job.id for job in there}
+        any_branch = plan.kind is not Kind.ROLLBACK and tx.lock_of(plan.app.name) is not None
+        for old in tx.open_deployments(plan.app.name):
+            is_older = old.kind in (Kind.PUSH, Kind.HOOK) and (any_branch or old.branch == plan.branch)
+            pending = tx.jobs_of(old.id, "status = 'pending'") if is_older or plan.kind is Kind.ROLLBACK else []
+            pending = [job for job in pending if job.id not in kept]
+            if pending and old.id != new:
+                tx.change_deployment(old.id, superseded_by=new, reason=f"superseded by {new or plan.ref}")
+                self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"superseded by {new or plan.ref}", places)
 
     def _moved(self, tx: Tx, before: Job, job: Job) -> None:
         counts = collections.Counter({job.place(): 1})

@@ -439,6 +439,29 @@ def test_a_push_while_a_rolling_one_is_under_way(fleet):
     assert fleet.run() == list(HOSTS) and fleet.newest()["status"] == "success"
 
 
+def hook(fleet, ref=NEW, branch="main"):
+    return fleet.c.ok("POST", "/v1/hooks/web", {"ref": branch, "commit": ref})
+
+
+def test_the_same_asked_for_again_ends_nothing_of_itself(fleet):
+    """A CI that calls twice: what has run already is made anew, what waits stays where it is."""
+    fleet.app(strategy=ROLLING)
+    first = hook(fleet)["deployment"]
+    fleet.end(fleet.take()["web-01"])
+    again = hook(fleet)
+    assert [job["host"] for job in again["jobs"]] == ["web-01"] and len(again["skipped"]) == 3
+    assert fleet.see(first)["superseded_by"] is None
+    assert sorted(fleet.run()) == list(HOSTS) and fleet.see(first)["status"] == "success"
+
+
+def test_a_push_of_what_a_person_deploys_already_ends_the_older_one(fleet):
+    fleet.push(NEW)
+    older = fleet.newest()
+    mine = fleet.deploy(NEWER)["deployment"]
+    assert fleet.push(NEWER)["message"].endswith("the same deployment is under way")
+    assert (fleet.see(older)["status"], fleet.see(older)["superseded_by"]) == ("cancelled", mine["id"])
+
+
 # -- locks -------------------------------------------------------------------------------------------------------------
 
 
@@ -490,6 +513,42 @@ def test_a_job_is_not_tried_again_while_the_app_is_locked(fleet):
     assert (status, detail.startswith("web is locked by local")) == (409, True) and fleet.take() == {}
     unlock(fleet)
     assert fleet.c.ok("POST", f"/v1/jobs/{job['id']}/retry")["created"]
+
+
+def drafted(fleet, kind=deploybot.Kind.HOOK):
+    """What makes a deployment that was drafted a moment ago."""
+    deployments = fleet.c.daemon.deployments
+    app = fleet.c.daemon.apps.named("web")
+    plan = deploybot.Plan(app, kind, NEW, [(host, NEW) for host in HOSTS], branch="main")
+    return deployments._maker(plan, deploybot.Principal("ci", deploybot.Scope.OPERATOR), "deployment.hook")
+
+
+def test_one_that_was_drafted_before_the_lock_is_held(fleet):
+    make = drafted(fleet)
+    lock(fleet)
+    made = fleet.c.daemon.store.write(make)
+    assert (made.deployment.hold, made.deployment.held, fleet.take()) == ("lock", 4, {})
+    assert set(fleet.jobs({"id": made.deployment.id}, "hold").values()) == {("lock",)}
+    unlock(fleet)
+    assert len(fleet.run()) == 4
+
+
+def test_one_that_was_drafted_before_the_unlock_goes_on_and_ends_no_other_branch(fleet):
+    lock(fleet)
+    make = drafted(fleet)
+    unlock(fleet)
+    other = hook(fleet, OLD, "dev")["deployment"]
+    assert fleet.c.daemon.store.write(make).deployment.pending == 4
+    assert fleet.see(other)["status"] == "pending"
+
+
+def test_override_does_not_wait_for_the_same_that_is_held(fleet):
+    lock(fleet)
+    fleet.push(NEW)
+    job = {"repo": "myorg/web", "ref": NEW, "host": "web-04", "override": True}
+    assert fleet.c.ok("POST", "/v1/jobs", job)["created"]
+    assert fleet.deploy(NEW, override=True, hosts=["web-01", "web-02"])["created"]
+    assert sorted(fleet.take()) == ["web-01", "web-02", "web-04"]
 
 
 def test_override_passes_the_lock_and_is_audited(fleet):
@@ -596,6 +655,31 @@ def test_each_host_goes_back_to_its_own(fleet):
     made = fleet.deploy(None, rollback=True)
     assert {job["host"]: job["ref"] for job in made["jobs"]} == {"web-01": NEW, "web-02": OLD}
     assert made["skipped"] == [{"host": host, "reason": "no release before this one is known"} for host in ("web-03", "web-04")]
+
+
+def test_a_rollback_does_not_wait_for_the_same_that_is_held(fleet):
+    released(fleet, OLD, NEW)
+    lock(fleet)
+    fleet.push(OLD)
+    pushed = fleet.newest()
+    assert fleet.deploy(None, rollback=True)["created"]
+    assert fleet.see(pushed)["status"] == "cancelled" and len(fleet.take()) == 4
+
+
+def test_a_rollback_does_not_end_the_same_that_it_waits_for(fleet):
+    released(fleet, OLD, NEW)
+    mine = fleet.deploy(OLD, hosts=["web-01"])["deployment"]
+    back = fleet.deploy(None, rollback=True)
+    assert [one["host"] for one in back["skipped"]] == ["web-01"]
+    assert {job["ref"] for job in fleet.take().values()} == {OLD} and fleet.see(mine)["status"] == "running"
+
+
+def test_a_rollback_is_not_made_twice(fleet):
+    fleet.app(strategy=ROLLING)
+    released(fleet, OLD, NEW)
+    back = fleet.deploy(None, rollback=True)["deployment"]
+    again = fleet.deploy(None, rollback=True)
+    assert (again["created"], again["deployment"]["id"]) == (False, back["id"]) and fleet.run() == list(HOSTS)
 
 
 def test_a_rollback_ends_what_has_not_begun(fleet):
