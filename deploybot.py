@@ -1837,8 +1837,7 @@ class Queries:
         if to:
             found = self.one(f'SELECT "commit" {such} AND substr("commit", 1, ?) = ? ORDER BY id DESC', app, host, len(to), to)
         else:
-            first = f"""SELECT max(id) {such} AND "commit" = ?
-                AND coalesce((SELECT kind FROM deployments WHERE deployments.id = deployment_id), '') != 'rollback'"""
+            first = f"""SELECT max(id) {such} AND "commit" = ? AND spec NOT LIKE '%,"reuse":true}}'"""
             sql = f'SELECT "commit" {such} AND id < ({first}) AND "commit" != ? ORDER BY id DESC'
             found = self.one(sql, app, host, app, host, current, current)
         return current, found and found[0]
@@ -4021,7 +4020,7 @@ class Plan(NamedTuple):
     override: bool = False
     force: bool = False
     retry_of: str | None = None
-    retries: Mapping[str, str] = NO_JOBS  # host to the job that is tried again
+    retries: Mapping[str, Job] = {}  # noqa: RUF012 (host to the job that is tried again)
 
     def steps(self) -> list[list[tuple[str, str]]]:
         """The batches, the canary's first."""
@@ -4139,7 +4138,8 @@ class Deployments:
         return targets, skipped
 
     def retry(self, deployment_id: str, by: Principal) -> tuple[Plan, Made]:
-        """The hosts whose job ended without success, as a new deployment by the mapping in force. Raises Conflict while it is open."""
+        """The hosts whose job ended without success, as a new deployment by the mapping in force; it passes the lock and goes back where
+        that did. Raises Conflict while it is open."""
         with self._store.read() as db:
             old = db.deployment(deployment_id)
             failed = db.jobs_of(old.id, "status IN ('failed', 'cancelled')")
@@ -4154,12 +4154,13 @@ class Deployments:
         targets = [(host, refs[host].ref) for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
         skipped = [{"host": host, "reason": f"is no host of {app.name} now"} for host in refs if host not in known]
         told = {"app": app.name, "trigger": "retry"}
-        plan = Plan(app, Kind.RETRY, old.ref, targets, skipped, old.branch, told, retry_of=old.id)
-        plan = plan._replace(retries={host: job.id for host, job in refs.items()})
+        plan = Plan(app, Kind.RETRY, old.ref, targets, skipped, old.branch, told, bool(old.override), retry_of=old.id)
+        plan = plan._replace(retries=refs)
         make = self._maker(plan, by, "deployment.retry")
 
         def do(tx: Tx) -> Made:
-            if lock := tx.lock_of(app.name):
+            lock = None if plan.override else tx.lock_of(app.name)
+            if lock:
                 raise Conflict(f"{lock}: unlock it first (ctl.py unlock --app {lock.app})")
             return make(tx)
 
@@ -4255,11 +4256,11 @@ class Deployments:
             new = self._new_id()
         steps = plan.steps()
         hold = Hold.LOCK if plan.app.name in self._jobs.locks and not plan.override else Hold.BATCH if len(steps) > 1 else None
-        terms, told = Terms(new, hold, plan.kind is Kind.ROLLBACK), dict(plan.metadata)
-        drafts = []
+        told, drafts = dict(plan.metadata), []
         for host, ref in itertools.chain.from_iterable(steps):
-            asked = JobRequest(plan.app.repo, ref, host, plan.app.name, told)
-            drafts.append(self._jobs.draft(asked, plan.app, by, plan.retries.get(host), terms))
+            asked, old = JobRequest(plan.app.repo, ref, host, plan.app.name, told), plan.retries.get(host)
+            terms = Terms(new, hold, old.spec.endswith(REUSES) if old else plan.kind is Kind.ROLLBACK)
+            drafts.append(self._jobs.draft(asked, plan.app, by, old and old.id, terms))
 
         def do(tx: Tx) -> Made:
             is_locked = not plan.override and tx.lock_of(plan.app.name) is not None  # by now: the drafts may be older
@@ -4302,7 +4303,7 @@ class Deployments:
     def _supersede(self, tx: Tx, plan: Plan, new: str | None, jobs: list[Job], there: list[Job]) -> None:
         """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun ends. A rollback ends what
         any deployment of the app has not begun. `there`: what is the same stays."""
-        if plan.retry_of or plan.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
+        if plan.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
             return
         places, kept = {job.host: job.id for job in (*there, *jobs)}, {job.id for job in there}
         any_branch = plan.kind is not Kind.ROLLBACK and tx.lock_of(plan.app.name) is not None

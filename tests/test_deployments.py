@@ -707,6 +707,17 @@ def test_a_job_of_a_rollback_is_tried_again_although_that_has_locked(fleet):
     assert fleet.take()["web-01"]["spec"]["reuse"]
 
 
+@pytest.mark.parametrize("path", ["deployments", "jobs"])
+def test_a_rollback_that_was_tried_again_is_one(fleet, path):
+    back, failed = back_in_part(fleet)
+    fleet.c.ok("POST", f"/v1/{path}/{(back if path == 'deployments' else failed)['id']}/retry")
+    job = fleet.take()["web-01"]
+    assert (job["ref"], job["spec"]["reuse"]) == (NEW, True)
+    fleet.end(job)
+    again = fleet.deploy(None, rollback=True)
+    assert {job["host"]: job["ref"] for job in again["jobs"]} == dict.fromkeys(HOSTS, OLD), "not forward to NEWER"
+
+
 def test_a_rollback_passes_the_lock_that_is_there(fleet):
     released(fleet, OLD, NEW)
     lock(fleet, "mine")
