@@ -3980,6 +3980,7 @@ class Jobs:
 # == Deployments =======================================================================================================
 # Owns groups of jobs: pushes, strategies, locks, rollback. Ignores HTTP, argv, and how a single job runs.
 
+HELD = "status = 'pending' AND hold IS NOT NULL"
 SETTLED = ("deployed", "locked", "duplicate", "older")
 
 
@@ -4355,17 +4356,16 @@ class Deployments:
         if not deployment.held:
             return deployment
         hold, resume_at = self._why_held(tx, deployment, strategy)
-        waiting = tx.jobs_of(deployment.id, "status = 'pending' AND hold IS NOT NULL")
         if hold is None:
-            is_first = strategy["canary"] is not None and deployment.held == deployment.hosts
-            count = 1 if is_first else batch_size(strategy, deployment.hosts)
-            for job in waiting[:count]:
+            hold = Hold.BATCH
+            first = tx.jobs_of(deployment.id, HELD, 1)[0]
+            count = 1 if first.host == strategy["canary"] else batch_size(strategy, deployment.hosts)
+            for job in tx.jobs_of(deployment.id, HELD, count):
                 self._jobs.let_go(tx, job)
-            waiting, hold = waiting[count:], Hold.BATCH
-        for job in waiting:
-            if job.hold != hold:
+        if hold != deployment.hold:  # which all of them have
+            for job in tx.jobs_of(deployment.id, HELD):
                 self._jobs.hold(tx, job, hold)
-        return tx.change_deployment(deployment.id, hold=hold if waiting else None, resume_at=resume_at)
+        return tx.change_deployment(deployment.id, hold=hold, resume_at=resume_at)
 
     def _why_held(self, tx: Tx, deployment: Deployment, strategy: Mapping[str, Any]) -> tuple[Hold | None, str | None]:
         """(why nothing more may go now, when a pause is over)."""
@@ -4373,8 +4373,11 @@ class Deployments:
             return Hold.LOCK, deployment.resume_at
         if deployment.pending or deployment.running:
             return Hold.BATCH, None
-        is_watched = strategy["canary"] is not None and deployment.held == deployment.hosts - 1 and strategy["pause"]
-        resume_at = deployment.resume_at or (self._clock.stamp(ago=-strategy["pause"]) if is_watched else None)
+        resume_at = deployment.resume_at
+        if resume_at is None and strategy["canary"] and strategy["pause"]:
+            begun = tx.jobs_of(deployment.id, "hold IS NULL", 2)  # what ended before its turn keeps its hold
+            if [job.host for job in begun] == [strategy["canary"]]:
+                resume_at = self._clock.stamp(ago=-strategy["pause"])
         return (Hold.PAUSE, resume_at) if resume_at and resume_at > self._clock.stamp() else (None, None)
 
     # -- locks ---------------------------------------------------------------------------------------------------------

@@ -323,6 +323,21 @@ def test_a_canary_that_fails_ends_the_rest(fleet):
     assert (ended["status"], ended["progress"]["cancelled"]) == ("rolled_back", 3)
 
 
+def test_a_canary_is_alone_and_watched_although_another_was_cancelled(fleet):
+    fleet.app(strategy={"canary": "web-03", "pause": "5m", "batch": 2, "max_failures": 1})
+    fleet.c.ok("PUT", "/v1/apps/web/lock", {"reason": "x"})
+    fleet.push(NEW)
+    found = fleet.newest()
+    fleet.c.ok("POST", f"/v1/jobs/{fleet.jobs(found, 'id')['web-01'][0]}/cancel")
+    fleet.c.ok("DELETE", "/v1/apps/web/lock")
+    taken = fleet.take()
+    assert list(taken) == ["web-03"]
+    fleet.end(taken["web-03"])
+    assert (fleet.see(found)["hold"], fleet.take()) == ("pause", {})
+    fleet.c.passes(301)
+    assert sorted(fleet.run()) == ["web-02", "web-04"]
+
+
 def test_a_deployment_without_the_canary_has_none(fleet):
     fleet.app(strategy={"canary": "web-03", "pause": "5m"})
     found = fleet.deploy(hosts=["web-01", "web-02"])["deployment"]
