@@ -4397,12 +4397,13 @@ class Deployments:
         tx.after(self._jobs.locks.__setitem__, lock.app, lock)
         tx.due.update((deployment.id, self._step) for deployment in tx.open_deployments(lock.app))
 
-    def unlock(self, name: str, by: Principal) -> list[str]:
-        """Ids of the deployments that go on."""
+    def unlock(self, name: str, by: Principal, over: Lock | None = None) -> list[str]:
+        """Ids of the deployments that go on. `over`: only where that lock is still the one in force."""
 
         def do(tx: Tx) -> list[str]:
             by.sees(name)
-            if not tx.remove("locks", "app", name):
+            is_another = over is not None and tx.lock_of(name) != over
+            if is_another or not tx.remove("locks", "app", name):
                 raise NotFound(f"{name} is not locked")
             tx.audited(self._clock.stamp(), by, "app.unlock", name)
             tx.after(self._jobs.locks.pop, name, None)
@@ -4422,7 +4423,7 @@ class Deployments:
         for lock in list(self._jobs.locks.values()):
             if lock.until and lock.until <= now:
                 with contextlib.suppress(NotFound):
-                    self.unlock(lock.app, Principal("controller", Scope.ADMIN))
+                    self.unlock(lock.app, Principal("controller", Scope.ADMIN), lock)
 
     def _logged(self, made: Made) -> Made:
         if made.created and made.deployment:

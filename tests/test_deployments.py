@@ -600,6 +600,20 @@ def test_a_lock_ends_by_itself(fleet):
     assert fleet.c.ok("GET", "/v1/audit")["audit"][0]["who"] == "controller"
 
 
+def test_a_lock_that_is_over_takes_no_newer_one_with_it(fleet):
+    lock(fleet, "short", **{"for": 60})
+    fleet.c.clock.advance(61)
+    deployments, unlock_it = fleet.c.daemon.deployments, fleet.c.daemon.deployments.unlock
+
+    def unlock_late(*args):
+        lock(fleet, "incident 8")  # comes between the look of the sweep and its transaction
+        return unlock_it(*args)
+
+    deployments.unlock = unlock_late
+    deployments.sweep()
+    assert fleet.c.ok("GET", "/v1/apps")["apps"][0]["lock"]["reason"] == "incident 8"
+
+
 def test_a_lock_outlives_a_restart_and_is_shown(fleet):
     told = lock(fleet)
     fleet.push(NEW)

@@ -407,17 +407,17 @@ class World:
 
     def reload(self, gone: str = "") -> None:
         for name, hosts in (("web", HOSTS), ("api", HOSTS[1:4])):
-            strategy = self.chance.choice(STRATEGIES)
-            some = sorted(self.chance.sample(hosts, self.chance.randint(2, len(hosts))))
-            retries = self.chance.choice((0, 0, 1))
-            about = {"hosts": some if self.chance.random() < 0.3 else list(hosts), "strategy": strategy, "retries": retries}
+            some = sorted(self.chance.sample(hosts, self.chance.randint(2, len(hosts)))) if self.chance.random() < 0.3 else list(hosts)
+            strategy = self.chance.choice([one for one in STRATEGIES if one.get("canary", some[0]) in some])
+            about = {"hosts": some, "strategy": strategy, "retries": self.chance.choice((0, 0, 1))}
             self.apps[name] = {"name": name, "repo": f"myorg/{name}", "deploy_on_push": True, "branches": ["*"], **about}
         self.apps.pop(gone, None)
         (self.folder / "apps.json").write_text(json.dumps({"apps": list(self.apps.values())}))
         told = json.dumps([(app["name"], app["hosts"], app["strategy"], app["retries"]) for app in self.apps.values()])
         HAPPENED["reload"] += 1
         HAPPENED["app gone"] += bool(gone)
-        self.step(Call(lambda: self.subject.ask("POST", "/v1/reload")), f"reload {told}")
+        answer = self.step(Call(lambda: self.subject.ask("POST", "/v1/reload")), f"reload {told}")
+        check(answer and answer.status == 200, answer)
 
     def passes(self, seconds: float, fault: Any = None) -> None:
         """Time, heartbeats of most agents, and a sweep that thinks nothing of the leap."""
@@ -527,6 +527,7 @@ class World:
                     known = self.in_order.get((app, host), "") != "~" and "to" not in body
                     check(not known or self.way_back(app, host) is None, host, "can go back:", self.ways[(app, host)], answer)
                 return
+            check(answer.status == 201, body, answer)
             HAPPENED["rolled back"] += 1
             skipped = {one["host"] for one in answer.body["skipped"] if "under way" not in one["reason"]}
             wanted = {}
