@@ -3550,10 +3550,10 @@ class Jobs:
     def add(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "") -> tuple[Job, bool]:
         """(job, whether it was made now); `action`: of the audit row, where that is not the caller's."""
         wanted, text = draft
-        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
-        existing = None if force else self._existing(tx, key, wanted)
+        existing = None if force else self.same(tx, draft)
         if existing:
             return existing, False
+        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
         job = Job(self._new_id(), *wanted[1:])
         text = text.replace('""', f'"{job.id}"', 1)
         tx.learn(job.id, (job, text))
@@ -3568,8 +3568,10 @@ class Jobs:
             self.queue.put(job.host, job.id, job.app)
         self.metrics.count("deploybot_jobs_created_total")
 
-    def _existing(self, tx: Tx, key: int, wanted: Job) -> Job | None:
+    def same(self, tx: Tx, draft: tuple[Job, str]) -> Job | None:
         """The pending or running job of exactly this, if there is one that nobody wants to end."""
+        wanted = draft[0]
+        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
         for job_id in (*self._open.get(key, ()), *tx.opened.get(key, ())):
             with contextlib.suppress(NotFound):  # what would have made it has failed
                 job = tx.job(job_id)
@@ -4266,7 +4268,7 @@ class Deployments:
         def do(tx: Tx) -> Made:
             is_locked = not plan.override and tx.lock_of(plan.app.name) is not None  # by now: the drafts may be older
             first = hold or (Hold.LOCK if is_locked else None)
-            found = [self._add(tx, plan, draft if hold == first else held(draft[0], first), by) for draft in drafts]
+            found = self._add(tx, plan, [draft if hold == first else held(draft[0], first) for draft in drafts], by)
             jobs, there = [job for job, created in found if created], [job for job, created in found if not created]
             if not jobs:
                 known = next((job.deployment_id for job in there if job.deployment_id), None)
@@ -4293,26 +4295,30 @@ class Deployments:
 
         return do
 
-    def _add(self, tx: Tx, plan: Plan, draft: tuple[Job, str], by: Principal) -> tuple[Job, bool]:
-        """As Jobs.add(); what passes the lock does not wait for the same that is held, nor does what goes back."""
-        job, created = self._jobs.add(tx, draft, plan.force, by)
-        waits = job.hold == Hold.LOCK or (plan.kind is Kind.ROLLBACK and not job.spec.endswith(REUSES))
-        if not created and plan.override and job.hold and job.status == Status.PENDING and waits:
-            return self._jobs.add(tx, draft, True, by)
-        return job, created
+    def _add(self, tx: Tx, plan: Plan, drafts: list[tuple[Job, str]], by: Principal) -> list[tuple[Job, bool]]:
+        """As Jobs.add() each. What passes the lock does not wait for the same that is held. What goes back is the same as a whole or
+        not at all, as all else that waits is ended for it."""
+        same = [None if plan.force else self._jobs.same(tx, draft) for draft in drafts]
+        is_new = plan.kind is Kind.ROLLBACK and not all(job and job.spec.endswith(REUSES) for job in same)
+        found = []
+        for draft, job in zip(drafts, same, strict=True):
+            waits = job and job.status == Status.PENDING and (is_new or (plan.override and job.hold == Hold.LOCK))
+            found.append((job, False) if job and not waits else self._jobs.add(tx, draft, True, by))
+        return found
 
     def _supersede(self, tx: Tx, plan: Plan, new: str | None, jobs: list[Job], there: list[Job]) -> None:
-        """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun ends. A rollback ends what
-        any deployment of the app has not begun. `there`: what is the same stays."""
+        """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun on these hosts ends. A
+        rollback ends what any deployment of the app has not begun. `there`: of what is the same, nothing ends."""
         if plan.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
             return
-        places, kept = {job.host: job.id for job in (*there, *jobs)}, {job.id for job in there}
-        any_branch = plan.kind is not Kind.ROLLBACK and tx.lock_of(plan.app.name) is not None
+        goes_back, places = plan.kind is Kind.ROLLBACK, {job.host: job.id for job in (*there, *jobs)}
+        any_branch, others = tx.lock_of(plan.app.name) is not None, {*self._jobs.hosts_of(plan.app)} - places.keys()
         for old in tx.open_deployments(plan.app.name):
             is_older = old.kind in (Kind.PUSH, Kind.HOOK) and (any_branch or old.branch == plan.branch)
-            pending = tx.jobs_of(old.id, "status = 'pending'") if is_older or plan.kind is Kind.ROLLBACK else []
-            pending = [job for job in pending if job.id not in kept]
-            if pending and old.id != new:
+            if old.id in (new, *(job.deployment_id for job in there)) or not (is_older or goes_back):
+                continue
+            pending = [job for job in tx.jobs_of(old.id, "status = 'pending'") if goes_back or job.host not in others]
+            if pending:
                 tx.change_deployment(old.id, superseded_by=new, reason=f"superseded by {new or plan.ref}")
                 self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"superseded by {new or plan.ref}", places)
 

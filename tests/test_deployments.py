@@ -469,6 +469,19 @@ def test_the_same_asked_for_again_ends_nothing_of_itself(fleet):
     assert sorted(fleet.run()) == list(HOSTS) and fleet.see(first)["status"] == "success"
 
 
+def test_a_ci_that_goes_host_by_host_ends_nothing_of_itself(fleet):
+    made = [fleet.c.ok("POST", "/v1/hooks/web", {"ref": "main", "commit": NEW, "hosts": [host]})["deployment"] for host in HOSTS]
+    assert sorted(fleet.run()) == list(HOSTS) and {fleet.see(one)["status"] for one in made} == {"success"}
+
+
+def test_of_a_host_that_is_the_apps_no_more_an_older_push_ends_too(fleet):
+    fleet.push(NEW)
+    older = fleet.newest()
+    fleet.app(hosts=["web-01", "web-02"])
+    fleet.push(NEWER)
+    assert set(fleet.jobs(older).values()) == {"cancelled"}
+
+
 def test_a_push_of_what_a_person_deploys_already_ends_the_older_one(fleet):
     fleet.push(NEW)
     older = fleet.newest()
@@ -695,12 +708,14 @@ def test_a_rollback_does_not_wait_for_the_same_that_is_held(fleet):
     assert fleet.see(pushed)["status"] == "cancelled" and len(fleet.take()) == 4
 
 
-def test_a_rollback_does_not_end_the_same_that_it_waits_for(fleet):
+def test_a_rollback_is_the_same_as_a_whole_or_not_at_all(fleet):
+    """A job that it would share could be ended with the rest of its deployment."""
+    fleet.app(strategy=ROLLING)
     released(fleet, OLD, NEW)
-    mine = fleet.deploy(OLD, hosts=["web-01"])["deployment"]
+    mine = fleet.deploy(OLD, hosts=["web-01", "web-02"])["deployment"]
     back = fleet.deploy(None, rollback=True)
-    assert [one["host"] for one in back["skipped"]] == ["web-01"]
-    assert {job["ref"] for job in fleet.take().values()} == {OLD} and fleet.see(mine)["status"] == "running"
+    assert (len(back["jobs"]), back["skipped"], fleet.see(mine)["superseded_by"]) == (4, [], back["deployment"]["id"])
+    assert fleet.run() == list(HOSTS)
 
 
 def test_a_rollback_is_not_made_twice(fleet):
