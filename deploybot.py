@@ -4312,10 +4312,11 @@ class Deployments:
         if plan.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
             return
         goes_back, places = plan.kind is Kind.ROLLBACK, {job.host: job.id for job in (*there, *jobs)}
+        kept = {new, *(job.deployment_id for job in there if job.status == Status.PENDING or not goes_back)}
         any_branch, others = tx.lock_of(plan.app.name) is not None, {*self._jobs.hosts_of(plan.app)} - places.keys()
         for old in tx.open_deployments(plan.app.name):
             is_older = old.kind in (Kind.PUSH, Kind.HOOK) and (any_branch or old.branch == plan.branch)
-            if old.id in (new, *(job.deployment_id for job in there)) or not (is_older or goes_back):
+            if old.id in kept or not (is_older or goes_back):
                 continue
             pending = [job for job in tx.jobs_of(old.id, "status = 'pending'") if goes_back or job.host not in others]
             if pending:

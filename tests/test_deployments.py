@@ -718,6 +718,17 @@ def test_a_rollback_is_the_same_as_a_whole_or_not_at_all(fleet):
     assert fleet.run() == list(HOSTS)
 
 
+def test_a_rollback_ends_what_waits_behind_the_same_that_runs(fleet):
+    fleet.app(strategy=ROLLING)
+    released(fleet, OLD, NEW)
+    mine = fleet.deploy(OLD)["deployment"]
+    running = fleet.take()["web-01"]
+    back = fleet.deploy(None, rollback=True, hosts=["web-01", "web-02"])
+    assert [one["host"] for one in back["skipped"]] == ["web-01"] and fleet.jobs(mine)["web-03"] == "cancelled"
+    fleet.end(running)
+    assert fleet.run() == ["web-02"]
+
+
 def test_a_rollback_is_not_made_twice(fleet):
     fleet.app(strategy=ROLLING)
     released(fleet, OLD, NEW)

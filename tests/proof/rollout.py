@@ -549,7 +549,7 @@ class World:
             if answer.body["created"]:
                 HAPPENED["rolled back with what was under way"] += any(job.app == app and job.status == "pending" for job in before.jobs.values())
                 left = [job for job in after.jobs.values() if job.app == app and place(job) in ("held", "pending")]
-                left = [job for job in left if job.deployment_id not in (None, answer.body["deployment"]["id"]) and job.host in wanted]
+                left = [job for job in left if job.deployment_id not in (None, answer.body["deployment"]["id"])]
                 check(not left, "these would go forward again:", left)
                 check(not body["lock"] or app in after.locks, "is not locked after a rollback")
 
@@ -596,7 +596,8 @@ class World:
         self.reaches(after, app, dict.fromkeys(hosts, commit))
         for one in after.deployments.values():
             if one.app == app and one.kind in BY_ITSELF and (one.branch == branch or app in after.locks):
-                left = [job for job in after.of[one.id] if job.status == "pending" and job.ref != commit]
+                places = hosts | ({job.host for job in after.of[one.id]} - set(self.apps[app]["hosts"]))
+                left = [job for job in after.of[one.id] if job.status == "pending" and job.ref != commit and job.host in places]
                 check(not left, "an older push waits on:", left, "behind", commit)
 
     def hook(self) -> Call:
@@ -609,8 +610,7 @@ class World:
             HAPPENED["hook"] += 1
             wanted = dict.fromkeys(hosts or self.apps[app]["hosts"], commit)
             self.judge_made(answer, before, after, app, wanted)
-            if answer.body["created"]:
-                self.judge_newest(after, app, branch, commit, wanted)
+            self.judge_newest(after, app, branch, commit, wanted)
 
         return Call(lambda: self.subject.ask("POST", f"/v1/hooks/{app}", body), told)
 
