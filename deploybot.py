@@ -1790,8 +1790,9 @@ class Queries:
         return self._db.execute(sql + " ORDER BY id")
 
     def expired(self, oldest_id: str, oldest: str) -> list[str]:
-        """Ids of some jobs that are pending since before that time; `oldest_id`: the least id that a job made then could have."""
-        sql = "SELECT id FROM jobs WHERE status = 'pending' AND id < ? AND queued_at < ? LIMIT 500"
+        """Ids of some jobs that are pending since before that time; `oldest_id`: the least id that a job made then could have. What waits
+        for its turn is not away: a long deployment comes to it."""
+        sql = "SELECT id FROM jobs WHERE status = 'pending' AND id < ? AND queued_at < ? AND coalesce(hold, 'lock') = 'lock' LIMIT 500"
         return [row[0] for row in self.rows(sql, oldest_id, oldest)]
 
     def _deployments(self, where: str, *values: Any) -> list[Deployment]:
@@ -4099,8 +4100,8 @@ class Deployments:
         return plan, self._logged(self._store.write(do))
 
     def plan(self, asked: DeploymentRequest, by: Principal) -> Plan:
-        app = self._app(asked.app)
-        hosts = self._hosts(app, asked.hosts, by)
+        app = self._app(asked.app, by)
+        hosts = self._hosts(app, asked.hosts)
         if not asked.rollback:
             targets = [(host, asked.ref or "") for host in hosts]
             told = {**asked.metadata, "app": app.name, "trigger": "deploy"}
@@ -4111,17 +4112,19 @@ class Deployments:
         told = {**asked.metadata, "app": app.name, "trigger": "rollback"}
         return Plan(app, Kind.ROLLBACK, targets[0][1], targets, skipped, metadata=told, override=True, force=asked.force)
 
-    def _app(self, name: str) -> App:
+    def _app(self, name: str, by: Principal) -> App:
+        by.sees(name)  # first: the names of the others are not its matter
         app = self._apps.named(name)
         if app is None:
             raise NotFound(f"apps.yaml has no app {name}{nearest(name, [app.name for app in self._apps.all])}")
         return app
 
-    def _hosts(self, app: App, asked: tuple[str, ...] | None, by: Principal) -> list[str]:
+    def _hosts(self, app: App, asked: tuple[str, ...] | None) -> list[str]:
         """Those that are asked for, else all of the app; the canary first."""
-        by.sees(app.name)
         known = self._jobs.hosts_of(app)
-        errors = [("hosts", f"{host} is no host of {app.name}{nearest(host, known)}") for host in asked or () if host not in known]
+        names = set(known)
+        unknown = list(itertools.islice((host for host in asked or () if host not in names), MAX_ERRORS))
+        errors = [("hosts", f"{host} is no host of {app.name}{nearest(host, known)}") for host in unknown]
         if errors or not known:
             raise ValidationError(errors or [("app", f"no agent has a label of {app.name}: it has no hosts now")])
         return sorted(asked or known, key=lambda host: (host != app.strategy.canary, host))
@@ -4149,8 +4152,8 @@ class Deployments:
         by.sees(old.app)
         if old.completed_at is None:
             raise Conflict(f"deployment {old.id} is {old.status}: cancel it, or wait")
-        app = self._app(old.app)
-        known, refs = self._jobs.hosts_of(app), {job.host: job for job in failed}
+        app = self._app(old.app, by)
+        known, refs = {*self._jobs.hosts_of(app)}, {job.host: job for job in failed}
         hosts = [host for host in refs if host in known]
         if not hosts:
             raise Conflict(f"deployment {old.id} has no host to try again: " + ("all succeeded" if not refs else "none is the app's now"))
@@ -4171,8 +4174,8 @@ class Deployments:
 
     def hook(self, name: str, asked: HookRequest, by: Principal) -> tuple[Plan, Made]:
         """What a CI says that it has built: held like a push while the app is locked."""
-        app = self._app(name)
-        hosts, ref = self._hosts(app, asked.hosts, by), asked.commit or asked.ref
+        app = self._app(name, by)
+        hosts, ref = self._hosts(app, asked.hosts), asked.commit or asked.ref
         told = {"app": app.name, "branch": asked.ref, "commit_message": asked.message, "pusher": asked.pusher, "trigger": "hook"}
         plan = Plan(app, Kind.HOOK, ref, [(host, ref) for host in hosts], branch=asked.ref, metadata=told)
         return plan, self._logged(self._store.write(self._maker(plan, by, "deployment.hook")))
@@ -4391,8 +4394,7 @@ class Deployments:
 
     def lock(self, name: str, asked: LockRequest, by: Principal) -> Lock:
         """Until it is unlocked, or for so long: pushes are held, and nothing more of what is under way begins."""
-        app, now = self._app(name), self._clock.stamp()
-        by.sees(app.name)
+        app, now = self._app(name, by), self._clock.stamp()
         until = self._clock.stamp(ago=-asked.seconds) if asked.seconds else None
         lock = Lock(app.name, asked.reason, by.name, now, until)
         self._store.write(lambda tx: self._put_lock(tx, lock, by))

@@ -395,6 +395,15 @@ def test_one_that_succeeded_although_it_was_to_be_cancelled_has_no_reason(fleet)
     assert (fleet.see(found)["status"], fleet.see(found)["reason"]) == ("success", None)
 
 
+def test_what_waits_for_its_turn_does_not_expire(fleet):
+    fleet.app(strategy=ROLLING)
+    found = fleet.deploy()["deployment"]
+    for host in HOSTS:  # each takes most of the day
+        fleet.c.passes(fleet.c.config.pending_expiry / 2 + 1)
+        fleet.end(fleet.take()[host])
+    assert fleet.see(found)["status"] == "success"
+
+
 # -- latest wins -------------------------------------------------------------------------------------------------------
 
 
@@ -869,6 +878,9 @@ def test_the_token_of_one_app_deploys_that_alone(make_controller):
     assert len(mine) == 2 == len(ci.ok("GET", "/v1/deployments")["deployments"])
     for method, path, body in (
         ("POST", "/v1/hooks/api", {"ref": "main"}),
+        ("POST", "/v1/hooks/apj", {"ref": "main"}),
+        ("POST", "/v1/deployments", {"app": "apj", "ref": "main"}),
+        ("PUT", "/v1/apps/apj/lock", {"reason": "x"}),
         ("POST", "/v1/deployments", {"app": "api", "ref": "main"}),
         ("POST", "/v1/deployments", {"app": "api", "ref": "main", "dry_run": True}),
         ("GET", f"/v1/deployments/{other['id']}", None),
