@@ -1810,8 +1810,7 @@ class Queries:
         if to:
             found = self.one(f'SELECT "commit" {such} AND substr("commit", 1, ?) = ? ORDER BY id DESC', app, host, len(to), to)
         else:
-            first = f"""SELECT max(id) {such} AND "commit" = ?
-                AND coalesce((SELECT kind FROM deployments WHERE deployments.id = deployment_id), '') != 'rollback'"""
+            first = f"""SELECT max(id) {such} AND "commit" = ? AND spec NOT LIKE '%,"reuse":true}}'"""
             sql = f'SELECT "commit" {such} AND id < ({first}) AND "commit" != ? ORDER BY id DESC'
             found = self.one(sql, app, host, app, host, current, current)
         return current, found and found[0]
@@ -3505,7 +3504,14 @@ class Jobs:
         if lock and not asked.override:
             raise Conflict(f"{lock}: unlock it, or ask with override")
         draft, more = self.draft(asked, app, principal), ALTHOUGH if lock else ""
-        job, created = self.store.write(lambda tx: self.add(tx, draft, asked.force, principal, "job.create", more))
+
+        def do(tx: Tx) -> tuple[Job, bool]:
+            job, created = self.add(tx, draft, asked.force, principal, "job.create", more)
+            if not created and asked.override and job.hold == Hold.LOCK:  # it would wait for the lock
+                return self.add(tx, draft, True, principal, "job.create", more)
+            return job, created
+
+        job, created = self.store.write(do)
         return job, created, self._warning(job, asked)
 
     def check_allowed(self, principal: Principal, name: str, host: str) -> None:
@@ -3548,10 +3554,10 @@ class Jobs:
     def add(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "", more: str = "") -> tuple[Job, bool]:
         """(job, whether it was made now); `action`: of the audit row, where that is not the caller's; `more`: what it says beside."""
         wanted, text = draft
-        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
-        existing = None if force else self._existing(tx, key, wanted)
+        existing = None if force else self.same(tx, draft)
         if existing:
             return existing, False
+        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
         job = Job(self._new_id(), *wanted[1:])
         text = text.replace('""', f'"{job.id}"', 1)
         tx.learn(job.id, (job, text))
@@ -3566,8 +3572,10 @@ class Jobs:
             self.queue.put(job.host, job.id, job.app)
         self.metrics.count("deploybot_jobs_created_total")
 
-    def _existing(self, tx: Tx, key: int, wanted: Job) -> Job | None:
+    def same(self, tx: Tx, draft: tuple[Job, str]) -> Job | None:
         """The pending or running job of exactly this, if there is one that nobody wants to end."""
+        wanted = draft[0]
+        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
         for job_id in (*self._open.get(key, ()), *tx.opened.get(key, ())):
             with contextlib.suppress(NotFound):  # what would have made it has failed
                 job = tx.job(job_id)
@@ -3980,6 +3988,7 @@ class Jobs:
 # == Deployments =======================================================================================================
 # Owns groups of jobs: pushes, strategies, locks, rollback. Ignores HTTP, argv, and how a single job runs.
 
+HELD = "status = 'pending' AND hold IS NOT NULL"
 SETTLED = ("deployed", "locked", "duplicate", "older")
 
 
@@ -4022,7 +4031,7 @@ class Plan(NamedTuple):
     override: bool = False
     force: bool = False
     retry_of: str | None = None
-    retries: Mapping[str, str] = NO_JOBS  # host to the job that is tried again
+    retries: Mapping[str, Job] = {}  # noqa: RUF012 (host to the job that is tried again)
 
     def steps(self) -> list[list[tuple[str, str]]]:
         """The batches, the canary's first."""
@@ -4049,6 +4058,12 @@ class Plan(NamedTuple):
         commands = {name: getattr(self.app, name) for name in ("build", "activate", "deploy", "health_check")}
         told = {"app": self.app.name, "repo": self.app.repo, "kind": self.kind, "strategy": self.strategy(), "steps": steps}
         return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
+
+
+def held(draft: Job, hold: Hold) -> tuple[Job, str]:
+    """As Jobs.draft() makes it."""
+    job = draft._replace(hold=hold)
+    return job, dump(job.public())
 
 
 class Made(NamedTuple):
@@ -4137,7 +4152,8 @@ class Deployments:
         return targets, skipped
 
     def retry(self, deployment_id: str, by: Principal) -> tuple[Plan, Made]:
-        """The hosts whose job ended without success, as a new deployment by the mapping in force. Raises Conflict while it is open."""
+        """The hosts whose job ended without success, as a new deployment by the mapping in force; it passes the lock and goes back where
+        that did. Raises Conflict while it is open."""
         with self._store.read() as db:
             old = db.deployment(deployment_id)
             failed = db.jobs_of(old.id, "status IN ('failed', 'cancelled')")
@@ -4145,7 +4161,7 @@ class Deployments:
         if old.completed_at is None:
             raise Conflict(f"deployment {old.id} is {old.status}: cancel it, or wait")
         app = self._app(old.app, by)
-        known, refs = self._jobs.hosts_of(app), {job.host: job for job in failed}
+        known, refs = {*self._jobs.hosts_of(app)}, {job.host: job for job in failed}
         hosts = [host for host in refs if host in known]
         if not hosts:
             raise Conflict(
@@ -4154,12 +4170,13 @@ class Deployments:
         targets = [(host, refs[host].ref) for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
         skipped = [{"host": host, "reason": f"is no host of {app.name} now"} for host in refs if host not in known]
         told = {"app": app.name, "trigger": "retry"}
-        plan = Plan(app, Kind.RETRY, old.ref, targets, skipped, old.branch, told, retry_of=old.id)
-        plan = plan._replace(retries={host: job.id for host, job in refs.items()})
+        plan = Plan(app, Kind.RETRY, old.ref, targets, skipped, old.branch, told, bool(old.override), retry_of=old.id)
+        plan = plan._replace(retries=refs)
         make = self._maker(plan, by, "deployment.retry")
 
         def do(tx: Tx) -> Made:
-            if lock := tx.lock_of(app.name):
+            lock = None if plan.override else tx.lock_of(app.name)
+            if lock:
                 raise Conflict(f"{lock}: unlock it first (ctl.py unlock --app {lock.app})")
             return make(tx)
 
@@ -4257,30 +4274,34 @@ class Deployments:
             new = self._new_id()
         steps = plan.steps()
         hold = Hold.LOCK if plan.app.name in self._jobs.locks and not plan.override else Hold.BATCH if len(steps) > 1 else None
-        terms, told = Terms(new, hold, plan.kind is Kind.ROLLBACK), dict(plan.metadata)
-        drafts = []
+        told, drafts = dict(plan.metadata), []
         for host, ref in itertools.chain.from_iterable(steps):
-            asked = JobRequest(plan.app.repo, ref, host, plan.app.name, told)
-            drafts.append(self._jobs.draft(asked, plan.app, by, plan.retries.get(host), terms))
+            asked, old = JobRequest(plan.app.repo, ref, host, plan.app.name, told), plan.retries.get(host)
+            terms = Terms(new, hold, old.spec.endswith(REUSES) if old else plan.kind is Kind.ROLLBACK)
+            drafts.append(self._jobs.draft(asked, plan.app, by, old and old.id, terms))
 
         def do(tx: Tx) -> Made:
-            found = [self._jobs.add(tx, draft, plan.force, by) for draft in drafts]
-            jobs, others = [job for job, created in found if created], [job for job, created in found if not created]
+            is_locked = not plan.override and tx.lock_of(plan.app.name) is not None  # by now: the drafts may be older
+            first = hold or (Hold.LOCK if is_locked else None)
+            found = self._add(tx, plan, [draft if hold == first else held(draft[0], first) for draft in drafts], by)
+            jobs, there = [job for job, created in found if created], [job for job, created in found if not created]
             if not jobs:
-                there = next((job.deployment_id for job in others if job.deployment_id), None)
-                return Made(tx.deployment(there) if there else None, others, False)
+                known = next((job.deployment_id for job in there if job.deployment_id), None)
+                self._supersede(tx, plan, known, [], there)
+                tx.settle()
+                return Made(tx.deployment(known) if known else None, [tx.job(job.id) for job in there], False)
             deployment = self._first_row(new, plan, jobs, by, delivery)
             tx.add("deployments", *deployment)
             tx.add_deployment_event(deployment)
             if action:
                 said = what(deployment) + (ALTHOUGH if plan.override and tx.lock_of(plan.app.name) else "")
                 tx.audited(self._clock.stamp(), by, action, new, said)
-            self._supersede(tx, deployment, jobs)
-            if hold:
+            self._supersede(tx, plan, new, jobs, there)
+            if first:
                 tx.due[new] = self._step
                 tx.settle()
                 deployment, jobs = tx.deployment(new), tx.jobs_of(new)
-            left_out = [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in others]
+            left_out = [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in there]
             return Made(deployment, jobs, True, left_out)
 
         return do
@@ -4294,18 +4315,33 @@ class Deployments:
         row = row._replace(override=int(plan.override), retry_of=plan.retry_of, delivery_id=delivery)
         return row._replace(created_at=now, created_by=by.name)
 
-    def _supersede(self, tx: Tx, new: Deployment, jobs: list[Job]) -> None:
-        """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun ends. A rollback ends what
-        any deployment of the app has not begun."""
-        if new.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
+    def _add(self, tx: Tx, plan: Plan, drafts: list[tuple[Job, str]], by: Principal) -> list[tuple[Job, bool]]:
+        """As Jobs.add() each. What passes the lock does not wait for the same that is held. What goes back is the same as a whole or
+        not at all, as all else that waits is ended for it."""
+        same = [None if plan.force else self._jobs.same(tx, draft) for draft in drafts]
+        is_new = plan.kind is Kind.ROLLBACK and not all(job and job.spec.endswith(REUSES) for job in same)
+        found = []
+        for draft, job in zip(drafts, same, strict=True):
+            waits = job and job.status == Status.PENDING and (is_new or (plan.override and job.hold == Hold.LOCK))
+            found.append((job, False) if job and not waits else self._jobs.add(tx, draft, True, by))
+        return found
+
+    def _supersede(self, tx: Tx, plan: Plan, new: str | None, jobs: list[Job], there: list[Job]) -> None:
+        """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun on these hosts ends. A
+        rollback ends what any deployment of the app has not begun. `there`: of what is the same, nothing ends."""
+        if plan.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
             return
-        places, any_branch = {job.host: job.id for job in jobs}, new.hold == Hold.LOCK
-        for old in tx.open_deployments(new.app):
-            is_older = old.kind in (Kind.PUSH, Kind.HOOK) and (any_branch or old.branch == new.branch)
-            pending = tx.jobs_of(old.id, "status = 'pending'") if is_older or new.kind == Kind.ROLLBACK else []
-            if pending and old.id != new.id:
-                tx.change_deployment(old.id, superseded_by=new.id, reason=f"superseded by {new.id}")
-                self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"superseded by deployment {new.id}", places)
+        goes_back, places = plan.kind is Kind.ROLLBACK, {job.host: job.id for job in (*there, *jobs)}
+        kept = {new, *(job.deployment_id for job in there if job.status == Status.PENDING or not goes_back)}
+        any_branch, others = tx.lock_of(plan.app.name) is not None, {*self._jobs.hosts_of(plan.app)} - places.keys()
+        for old in tx.open_deployments(plan.app.name):
+            is_older = old.kind in (Kind.PUSH, Kind.HOOK) and (any_branch or old.branch == plan.branch)
+            if old.id in kept or not (is_older or goes_back):
+                continue
+            pending = [job for job in tx.jobs_of(old.id, "status = 'pending'") if goes_back or job.host not in others]
+            if pending:
+                tx.change_deployment(old.id, superseded_by=new, reason=f"superseded by {new or plan.ref}")
+                self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"superseded by {new or plan.ref}", places)
 
     def _moved(self, tx: Tx, before: Job, job: Job) -> None:
         counts = collections.Counter({job.place(): 1})
@@ -4347,17 +4383,16 @@ class Deployments:
         if not deployment.held:
             return deployment
         hold, resume_at = self._why_held(tx, deployment, strategy)
-        waiting = tx.jobs_of(deployment.id, "status = 'pending' AND hold IS NOT NULL")
         if hold is None:
-            is_first = strategy["canary"] is not None and deployment.held == deployment.hosts
-            count = 1 if is_first else batch_size(strategy, deployment.hosts)
-            for job in waiting[:count]:
+            hold = Hold.BATCH
+            first = tx.jobs_of(deployment.id, HELD, 1)[0]
+            count = 1 if first.host == strategy["canary"] else batch_size(strategy, deployment.hosts)
+            for job in tx.jobs_of(deployment.id, HELD, count):
                 self._jobs.let_go(tx, job)
-            waiting, hold = waiting[count:], Hold.BATCH
-        for job in waiting:
-            if job.hold != hold:
+        if hold != deployment.hold:  # which all of them have
+            for job in tx.jobs_of(deployment.id, HELD):
                 self._jobs.hold(tx, job, hold)
-        return tx.change_deployment(deployment.id, hold=hold if waiting else None, resume_at=resume_at)
+        return tx.change_deployment(deployment.id, hold=hold, resume_at=resume_at)
 
     def _why_held(self, tx: Tx, deployment: Deployment, strategy: Mapping[str, Any]) -> tuple[Hold | None, str | None]:
         """(why nothing more may go now, when a pause is over)."""
@@ -4365,8 +4400,11 @@ class Deployments:
             return Hold.LOCK, deployment.resume_at
         if deployment.pending or deployment.running:
             return Hold.BATCH, None
-        is_watched = strategy["canary"] is not None and deployment.held == deployment.hosts - 1 and strategy["pause"]
-        resume_at = deployment.resume_at or (self._clock.stamp(ago=-strategy["pause"]) if is_watched else None)
+        resume_at = deployment.resume_at
+        if resume_at is None and strategy["canary"] and strategy["pause"]:
+            begun = tx.jobs_of(deployment.id, "hold IS NULL", 2)  # what ended before its turn keeps its hold
+            if [job.host for job in begun] == [strategy["canary"]]:
+                resume_at = self._clock.stamp(ago=-strategy["pause"])
         return (Hold.PAUSE, resume_at) if resume_at and resume_at > self._clock.stamp() else (None, None)
 
     # -- locks ---------------------------------------------------------------------------------------------------------
@@ -4385,12 +4423,13 @@ class Deployments:
         tx.after(self._jobs.locks.__setitem__, lock.app, lock)
         tx.due.update((deployment.id, self._step) for deployment in tx.open_deployments(lock.app))
 
-    def unlock(self, name: str, by: Principal) -> list[str]:
-        """Ids of the deployments that go on."""
+    def unlock(self, name: str, by: Principal, over: Lock | None = None) -> list[str]:
+        """Ids of the deployments that go on. `over`: only where that lock is still the one in force."""
 
         def do(tx: Tx) -> list[str]:
             by.sees(name)
-            if not tx.remove("locks", "app", name):
+            is_another = over is not None and tx.lock_of(name) != over
+            if is_another or not tx.remove("locks", "app", name):
                 raise NotFound(f"{name[:100]} is not locked")
             tx.audited(self._clock.stamp(), by, "app.unlock", name)
             tx.after(self._jobs.locks.pop, name, None)
@@ -4410,7 +4449,7 @@ class Deployments:
         for lock in list(self._jobs.locks.values()):
             if lock.until and lock.until <= now:
                 with contextlib.suppress(NotFound):
-                    self.unlock(lock.app, Principal("controller", Scope.ADMIN))
+                    self.unlock(lock.app, Principal("controller", Scope.ADMIN), lock)
 
     def _logged(self, made: Made) -> Made:
         if made.created and made.deployment:
