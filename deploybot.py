@@ -5979,8 +5979,9 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
     return Config.load(given, env), given.get("file", pathlib.Path())
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 refused or could not start, 2 wrong use."""
+    arguments = sys.argv[1:] if argv is None else argv
     verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else ("serve", arguments)
     try:
         return VERBS[verb][0](*parse(verb, rest))
@@ -5991,4 +5992,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())
