@@ -1818,7 +1818,9 @@ class Queries:
         columns = ", ".join(f'"{name}"' for name in DELIVERY_COLUMNS)
         sql = f"SELECT {columns} FROM deliveries WHERE {where} ORDER BY rowid DESC LIMIT ?"
         rows = self.rows(sql, *(value for _, value in parts if value), limit)
-        return [dict(zip(("id", *DELIVERY_COLUMNS[1:-1], "outcomes"), (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows]
+        return [
+            dict(zip(("id", *DELIVERY_COLUMNS[1:-1], "outcomes"), (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows
+        ]
 
     def running_apps(self, host: str) -> list[str]:
         sql = "SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'"
@@ -3149,7 +3151,8 @@ class Jobs:
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
         store.announce = hub.publish
-        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: None  # told of each job with a deployment that changes
+        # Told of each job with a deployment that changes.
+        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: None
         self.locks: dict[str, Lock] = {}  # app to its lock; changed by effects, as the seven below
         # The seven below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
         # read without a lock, by single look-ups and list().
@@ -3895,7 +3898,9 @@ class Jobs:
         tx.after(self._tell_cancel, asked)
         return asked
 
-    def end_pending(self, tx: Tx, jobs: list[Job], reason: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS) -> None:
+    def end_pending(
+        self, tx: Tx, jobs: list[Job], reason: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS
+    ) -> None:
         """Ends many that wait; `by`: host to the job that takes its place."""
         waited: dict[str, set[str]] = collections.defaultdict(set)
         for job in jobs:
@@ -3968,7 +3973,9 @@ SETTLED = ("deployed", "locked", "duplicate", "older")
 
 
 def what(deployment: Deployment) -> str:
-    return f"{deployment.kind} of {deployment.app} {deployment.ref} on {deployment.hosts} host{'' if deployment.hosts == 1 else 's'}"
+    return (
+        f"{deployment.kind} of {deployment.app} {deployment.ref} on {deployment.hosts} host{'' if deployment.hosts == 1 else 's'}"
+    )
 
 
 def outcome(deployment: Deployment) -> str | None:
@@ -3998,9 +4005,9 @@ class Plan(NamedTuple):
     kind: Kind
     ref: str
     targets: list[tuple[str, str]]  # (host, ref), in their turn
-    skipped: list[dict[str, str]] = []  # noqa: RUF012 (nobody changes it)
+    skipped: list[dict[str, str]] = []
     branch: str | None = None
-    metadata: Mapping[str, Any] = {}  # noqa: RUF012
+    metadata: Mapping[str, Any] = {}
     override: bool = False
     force: bool = False
     retry_of: str | None = None
@@ -4039,7 +4046,7 @@ class Made(NamedTuple):
     deployment: Deployment | None
     jobs: list[Job]
     created: bool
-    skipped: list[dict[str, str]] = []  # noqa: RUF012 (nobody changes it)
+    skipped: list[dict[str, str]] = []
 
 
 class Deployments:
@@ -4110,7 +4117,9 @@ class Deployments:
                 current, before = db.before(app.name, host, to)
                 commit = before or (to if to and is_commit(to) is None else None)
                 if commit is None or commit == current:
-                    reason = f"runs {current[:12]} already" if commit and current else f"no release {to or 'before this one'} is known"
+                    reason = (
+                        f"runs {current[:12]} already" if commit and current else f"no release {to or 'before this one'} is known"
+                    )
                     skipped.append({"host": host, "reason": reason})
                 else:
                     targets.append((host, commit))
@@ -4128,7 +4137,9 @@ class Deployments:
         known, refs = self._jobs.hosts_of(app), {job.host: job for job in failed}
         hosts = [host for host in refs if host in known]
         if not hosts:
-            raise Conflict(f"deployment {old.id} has no host to try again: " + ("all succeeded" if not refs else "none is the app's now"))
+            raise Conflict(
+                f"deployment {old.id} has no host to try again: " + ("all succeeded" if not refs else "none is the app's now")
+            )
         targets = [(host, refs[host].ref) for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
         skipped = [{"host": host, "reason": f"is no host of {app.name} now"} for host in refs if host not in known]
         told = {"app": app.name, "trigger": "retry"}
@@ -4204,7 +4215,9 @@ class Deployments:
 
         return self._store.write(do, patient=True)  # GitHub sends it once
 
-    def _push_maker(self, push: Push, app: App, guid: str, github: Principal) -> str | Callable[[Tx], tuple[str, str | None, list[str]]]:
+    def _push_maker(
+        self, push: Push, app: App, guid: str, github: Principal
+    ) -> str | Callable[[Tx], tuple[str, str | None, list[str]]]:
         """The rule by which the push does not count for that app, or what makes its deployment: (rule, its id, ids of its jobs)."""
         if rule := push.rule(app):
             return rule
@@ -4262,7 +4275,9 @@ class Deployments:
                 tx.settle()
                 deployment, jobs = tx.deployment(new), tx.jobs_of(new)
             there = [job for job, created in found if not created]
-            return Made(deployment, jobs, True, [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in there])
+            return Made(
+                deployment, jobs, True, [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in there]
+            )
 
         return do
 

@@ -224,7 +224,10 @@ def test_cancel_ends_what_waits_and_stops_what_runs(fleet):
     assert (ended["status"], ended["reason"]) == ("cancelled", "cancelled by local")
     assert set(fleet.jobs(found, "status", "reason").values()) == {("cancelled", "cancelled")}
     assert fleet.take() == {}
-    assert fleet.refused(f"/v1/deployments/{found['id']}/cancel") == (409, f"deployment {found['id']} cannot be cancelled: cancelled")
+    assert fleet.refused(f"/v1/deployments/{found['id']}/cancel") == (
+        409,
+        f"deployment {found['id']} cannot be cancelled: cancelled",
+    )
 
 
 def test_retry_is_of_the_hosts_that_failed(fleet):
@@ -541,10 +544,15 @@ def test_a_lock_outlives_a_restart_and_is_shown(fleet):
 
 def test_what_cannot_be_locked(fleet):
     assert fleet.refused("/v1/apps/wbe/lock", "PUT", reason="x") == (404, "apps.yaml has no app wbe; did you mean web?")
-    for body, name in (({}, "reason"), ({"reason": " "}, "reason"), ({"reason": "a\nb"}, "reason"), ({"reason": "x", "for": 0}, "for")):
+    for body, name in (
+        ({}, "reason"),
+        ({"reason": " "}, "reason"),
+        ({"reason": "a\nb"}, "reason"),
+        ({"reason": "x", "for": 0}, "for"),
+    ):
         status, errors = fleet.refused("/v1/apps/web/lock", "PUT", **body)
         assert (status, [error["field"] for error in errors]) == (422, [name])
-    assert fleet.c.call("DELETE", "/v1/apps/web/lock") [1]["detail"] == "web is not locked"
+    assert fleet.c.call("DELETE", "/v1/apps/web/lock")[1]["detail"] == "web is not locked"
 
 
 # -- rollback ----------------------------------------------------------------------------------------------------------

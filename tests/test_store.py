@@ -638,7 +638,9 @@ QUERIES = {
     "deliveries": [(None, None, 20), ("o/n", None, 20), (None, "guid-5", 20), (None, None, 1, "guid-5")],
     "delivery": [("x", "y")],
     "deployment": [(JOB,)],
-    "deployments": [(equal, None, None, 20) for equal in ({}, {"app": "web"}, {"status": "success"}, {"app": "a", "status": "failed"})]
+    "deployments": [
+        (equal, None, None, 20) for equal in ({}, {"app": "web"}, {"status": "success"}, {"app": "a", "status": "failed"})
+    ]
     + [({}, "00000000-0000", None, 20), ({}, None, JOB, 20)],
     "events": [(EventFilter(), 2990, 3100), (EventFilter(job_id=JOB), 0, 9000), (EventFilter("quiet"), 2990, 3100)],
     "expired": [(JOB, NOW)],

@@ -126,9 +126,11 @@ class Samples:
         return re.search(rb"id: (.+)-[0-9]+\n", said)[1].decode()
 
     def path(self, pattern: str) -> bytes:
-        path = pattern.replace("/v1/agents/{id}", f"/v1/agents/{self.agent['id']}").replace("{hostname}", "web-02").replace("{app}", "app")
-        path = path.replace("/v1/deployments/{id}", f"/v1/deployments/{self.deployment}").replace("/v1/deliveries/{id}", "/v1/deliveries/1")
-        return path.replace("/v1/tokens/{id}", f"/v1/tokens/{self.token}").replace("{id}", self.job).encode()
+        ids = {"agents": self.agent["id"], "deployments": self.deployment, "deliveries": "1", "tokens": self.token}
+        _, _, kind, *_ = f"{pattern}//".split("/", 3)
+        for name, value in (("{hostname}", "web-02"), ("{app}", "app"), ("{id}", ids.get(kind, self.job))):
+            pattern = pattern.replace(name, value)
+        return pattern.encode()
 
 
 class Maker:

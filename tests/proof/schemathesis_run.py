@@ -319,8 +319,9 @@ def install(known: dict[str, Any]) -> None:
             for name in ("host", "app"):  # else they leave nothing of that job
                 if re.fullmatch(HOST, str(case.query.get(name, "-"))):
                     del case.query[name]
-        if case.path == "/v1/deployments" and turn % 3 and isinstance(case.body, dict) and re.fullmatch(APPS, str(case.body.get("app"))):
-            case.body["app"] = known["ids"]["/v1/apps/"][0]
+        asked = case.body if case.path == "/v1/deployments" and isinstance(case.body, dict) else {}
+        if turn % 3 and re.fullmatch(APPS, str(asked.get("app", "-"))):
+            asked["app"] = known["ids"]["/v1/apps/"][0]
         body = case.body if case.path == "/v1/session" and isinstance(case.body, dict) else {}
         if known["token"] and turn % 2 and body.get("token") and isinstance(body["token"], str):
             body["token"] = known["token"]
@@ -328,7 +329,7 @@ def install(known: dict[str, Any]) -> None:
     def replace(parameters: Any, there: str) -> None:
         for name, value in parameters.items():
             is_id = name in ("id", "job_id") and re.fullmatch(ID, str(value)) and (value < first or value[0] != "0")
-            is_name = re.fullmatch(FORMS.get((name, there == DELIVERY), "-"), str(value))
+            is_name = re.fullmatch(FORMS.get((name, there == DELIVERY), "(?!)"), str(value))
             if is_id or is_name:
                 parameters[name] = there
 
