@@ -3157,9 +3157,8 @@ class Jobs:
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
         store.announce = hub.publish
-        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: (
-            None
-        )  # told of each job with a deployment that changes
+        # Told of each job with a deployment that changes.
+        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: None
         self.locks: dict[str, Lock] = {}  # app to its lock; changed by effects, as the seven below
         # The seven below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
         # read without a lock, by single look-ups and list().
@@ -4031,7 +4030,7 @@ class Plan(NamedTuple):
     override: bool = False
     force: bool = False
     retry_of: str | None = None
-    retries: Mapping[str, Job] = {}  # noqa: RUF012 (host to the job that is tried again)
+    retries: Mapping[str, Job] = {}  # host to the job that is tried again
 
     def steps(self) -> list[list[tuple[str, str]]]:
         """The batches, the canary's first."""
@@ -4060,7 +4059,7 @@ class Plan(NamedTuple):
         return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
 
 
-def held(draft: Job, hold: Hold) -> tuple[Job, str]:
+def held(draft: Job, hold: Hold | None) -> tuple[Job, str]:
     """As Jobs.draft() makes it."""
     job = draft._replace(hold=hold)
     return job, dump(job.public())

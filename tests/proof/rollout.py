@@ -101,7 +101,12 @@ def everything(subject: Subject) -> Any:
     lanes = {host: list(lane.waiting) for host, lane in subject.daemon.queue._lanes.items() if lane.waiting}
     leases = sorted((lease.job_id, lease.attempt, lease.cancel) for held in jobs._leases.values() for lease in held.values())
     memory = (dict(jobs.locks), lanes, subject.daemon.queue.depth, leases, dict(jobs._open), dict(jobs._open_on), store.position)
-    return [subject.rows(f"SELECT * FROM {table} ORDER BY 1") for table in tables], memory, dict(store.recent), subject.daemon.hub.head
+    return (
+        [subject.rows(f"SELECT * FROM {table} ORDER BY 1") for table in tables],
+        memory,
+        dict(store.recent),
+        subject.daemon.hub.head,
+    )
 
 
 def place(job: Row) -> str:
@@ -391,12 +396,14 @@ class World:
 
     def count(self, job: Row) -> None:
         """A job has ended: what its host runs, and what it went back to."""
-        HAPPENED[job.reason if job.reason in ("expired", "superseded", "stopped") else "lost" if job.reason == "agent_lost" else "x"] += 1
+        HAPPENED[
+            job.reason if job.reason in ("expired", "superseded", "stopped") else "lost" if job.reason == "agent_lost" else "x"
+        ] += 1
         if job.status != "success":
             return
         HAPPENED["job.success"] += 1
         key, commit = (job.app, job.host), job.commit
-        if "~" == self.in_order.get(key) or job.id < self.in_order.get(key, ""):
+        if self.in_order.get(key) == "~" or job.id < self.in_order.get(key, ""):
             self.in_order[key] = "~"
             return
         self.in_order[key] = job.id
@@ -414,7 +421,9 @@ class World:
 
     def reload(self, gone: str = "") -> None:
         for name, hosts in (("web", HOSTS), ("api", HOSTS[1:4])):
-            some = sorted(self.chance.sample(hosts, self.chance.randint(2, len(hosts)))) if self.chance.random() < 0.3 else list(hosts)
+            some = (
+                sorted(self.chance.sample(hosts, self.chance.randint(2, len(hosts)))) if self.chance.random() < 0.3 else list(hosts)
+            )
             strategy = self.chance.choice([one for one in STRATEGIES if one.get("canary", some[0]) in some])
             about = {"hosts": some, "strategy": strategy, "retries": self.chance.choice((0, 0, 1))}
             self.apps[name] = {"name": name, "repo": f"myorg/{name}", "deploy_on_push": True, "branches": ["*"], **about}
@@ -483,7 +492,9 @@ class World:
             free = [job for job in found if job.hold != "lock"]
             check(free or not is_free, host, "waits for the lock, which this passes:", found)
 
-    def judge_made(self, answer: Answer, before: Seen, after: Seen, app: str, wanted: dict[str, str], is_free: bool = False) -> None:
+    def judge_made(
+        self, answer: Answer, before: Seen, after: Seen, app: str, wanted: dict[str, str], is_free: bool = False
+    ) -> None:
         check(answer.status == 201, answer)
         self.reaches(after, app, wanted, is_free)
         made, skipped = answer.body["jobs"], {one["host"] for one in answer.body["skipped"]}
@@ -547,7 +558,9 @@ class World:
                 check(jobs, host, "was neither skipped nor sent back", answer)
             self.judge_made(answer, before, after, app, wanted, True)
             if answer.body["created"]:
-                HAPPENED["rolled back with what was under way"] += any(job.app == app and job.status == "pending" for job in before.jobs.values())
+                HAPPENED["rolled back with what was under way"] += any(
+                    job.app == app and job.status == "pending" for job in before.jobs.values()
+                )
                 left = [job for job in after.jobs.values() if job.app == app and place(job) in ("held", "pending")]
                 left = [job for job in left if job.deployment_id not in (None, answer.body["deployment"]["id"])]
                 check(not left, "these would go forward again:", left)
@@ -675,7 +688,11 @@ class World:
             HAPPENED["job retried"] += 1
             check(answer.status == 201, answer)
             made = after.jobs[answer.body["job"]["id"]]
-            check(json.loads(made.spec).get("reuse", False) == goes_back or not answer.body["created"], "does what it did before", made)
+            check(
+                json.loads(made.spec).get("reuse", False) == goes_back or not answer.body["created"],
+                "does what it did before",
+                made,
+            )
             self.reaches(after, job.app, {job.host: job.ref})
 
         call = Call(lambda: self.subject.ask("POST", f"/v1/jobs/{job.id}/retry"), told)
@@ -698,7 +715,14 @@ class World:
     def single_job(self) -> Call:
         app, ref, override = self.an_app(), self.commit(), self.chance.random() < 0.4
         host = self.chance.choice(self.apps[app]["hosts"])
-        body = {"repo": f"myorg/{app}", "app": app, "ref": ref, "host": host, "override": override, "force": self.chance.random() < 0.2}
+        body = {
+            "repo": f"myorg/{app}",
+            "app": app,
+            "ref": ref,
+            "host": host,
+            "override": override,
+            "force": self.chance.random() < 0.2,
+        }
 
         def told(answer: Answer, before: Seen, after: Seen) -> None:
             if app in before.locks and not override:
@@ -765,7 +789,9 @@ class World:
             if given := answer.body["job"]:
                 self.holding[host][given["id"]] = given["attempt"]
             for job_id in answer.body["cancel"]:
-                if job_id in self.holding[host] and job_id not in self.before.jobs or self.before.jobs[job_id].status != "running":
+                if (job_id in self.holding[host] and job_id not in self.before.jobs) or self.before.jobs[
+                    job_id
+                ].status != "running":
                     self.holding[host].pop(job_id, None)
 
     def end(self, fault: Any = None, well: float = 0.7) -> None:
@@ -807,7 +833,9 @@ class World:
         self.locked_last = False
 
     def note_push(self, call: Call) -> None:
-        cells = dict(zip(call.told.__code__.co_freevars, (cell.cell_contents for cell in call.told.__closure__ or ()), strict=False))
+        cells = dict(
+            zip(call.told.__code__.co_freevars, (cell.cell_contents for cell in call.told.__closure__ or ()), strict=False)
+        )
         about = cells.get("about")
         if about:
             key = f"{about['app']} {about['branch']}"
