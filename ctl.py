@@ -855,7 +855,11 @@ def show_plan(screen, client, plan, skipped):
     screen.line(f"{cell(plan['app'])} ({cell(plan['repo'])}), {cell(plan['kind'])}: {strategy_words(plan['strategy'])}")
     for number, step in enumerate(plan["steps"], 1):
         start = starts.get(step["waits"], "at once")
-        screen.line(f"  {number}. {start}: {cell(short_commit(step['ref']))} on {cell(', '.join(step['hosts']))}")
+        by_ref = {}
+        for host in step["hosts"]:
+            by_ref.setdefault(step["refs"][host], []).append(host)
+        what = "; ".join(f"{short_commit(ref)} on {', '.join(hosts)}" for ref, hosts in by_ref.items())
+        screen.line(f"  {number}. {start}: {cell(what)}")
     for name in ("build", "activate", "deploy"):
         if plan[name]:
             screen.line(f"  {name}: {cell(command_words(plan[name]))}")

@@ -4051,7 +4051,7 @@ class Plan(NamedTuple):
     def public(self, lock: Lock | None) -> dict[str, Any]:
         waits = [None, "pause" if self.canary() and self.app.strategy.pause else "success", *["success"] * len(self.targets)]
         steps = [
-            {"hosts": [host for host, _ in step], "ref": step[0][1], "waits": wait}
+            {"hosts": [host for host, _ in step], "refs": dict(step), "waits": wait}
             for step, wait in zip(self.steps(), waits, strict=False)
         ]
         commands = {name: getattr(self.app, name) for name in ("build", "activate", "deploy", "health_check")}
