@@ -31,7 +31,7 @@ from conftest import FakeClock
 
 import deploybot
 
-SHORT, FULL = (12, 100), (2000, 200)  # lives, steps of each
+SHORT, FULL = (10, 100), (2000, 200)  # lives, steps of each
 ROUNDS = 4  # of as many lives each, until each kind of event has come
 HOSTS = ("canary-1", "db-01", "web-01", "web-02", "web-03")
 BRANCHES, ENROLMENT, SECRET = ("main", "dev"), "dbt_enrol", "a webhook secret"
@@ -393,6 +393,8 @@ class World:
         for job in seen.jobs.values():
             before = self.known.get(job.id)
             if job.status in ENDED and (before is None or before.status not in ENDED):
+                is_in_turn = before and before.status == "pending" and before.hold in ("batch", "pause")
+                check(job.reason != "expired" or not is_in_turn, "expired, though its turn had not come:", job)
                 self.count(job)
             if before and before.status == "running" and job.status == "pending":
                 HAPPENED["another attempt"] += 1
@@ -433,7 +435,7 @@ class World:
                 sorted(self.chance.sample(hosts, self.chance.randint(2, len(hosts)))) if self.chance.random() < 0.3 else list(hosts)
             )
             strategy = self.chance.choice([one for one in STRATEGIES if one.get("canary", some[0]) in some])
-            about = {"hosts": some, "strategy": strategy, "retries": self.chance.choice((0, 0, 1))}
+            about = {"hosts": some, "strategy": strategy, "retries": self.chance.choice((0, 1))}
             self.apps[name] = {"name": name, "repo": f"myorg/{name}", "deploy_on_push": True, "branches": ["*"], **about}
         self.apps.pop(gone, None)
         (self.folder / "apps.json").write_text(json.dumps({"apps": list(self.apps.values())}))
@@ -447,7 +449,7 @@ class World:
         """Time, heartbeats of most agents, and a sweep that thinks nothing of the leap."""
         self.clock.advance(seconds)
         for host in HOSTS:
-            if self.chance.random() < 0.85 or seconds > LOST_AFTER * 2:
+            if self.chance.random() < (0.5 if LOST_AFTER < seconds < EXPIRY else 0.85):
                 self.beat(host, may_claim=False)
         self.sweep(fault, f"{seconds} s pass")
 
@@ -514,6 +516,9 @@ class World:
             check({job["host"] for job in made} | skipped >= wanted.keys(), "told", answer.body, "wanted", wanted)
             check({job["id"] for job in made} == {job.id for job in after.of[one["id"]]}, "its jobs", answer.body)
             check(one == deploybot.Deployment(**after.deployments[one["id"]]).public(), "told", one)
+            canary, places = self.apps[app]["strategy"].get("canary"), {job["host"] for job in made}
+            if canary in places and len(places) > 1 and not skipped:
+                check(one["strategy"]["canary"] == canary == made[0]["host"], "where is its canary?", one)
         else:
             HAPPENED["same under way"] += 1
 
@@ -536,8 +541,8 @@ class World:
 
         return Call(lambda: self.subject.ask("POST", "/v1/deployments", body), told)
 
-    def rollback(self) -> Call:
-        app, hosts = self.an_app(), None
+    def rollback(self, app: str = "") -> Call:
+        app = app or self.an_app()
         hosts = self.some_hosts(app)
         body: dict[str, Any] = {"app": app, "rollback": True, "lock": self.chance.random() < 0.6}
         if self.chance.random() < 0.2:
@@ -861,14 +866,28 @@ class World:
         elif kind == "end":
             self.end(self.fault())
         elif kind == "time":
-            seconds = self.chance.choices((1, 31, 61, LOST_AFTER + 1, EXPIRY + 1, 2 * DAY), (6, 4, 4, 2, 1, 1))[0]
+            seconds = self.chance.choices((1, 31, 61, LOST_AFTER + 1, EXPIRY + 1, 2 * DAY), (6, 4, 4, 6, 1, 1))[0]
             self.passes(seconds, self.fault())
         else:
-            what = self.chance.choice(("together", "together", "together", "restart", "reload", "reload", "gone"))
+            what = self.chance.choice(("together",) * 3 + ("restart", "reload", "reload", "gone", "release", "release"))
             if what == "gone":
                 self.reload(self.chance.choice(("web", "api")))
             else:
-                {"together": self.together, "restart": self.restart, "reload": self.reload}[what]()
+                {"together": self.together, "restart": self.restart, "reload": self.reload, "release": self.release}[what]()
+
+    def release(self) -> None:
+        """What most days are made of: a new commit, everywhere, and now and then the way back at once."""
+        app = self.an_app()
+        self.commits += 1
+        body = {"app": app, "ref": f"{self.commits:040x}", "override": True}
+        self.step(Call(lambda: self.subject.ask("POST", "/v1/deployments", body)), f"release {app} {self.commits}")
+        for _ in range(8):
+            for host in self.apps[app]["hosts"]:
+                self.beat(host)
+            while any(self.holding.values()):
+                self.end(well=1.0)
+        if self.chance.random() < 0.5:
+            self.step(self.rollback(app), "rollback")
 
     def work_off(self) -> None:
         """Unlocked, and with agents that are well, everything comes to its end."""
