@@ -683,7 +683,7 @@ def is_health_check(value: Any) -> bool:
 
 
 # What a job's spec may say besides clone_url; null is as if it were not said.
-SPEC_FIELDS: dict[str, Callable[[Any], bool]] = {
+SPEC_FIELDS = {
     "build": is_command,
     "activate": is_command,
     "deploy": is_command,
@@ -1182,6 +1182,9 @@ def read_processes() -> dict[int, Stat]:
     return {pid: stat for pid in pids if (stat := read_stat(pid)) is not None}
 
 
+NOBODYS = "\0"  # a mark that no process can have: for a command that is to be ended alone
+
+
 def read_mark(pid: int) -> str | None:
     """DEPLOY_JOB_ID as the process was started with it; "" for what cannot be read, None for no mark."""
     try:
@@ -1272,8 +1275,8 @@ class Family:
     """All processes of one job: those that carry its mark, those in a session of its commands, those that the agent
     adopted from it, and what descends from any of these."""
 
-    def __init__(self, mark: str | None, sole: bool = False, leader: Leader | None = None) -> None:
-        self._mark = mark  # None: of one command alone, and not of what others of its job left running
+    def __init__(self, mark: str, sole: bool, leader: Leader | None) -> None:
+        self._mark = mark
         self._sole = sole  # no other job can run beside it: what is adopted meanwhile belongs to it
         self._since = 0
         self.leader = leader  # of the command that runs, or that ran last
@@ -1297,8 +1300,6 @@ class Family:
     def _belongs(self, pid: int, stat: Stat, session: int | None) -> bool:
         if session in (stat.session, stat.pgrp):
             return True
-        if self._mark is None:
-            return False
         mark = read_mark(pid)
         if mark is None and self._sole and CHILDREN.adopting and stat.ppid == os.getpid() and not CHILDREN.owns(pid):
             return 0 < self._since <= stat.start
@@ -2312,7 +2313,7 @@ class Deployment:
         if check.url:
             return ask_url(check.url, limits)
         argv = check.command if isinstance(check.command, list) else ["/bin/sh", "-c", check.command]
-        family, said, machine = Family(None), Capture(), self._machine
+        family, said, machine = Family(NOBODYS, False, None), Capture(), self._machine
         runner = Runner(family, machine.grace, machine.clock, lambda: self._entry.note(sync=False, leader=family.leader))
         try:
             code = runner.run(argv, cwd, env, said, limits, machine.account)
