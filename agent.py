@@ -658,7 +658,7 @@ def is_number(value: Any, least: float, most: float, kinds: tuple[type, ...] = (
     return type(value) in kinds and least <= value <= most
 
 
-def is_web_url(value: Any) -> bool:
+def is_health_url(value: Any) -> bool:
     if not is_text(value) or not re.fullmatch(r"https?://[!-~]+", value):
         return False
     try:
@@ -677,7 +677,7 @@ def is_health_check(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     check = read_health_check(value)
-    asked = is_command(check.command) if check.url is None else is_web_url(check.url)
+    asked = is_command(check.command) if check.url is None else is_health_url(check.url)
     numbers = is_number(check.timeout, 0.001, HEALTH_LIMIT) and is_number(check.interval, 0, HEALTH_LIMIT)
     return asked and numbers and (check.url is None) != (check.command is None) and is_number(check.success, 1, 1000, (int,))
 

@@ -380,7 +380,7 @@ GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPE
 LEVELS = ("debug", "info", "warning", "error")
 LINE = ("message", "level", "timestamp")  # of a log
 ENDED_WORDS = ("success", "failed", "cancelled")
-NOTIFY_EVENTS = ("started", "success", "failed", "recovered")
+NOTIFY_EVENTS = ("failed", "recovered", "success", "stuck")
 NOTIFY_FORMATS = ("json", "slack")
 # What a job's agent gets of its app.
 IN_SPEC = ("clone_url", "build", "activate", "deploy", "env", "shared", "keep_releases", "health_check", "rollback_on_failure")
@@ -2938,7 +2938,7 @@ def segment_expression(segment: str) -> str:
     """Of what stands between two slashes. It matches in one way or none, so nothing is tried twice."""
     first, *rest = ["".join("[^/]" if char == "?" else re.escape(char) for char in part) for part in re.split(r"\*+", segment)]
     inner = "".join(f"(?>[^/]*?{part})" for part in rest[:-1])
-    return f"(?>{first}{inner}{f'[^/]*{rest[-1]}(?![^/])' if rest else ''})"
+    return first + inner + (f"[^/]*{rest[-1]}(?![^/])" if rest else "")
 
 
 def path_expression(pattern: str) -> str:

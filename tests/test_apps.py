@@ -420,7 +420,7 @@ def test_what_is_left_out_has_its_default(read):
     assert (web.strategy.type, web.strategy.canary, web.strategy.pause) == ("parallel", None, 0)
     assert (web.shared, web.env, web.keep_releases, web.health_check) == ((), {}, 5, None)
     assert (web.rollback_on_failure, web.notify) == (True, [])
-    (web,) = read(entry(rollback_on_failure=None, health_check={"command": "true"}))
+    (web,) = read(json.dumps({"apps": [{**ENTRY, "rollback_on_failure": None, "health_check": {"command": "true"}}]}))
     assert web.rollback_on_failure is True
     assert web.health_check == {"command": "true", "timeout": 60, "interval": 2, "success": 1}
 
@@ -574,7 +574,7 @@ REFUSED = [
     (
         "notify/0/events",
         ["failed", "faild"],
-        "notify[0].events: 'faild' must be one of started, success, failed, recovered; did you mean failed?",
+        "notify[0].events: 'faild' must be one of failed, recovered, success, stuck; did you mean failed?",
     ),
     ("notify/0/events", [], "notify[0].events: must be a list with at least one"),
     ("notify/0/format", "slak", "notify[0].format: 'slak' must be one of json, slack; did you mean slack?"),

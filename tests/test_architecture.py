@@ -334,3 +334,12 @@ def test_no_bare_except_hides_what_went_wrong():
     for name in PROGRAMS:
         handlers = [node for node in ast.walk(tree(name)) if isinstance(node, ast.ExceptHandler)]
         assert all(handler.type is not None for handler in handlers)
+
+
+def test_what_receivers_may_be_told_of_is_the_same_for_the_controller_and_its_messenger():
+    assert assigned("deploybot", "NOTIFY_EVENTS") == assigned("notify", "EVENTS")
+
+
+def assigned(name, variable):
+    (found,) = (node.value for node in tree(name).body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == variable)
+    return ast.literal_eval(found)
