@@ -959,8 +959,8 @@ def show_hosts(screen, hosts):
     rows = []
     for host in hosts:
         counts = [host[name] for name in ("running", "pending", "slots")]
-        drained = "drained" if host["drained"] else " "
-        rows.append([host["hostname"], host["agent_status"], ago(host["last_seen"]), *counts, drained])
+        marks = ["drained"] * bool(host["drained"]) + [f"behind: {host.get('agent_version')}"] * bool(host.get("behind"))
+        rows.append([host["hostname"], host["agent_status"], ago(host["last_seen"]), *counts, ", ".join(marks) or " "])
     screen.table(["HOST", "AGENT", "LAST SEEN", "RUNNING", "PENDING", "SLOTS", ""], rows, shrink=("HOST",))
 
 

@@ -692,6 +692,8 @@ def test_hosts_and_what_is_done_to_them(run, controller, agent):
     assert cells["web-09"][1:3] == ["unknown", "-"]
     assert run("hosts", "drain", "web-01") == (0, "web-01 drained: it gets no new job\n", "")
     assert re.search(r"^web-01 .* drained$", run("hosts").out, re.MULTILINE)
+    controller.register("web-01", capabilities={"agent": "0.0.9"})
+    assert re.search(r"^web-01 .* drained, behind: 0.0.9$", run("hosts").out, re.MULTILINE)
     assert json.loads(run("hosts", "resume", "web-01", "--json").out)["host"]["drained"] is False
     assert json.loads(run("hosts", "remove", "web-01", "--json").out) == {"hostname": "web-01", "removed": True}
     assert run("hosts", "remove", "web-01").code == ctl.REFUSED
