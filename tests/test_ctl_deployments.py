@@ -31,7 +31,6 @@ import ctl
 # ----------------------------------------------------------------------------------------------------------------------
 # The contract, as a server
 
-ID = "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 HEX = "0123456789abcdef"
 COMMITS = {letter: letter * 40 for letter in HEX}
 TIME = "2026-11-23T13:13:37.123Z"
@@ -41,7 +40,7 @@ LOCK = {"app": "web", "reason": "the database moves", "by": "alice", "at": TIME,
 
 CALLS = {  # method and path: fields of the query, of the body
     r"POST /v1/deployments": ((), "app ref hosts rollback to lock override force dry_run metadata"),
-    r"GET /v1/deployments": ("app status before limit", ()),
+    r"GET /v1/deployments": ("app status id before limit", ()),
     r"GET /v1/deployments/([^/]+)": ((), ()),
     r"POST /v1/deployments/([^/]+)/cancel": ((), ()),
     r"POST /v1/deployments/([^/]+)/retry": ((), ()),
@@ -219,9 +218,8 @@ class Fake:
         wanted = [
             one for one in self.deployments.values() if all(one[name] == query.get(name, one[name]) for name in ("app", "status"))
         ]
-        shown = sorted((one for one in wanted if one["id"] < query.get("before", "g")), key=lambda one: one["id"], reverse=True)
-        if not re.fullmatch(ID, query.get("before", ctl.LAST_ID)):
-            raise Refused(422, "before: no id")
+        wanted = [one for one in wanted if one["id"].startswith(query.get("id", "")) and one["id"] < query.get("before", "g")]
+        shown = sorted(wanted, key=lambda one: one["id"], reverse=True)
         limit = int(query["limit"])
         return 200, {"deployments": list(map(self.count, shown[:limit])), "next": shown[limit - 1]["id"] if shown[limit:] else None}
 
