@@ -3159,6 +3159,12 @@ ALTHOUGH = ", although it is locked"  # of what the audit says
 NOTHING_YET = (None,) * (Job._fields.index("retry_of") - Job._fields.index("started_at"))  # of a job that has not run
 
 
+def release(version: Any) -> tuple[int, ...]:
+    """(1, 2, 3) of 1.2.3, () of what is no such version."""
+    found = re.fullmatch(r"([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})", version) if isinstance(version, str) else None
+    return tuple(map(int, found.groups())) if found else ()
+
+
 class Terms(NamedTuple):
     """What a deployment says of its jobs."""
 
@@ -3725,13 +3731,17 @@ class Jobs:
 
     def host(self, name: str) -> dict[str, Any]:
         agent, running = self._by_host.get(name), len(self._leases.get(name, ()))
+        capabilities = json.loads(agent.capabilities) if agent else {}
+        version = release(capabilities.get("agent"))
         is_online = agent and agent.online and self.clock.monotonic() - agent.contact <= self.config.agent_timeout
         return {
             "hostname": name,
             "agent_id": agent.id if agent else None,
             "agent_status": ("online" if is_online else "offline") if agent else "unknown",
             "last_seen": self._last_seen(agent) if agent else None,
-            "capabilities": json.loads(agent.capabilities) if agent else {},
+            "capabilities": capabilities,
+            "agent_version": capabilities["agent"] if version else None,
+            "behind": () < version < release(VERSION),
             "slots": agent.slots if agent else 1,
             "drained": bool(agent and agent.drained),
             "running": running,
@@ -4109,13 +4119,13 @@ class Plan(NamedTuple):
     def public(self, lock: Lock | None) -> dict[str, Any]:
         waits = [None, "pause" if self.canary() and self.app.strategy.pause else "success", *["success"] * len(self.targets)]
         pairs = zip(self.steps(), waits, strict=False)
-        steps = [{"hosts": [host for host, _ in step], "ref": step[0][1], "waits": wait} for step, wait in pairs]
+        steps = [{"hosts": [host for host, _ in step], "refs": dict(step), "waits": wait} for step, wait in pairs]
         commands = {name: getattr(self.app, name) for name in ("build", "activate", "deploy", "health_check")}
         told = {"app": self.app.name, "repo": self.app.repo, "kind": self.kind, "strategy": self.strategy(), "steps": steps}
         return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
 
 
-def held(draft: Job, hold: Hold) -> tuple[Job, str]:
+def held(draft: Job, hold: Hold | None) -> tuple[Job, str]:
     """As Jobs.draft() makes it."""
     job = draft._replace(hold=hold)
     return job, dump(job.public())
@@ -5222,6 +5232,7 @@ def asset(name: str) -> str:
         raise NotFound(f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes") from None
 
 
+PROGRAMS = ("agent.py", "ctl.py")
 ACCEPTS_OF_AGENTS = ("current",)  # fields of a heartbeat that came after the first agents: an agent sends what is named here
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
@@ -5511,6 +5522,15 @@ class Controller:
         uptime = round(self.clock.monotonic() - self.started, 3)
         return answer(status, {"status": said, "version": VERSION, "uptime": uptime, "database": database})
 
+    def list_programs(self, request: Request) -> Answer:
+        """For anyone, as the files are: a machine that is to get one has no token yet. What is not there is left out."""
+        shown = []
+        for name in PROGRAMS:
+            with contextlib.suppress(NotFound):
+                data = asset(name).encode()
+                shown.append({"name": name, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)})
+        return {"version": VERSION, "programs": shown}
+
     def scrape(self, request: Request) -> Answer:
         uptime = self.clock.monotonic() - self.started
         gauges = {**self.jobs.gauges(), "deploybot_http_connections": self.connections(), "deploybot_uptime_seconds": uptime}
@@ -5571,6 +5591,7 @@ ROUTES = [
     Route("DELETE", "/v1/session", Scope.PUBLIC, Controller.sign_out),
     Route("GET", "/v1/audit", Scope.ADMIN, Controller.list_audit),
     Route("POST", "/v1/webhooks/github", Scope.PUBLIC, Controller.github_webhook, MAX_PUSH, Controller.admit_webhook),
+    Route("GET", "/v1/programs", Scope.PUBLIC, Controller.list_programs),
     Route("GET", "/health", Scope.PUBLIC, Controller.health),
     Route("GET", "/metrics", Scope.VIEWER, Controller.scrape),
     Route("GET", "/", Scope.PUBLIC, file("www/dashboard.html")),
