@@ -1823,9 +1823,8 @@ class Queries:
         columns = ", ".join(f'"{name}"' for name in DELIVERY_COLUMNS)
         sql = f"SELECT {columns} FROM deliveries WHERE {where} ORDER BY rowid DESC LIMIT ?"
         rows = self.rows(sql, *(value for _, value in parts if value), limit)
-        return [
-            dict(zip(("id", *DELIVERY_COLUMNS[1:-1], "outcomes"), (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows
-        ]
+        names = ("id", *DELIVERY_COLUMNS[1:-1], "outcomes")
+        return [dict(zip(names, (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows]
 
     def running_apps(self, host: str) -> list[str]:
         sql = "SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'"
@@ -2420,6 +2419,14 @@ class Store:
         finally:
             self._readers.put(reader)
 
+    def space(self) -> list[int]:
+        """Bytes: free for the database, of it, of its WAL. Raises Unavailable."""
+        try:
+            disk = os.statvfs(self.path)
+            return [disk.f_bavail * disk.f_frsize, *(os.stat(f"{self.path}{end}").st_size for end in ("", "-wal"))]
+        except OSError as error:
+            raise Unavailable(f"the database cannot be looked at: {error.strerror}") from None
+
     def close(self) -> None:
         """After the last write. Readers that still work are waited for."""
         if self._replicated:  # the last one to close writes the WAL back and removes it, unless it may only read
@@ -2510,6 +2517,12 @@ class JobQueue:
         lane = self._lanes.get(host)
         return lane is not None and bool(lane.waiting)
 
+    def oldest(self, drained: Set[str]) -> str | None:
+        """Of all jobs that wait, but for these hosts, the id of the one made first."""
+        with self._lock:
+            lanes = ((host, lane.waiting) for host, lane in self._lanes.items())
+            return min((waiting[0][0] for host, waiting in lanes if waiting and host not in drained), default=None)
+
     def take(self, host: str, busy: frozenset[str] | None, ticket: int, deadline: float) -> tuple[str, str] | None:
         """The oldest (job id, app) whose app is not busy; None at the deadline (monotonic), after a wake() or at the end.
         `busy` None: wants no job, waits for a wake() alone."""
@@ -2598,45 +2611,86 @@ class EventHub:
 
 
 # == Metrics ===========================================================================================================
-# Owns counters and their text. Ignores what is counted.
+# Owns counters, histograms and their text. Ignores what is counted.
 
 METRICS = {
-    "deploybot_deployments_ended_total": "Deployments ended, by status.",
+    "deploybot_deployments_ended_total": "Deployments ended, by app of apps.yaml (else other) and status.",
     "deploybot_http_requests_total": "Requests answered, by method, route and status.",
     "deploybot_jobs_created_total": "Jobs created.",
     "deploybot_jobs_ended_total": "Jobs ended, by status and reason.",
     "deploybot_log_lines_total": "Log lines stored.",
     "deploybot_webhook_deliveries_total": "Deliveries to the webhook, by outcome.",
+    "deploybot_deployment_duration_seconds": "From the making of a deployment to its end, by status.",
+    "deploybot_http_request_duration_seconds": "From the end of a request's head to its answer, parking included.",
+    "deploybot_queue_wait_seconds": "How long a job waited in the queue for its agent.",
     "deploybot_queue_jobs": "Jobs that wait for an agent.",
+    "deploybot_queue_oldest_job_age_seconds": "Age of the oldest of them whose host is not drained; 0 without one.",
     "deploybot_running_jobs": "Jobs that an agent holds.",
     "deploybot_agents_online": "Agents with contact within --agent-timeout.",
     "deploybot_agents_registered": "Agents registered.",
+    "deploybot_agents_oldest_contact_age_seconds": "Since the last contact of the agent that is silent for longest; drained hosts aside.",
+    "deploybot_disk_free_bytes": "Free for the controller on the file system of the database.",
+    "deploybot_database_size_bytes": "Size of the database.",
+    "deploybot_database_wal_size_bytes": "Size of its write-ahead log.",
     "deploybot_http_connections": "Open connections.",
     "deploybot_uptime_seconds": "Seconds since the start.",
 }
+# Upper ends in seconds: of a request, milliseconds to a parked heartbeat; of waiting, a parked agent to one that is off for a night.
+BUCKETS: dict[str, tuple[float, ...]] = {
+    "deploybot_deployment_duration_seconds": (1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 14_400),
+    "deploybot_http_request_duration_seconds": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30),
+    "deploybot_queue_wait_seconds": (0.1, 1, 5, 15, 60, 300, 900, 3600, 14_400, 43_200),
+}
+Labels = str | tuple[str, str, int]  # as they stand in the text; of a request, its method, route and status
+
+
+def samples(name: str, labels: str, value: Any) -> Iterator[str]:
+    """Of a histogram `value` is a list: how many in each bucket, how many beyond, and the sum of all."""
+    if isinstance(value, list):
+        counts, comma = list(itertools.accumulate(value[:-1])), "," if labels else ""
+        for end, count in zip([*map("{:g}".format, BUCKETS[name]), "+Inf"], counts, strict=True):
+            yield from samples(f"{name}_bucket", f'{labels}{comma}le="{end}"', count)
+        yield from (*samples(f"{name}_sum", labels, value[-1]), *samples(f"{name}_count", labels, counts[-1]))
+    else:
+        yield f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}"
 
 
 class Metrics:
-    """Counters by name and labels, in Prometheus's text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+    """In Prometheus's text format (https://prometheus.io/docs/instrumenting/exposition_formats/). Labels are our own words only."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _counts
+        self._lock = threading.Lock()  # guards both
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._tallies: dict[tuple[str, Labels], list[float]] = {}
 
     def count(self, name: str, labels: str = "", by: int = 1) -> None:
-        """`labels` as they stand in the text, made of our own words only."""
         with self._lock:
             self._counts[name, labels] += by
 
-    def text(self, gauges: Mapping[str, float]) -> str:
-        lines: list[str] = []
+    def observe(self, name: str, labels: Labels, seconds: float) -> None:
+        """With requests by status, text() counts them as well: each of them pays for one look-up."""
+        ends = BUCKETS[name]
         with self._lock:
-            counted = sorted(self._counts.items())
-        samples = [*counted, *(((name, ""), value) for name, value in gauges.items())]
-        for name, group in itertools.groupby(samples, key=lambda sample: sample[0][0]):
-            lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} {'gauge' if name in gauges else 'counter'}"]
-            lines += [f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}" for (_, labels), value in group]
-        return "\n".join(lines) + "\n"
+            tally = self._tallies.get((name, labels)) or self._tallies.setdefault((name, labels), [0] * (len(ends) + 2))
+            tally[bisect.bisect_left(ends, seconds)] += 1
+            tally[-1] += seconds
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        with self._lock:
+            told: dict[tuple[str, str], Any] = dict(self._counts)
+            tallies = [(key, list(tally)) for key, tally in self._tallies.items()]
+        for (name, labels), tally in tallies:
+            words = labels if isinstance(labels, str) else 'method="{}",route="{}"'.format(*labels)
+            if words != labels:
+                told["deploybot_http_requests_total", f'{words},status="{labels[2]}"'] = sum(tally[:-1])
+            told[name, words] = [*map(sum, zip(told.get((name, words), [0] * len(tally)), tally, strict=True))]
+        lines: dict[str, list[str]] = collections.defaultdict(list)
+        for (name, words), value in (*sorted(told.items()), *(((name, ""), value) for name, value in gauges.items())):
+            lines[name] += samples(name, words, value)
+        for name, some in lines.items():
+            kind = "histogram" if name in BUCKETS else "gauge" if name in gauges else "counter"
+            some[:0] = f"# HELP {name} {METRICS[name]}", f"# TYPE {name} {kind}"
+        return "\n".join(itertools.chain.from_iterable(lines.values())) + "\n"
 
 
 # == Auth ==============================================================================================================
@@ -3105,6 +3159,12 @@ ALTHOUGH = ", although it is locked"  # of what the audit says
 NOTHING_YET = (None,) * (Job._fields.index("retry_of") - Job._fields.index("started_at"))  # of a job that has not run
 
 
+def release(version: Any) -> tuple[int, ...]:
+    """(1, 2, 3) of 1.2.3, () of what is no such version."""
+    found = re.fullmatch(r"([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})", version) if isinstance(version, str) else None
+    return tuple(map(int, found.groups())) if found else ()
+
+
 class Terms(NamedTuple):
     """What a deployment says of its jobs."""
 
@@ -3157,8 +3217,7 @@ class Jobs:
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
         store.announce = hub.publish
-        # Told of each job with a deployment that changes.
-        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: None
+        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: None  # told of each change of a deployment's job
         self.locks: dict[str, Lock] = {}  # app to its lock; changed by effects, as the seven below
         # The seven below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
         # read without a lock, by single look-ups and list().
@@ -3250,16 +3309,14 @@ class Jobs:
         log.info("agent of %s registered", agent.hostname)
         return agent
 
-    def heartbeat(
-        self, agent_id: str, beat: Heartbeat, principal: Principal, connected: Connected
-    ) -> tuple[Job | None, list[str], int]:
+    def heartbeat(self, agent_id: str, beat: Heartbeat, by: Principal, connected: Connected) -> tuple[Job | None, list[str], int]:
         """(a job or None, ids of jobs to stop, seconds to the next call); renews the agent's leases, parks for `beat.wait` seconds.
         `connected` says whether the client is still there; a call whose client has gone claims nothing.
         Raises NotFound (register again) and Conflict (a newer session has this host)."""
         arrived = next(self._ticks)
         agent = self._agents.get(agent_id) or self._agent(agent_id)
-        if principal.host != agent.hostname:
-            principal.speaks_for(agent.hostname)
+        if by.host != agent.hostname:
+            by.speaks_for(agent.hostname)
         if beat.session != agent.session or not agent.session:
             self._check_session(agent, beat.session)
         # A heartbeat that was held up until its client went may come behind the farewell.
@@ -3416,6 +3473,7 @@ class Jobs:
         claimed = tx.change_job(job, status=Status.RUNNING, attempt=job.attempt + 1, started_at=self.clock.stamp(), **taker)
         self._announce(tx, claimed, job)
         tx.after(self._lease, claimed)
+        tx.after(self.metrics.observe, "deploybot_queue_wait_seconds", "", max(0.0, self.clock.now() - unix_time(job.queued_at)))
         return claimed
 
     # -- what an agent says of its job -------------------------------------------------------------------------------
@@ -3673,13 +3731,17 @@ class Jobs:
 
     def host(self, name: str) -> dict[str, Any]:
         agent, running = self._by_host.get(name), len(self._leases.get(name, ()))
+        capabilities = json.loads(agent.capabilities) if agent else {}
+        version = release(capabilities.get("agent"))
         is_online = agent and agent.online and self.clock.monotonic() - agent.contact <= self.config.agent_timeout
         return {
             "hostname": name,
             "agent_id": agent.id if agent else None,
             "agent_status": ("online" if is_online else "offline") if agent else "unknown",
             "last_seen": self._last_seen(agent) if agent else None,
-            "capabilities": json.loads(agent.capabilities) if agent else {},
+            "capabilities": capabilities,
+            "agent_version": capabilities["agent"] if version else None,
+            "behind": () < version < release(VERSION),
             "slots": agent.slots if agent else 1,
             "drained": bool(agent and agent.drained),
             "running": running,
@@ -3916,13 +3978,11 @@ class Jobs:
         tx.after(self._tell_cancel, asked)
         return asked
 
-    def end_pending(
-        self, tx: Tx, jobs: list[Job], reason: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS
-    ) -> None:
+    def end_pending(self, tx: Tx, jobs: list[Job], why: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS) -> None:
         """Ends many that wait; `by`: host to the job that takes its place."""
         waited: dict[str, set[str]] = collections.defaultdict(set)
         for job in jobs:
-            self.end(tx, job, Status.CANCELLED, reason, error=error, superseded_by=by.get(job.host))
+            self.end(tx, job, Status.CANCELLED, why, error=error, superseded_by=by.get(job.host))
             waited[job.host].add(job.id)
         for host, job_ids in waited.items():
             tx.after(self.queue.remove, host, job_ids)
@@ -3975,12 +4035,22 @@ class Jobs:
         self.queue.wake(job.host)
 
     def gauges(self) -> dict[str, float]:
-        agents, oldest = list(self._agents.values()), self.clock.monotonic() - self.config.agent_timeout
+        """What is so now. Of a drained host nobody expects anything."""
+        now, agents = self.clock.monotonic(), list(self._agents.values())
+        last = min((agent.contact for agent in agents if not agent.drained), default=now)
+        oldest = self.queue.oldest({agent.hostname for agent in agents if agent.drained})
+        made = int(oldest.replace("-", "")[:12], 16) if oldest else self.clock.ms()  # ids begin with the time
+        free, database, wal = self.store.space()
         return {
             "deploybot_queue_jobs": self.queue.depth,
+            "deploybot_queue_oldest_job_age_seconds": max(0, self.clock.ms() - made) / 1000,
             "deploybot_running_jobs": sum(map(len, list(self._leases.values()))),
-            "deploybot_agents_online": sum(agent.online and agent.contact >= oldest for agent in agents),
+            "deploybot_agents_online": sum(agent.online and agent.contact >= now - self.config.agent_timeout for agent in agents),
             "deploybot_agents_registered": len(agents),
+            "deploybot_agents_oldest_contact_age_seconds": now - last,
+            "deploybot_disk_free_bytes": free,
+            "deploybot_database_size_bytes": database,
+            "deploybot_database_wal_size_bytes": wal,
         }
 
 
@@ -3992,9 +4062,7 @@ SETTLED = ("deployed", "locked", "duplicate", "older")
 
 
 def what(deployment: Deployment) -> str:
-    return (
-        f"{deployment.kind} of {deployment.app} {deployment.ref} on {deployment.hosts} host{'' if deployment.hosts == 1 else 's'}"
-    )
+    return f"{deployment.kind} of {deployment.app} {deployment.ref} on {deployment.hosts} host{'s' * (deployment.hosts != 1)}"
 
 
 def outcome(deployment: Deployment) -> str | None:
@@ -4050,10 +4118,8 @@ class Plan(NamedTuple):
 
     def public(self, lock: Lock | None) -> dict[str, Any]:
         waits = [None, "pause" if self.canary() and self.app.strategy.pause else "success", *["success"] * len(self.targets)]
-        steps = [
-            {"hosts": [host for host, _ in step], "ref": step[0][1], "waits": wait}
-            for step, wait in zip(self.steps(), waits, strict=False)
-        ]
+        pairs = zip(self.steps(), waits, strict=False)
+        steps = [{"hosts": [host for host, _ in step], "refs": dict(step), "waits": wait} for step, wait in pairs]
         commands = {name: getattr(self.app, name) for name in ("build", "activate", "deploy", "health_check")}
         told = {"app": self.app.name, "repo": self.app.repo, "kind": self.kind, "strategy": self.strategy(), "steps": steps}
         return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
@@ -4163,9 +4229,8 @@ class Deployments:
         known, refs = {*self._jobs.hosts_of(app)}, {job.host: job for job in failed}
         hosts = [host for host in refs if host in known]
         if not hosts:
-            raise Conflict(
-                f"deployment {old.id} has no host to try again: " + ("all succeeded" if not refs else "none is the app's now")
-            )
+            why = "none is the app's now" if refs else "all succeeded"
+            raise Conflict(f"deployment {old.id} has no host to try again: {why}")
         targets = [(host, refs[host].ref) for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
         skipped = [{"host": host, "reason": f"is no host of {app.name} now"} for host in refs if host not in known]
         told = {"app": app.name, "trigger": "retry"}
@@ -4364,12 +4429,18 @@ class Deployments:
         if status not in UNDER_WAY:
             reason = None if status == State.SUCCESS else deployment.reason or outcome(deployment)
             columns |= {"completed_at": now, "reason": reason}
-            tx.after(self._jobs.metrics.count, "deploybot_deployments_ended_total", f'status="{status}"')
+            tx.after(self._measure, deployment, status)
         if deployment.status != status or len(columns) > 1:
             deployment = tx.change_deployment(deployment.id, **columns)
         shown = ("status", "hold", "resume_at", "reason", "superseded_by")
         if any(getattr(old, name) != getattr(deployment, name) for name in shown):
             tx.add_deployment_event(deployment)
+
+    def _measure(self, ended: Deployment, status: str) -> None:
+        app, metrics = ended.app if self._jobs.apps.named(ended.app) else "other", self._jobs.metrics
+        metrics.count("deploybot_deployments_ended_total", f'app="{app}",status="{status}"')
+        seconds = max(0.0, self._clock.now() - unix_time(ended.created_at))
+        metrics.observe("deploybot_deployment_duration_seconds", f'status="{status}"', seconds)
 
     def _advance(self, tx: Tx, deployment: Deployment) -> Deployment:
         strategy = json.loads(deployment.strategy)
@@ -4695,6 +4766,7 @@ class Dispatcher:
 
     def respond(self, request: Request, read_body: Callable[[int, bool], bytes]) -> Response:
         """`read_body(limit, is_public)` is called once path and token are accepted. Raises OSError where the client goes away."""
+        begun = time.monotonic()
         try:
             if request.route is None:
                 request.route, request.params = self._router.find(request.method, request.path)
@@ -4719,8 +4791,8 @@ class Dispatcher:
             log.exception("%s %s failed", request.method, request.path)
             response = problem(500, "Internal error", "this is a fault of the controller: its log says more", {}, ())
         method, pattern = (request.method, request.route.pattern) if request.route else ("other", "none")
-        labels = f'method="{method}",route="{pattern}",status="{response.status}"'
-        self._metrics.count("deploybot_http_requests_total", labels)
+        labels = (method, pattern, response.status)
+        self._metrics.observe("deploybot_http_request_duration_seconds", labels, time.monotonic() - begun)
         return response
 
     def _admit(self, request: Request, route: Route) -> None:
@@ -5160,6 +5232,7 @@ def asset(name: str) -> str:
         raise NotFound(f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes") from None
 
 
+PROGRAMS = ("agent.py", "ctl.py")
 ACCEPTS_OF_AGENTS = ("current",)  # fields of a heartbeat that came after the first agents: an agent sends what is named here
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
@@ -5418,9 +5491,8 @@ class Controller:
         if not self.webhook_secrets():
             raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
         if not signature_in(request.headers):
-            raise Unauthorized(
-                "X-Hub-Signature-256 is missing, malformed or not that of other headers: is a secret set in GitHub's settings?"
-            )
+            why = "missing, malformed or not that of other headers"
+            raise Unauthorized(f"X-Hub-Signature-256 is {why}: is a secret set in GitHub's settings?")
 
     def github_webhook(self, request: Request) -> Answer:
         signature = signature_in(request.headers)
@@ -5449,6 +5521,15 @@ class Controller:
             status, said, database = 503, "error", str(error)
         uptime = round(self.clock.monotonic() - self.started, 3)
         return answer(status, {"status": said, "version": VERSION, "uptime": uptime, "database": database})
+
+    def list_programs(self, request: Request) -> Answer:
+        """For anyone, as the files are: a machine that is to get one has no token yet. What is not there is left out."""
+        shown = []
+        for name in PROGRAMS:
+            with contextlib.suppress(NotFound):
+                data = asset(name).encode()
+                shown.append({"name": name, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)})
+        return {"version": VERSION, "programs": shown}
 
     def scrape(self, request: Request) -> Answer:
         uptime = self.clock.monotonic() - self.started
@@ -5510,6 +5591,7 @@ ROUTES = [
     Route("DELETE", "/v1/session", Scope.PUBLIC, Controller.sign_out),
     Route("GET", "/v1/audit", Scope.ADMIN, Controller.list_audit),
     Route("POST", "/v1/webhooks/github", Scope.PUBLIC, Controller.github_webhook, MAX_PUSH, Controller.admit_webhook),
+    Route("GET", "/v1/programs", Scope.PUBLIC, Controller.list_programs),
     Route("GET", "/health", Scope.PUBLIC, Controller.health),
     Route("GET", "/metrics", Scope.VIEWER, Controller.scrape),
     Route("GET", "/", Scope.PUBLIC, file("www/dashboard.html")),
@@ -5863,10 +5945,7 @@ def rows_of(app: App, room: int) -> Iterator[tuple[str, str]]:
     yield "hosts", listed(app.hosts, room)
     yield "and with", listed(app.labels, room)
     yield "order", steps_of(app)
-    yield (
-        "stops",
-        "" if most is None else f"at more than {most} failure{'' if most == 1 else 's'}" if most else "at the first failure",
-    )
+    yield "stops", "" if most is None else f"at more than {most} failure{'s' * (most != 1)}" if most else "at the first failure"
     yield from filters_of(app)
     yield from ((name, json.dumps(said)) for name in ("build", "activate", "deploy") if (said := getattr(app, name)))
     if check:

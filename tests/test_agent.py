@@ -3030,6 +3030,38 @@ def test_a_controller_that_does_not_ask_for_it_is_not_told_what_is_current(host,
     assert "current" not in beats(server)[0]
 
 
+OLD_JOB = ("id", "attempt", "app", "repo", "ref", "host", "timeout", "metadata", "spec", "assigned_agent")
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_an_older_and_a_newer_controller_are_worked_for(host, lone, scripted, newer):
+    """The older one answers no `accepts`, and of a job's spec only what the first agents knew; the newer one more than this agent knows."""
+    job, results = host.job(deploy=["cat", "page.txt"]), []
+    assert tuple(job) == OLD_JOB and set(job["spec"]) == {"clone_url", "deploy"}
+    more = {"later": {"a": [1]}} if newer else {}
+    job = {**job, **more, "spec": {**job["spec"], **more}}
+
+    def answer(path, body, token):
+        if path.endswith("register"):
+            accepts = {"accepts": ["current", "later"]} if newer else {}
+            return 200, {"id": "a1", "hostname": "h", "session": "s", **accepts, **more}, {}
+        if path.endswith("heartbeat"):
+            assert set(body) <= {"status", "running", "session", "wait", *(["current"] if newer else [])}
+            return 200, {"job": None if body["running"] or results else job, "cancel": [], **more}, {}
+        if path.endswith("logs"):
+            return 200, {"next_offset": body["offset"] + len(body["lines"]), "cancel": False, **more}, {}
+        results.append(body)
+        return 200, {"job": {}, **more}, {}
+
+    one = lone(scripted(answer).url).agent
+    one._register()
+    one._obey(one._send_heartbeat())
+    until(lambda: not one._holding())
+    assert [(body["status"], body["exit_code"]) for body in results] == [("success", 0)] and host.read() == "one\n"
+    assert set(results[0]) <= {"attempt", "status", "exit_code", "commit", "reason", "error"}
+    one._obey(one._send_heartbeat())
+
+
 def test_a_heartbeat_says_what_is_current_and_looks_at_no_folder_for_it(host, lone, scripted, health, monkeypatch):
     first = host.deploy()["commit"]
     host.deploy(app="never", build="exit 1")
@@ -3483,9 +3515,10 @@ class Gate:
 
 
 RUNNER = f"""
-import functools, sys
+import functools, os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import agent
+agent.VERSION = os.environ.get("TEST_VERSION", agent.VERSION)
 agent.Machine = functools.partial(agent.Machine, grace={GRACE})
 agent.BACKOFF_LIMIT = 0.5
 agent.HELD_FROM, agent.HELD_FOR = 1 << 20, 0.5
@@ -3578,6 +3611,16 @@ def test_an_agent_deploys_what_is_asked_for_and_tells_the_commit(site):
     second = site.submit()  # the same agent takes one after another
     assert site.ended(second)["status"] == "success"
     assert process.poll() is None
+
+
+@pytest.mark.parametrize("version, behind", [("0.0.9", True), ("0.2.0", False)])
+def test_an_agent_one_minor_version_older_or_newer_works(site, version, behind):
+    script_app(site, {"run": "#!/bin/sh\necho hello\n"}, deploy=["./run"], shared=["log/"])
+    site.start(TEST_VERSION=version)
+    job_id = site.submit()
+    assert site.ended(job_id)["status"] == "success" and site.output(job_id) == "hello"
+    (host,) = site.controller.ok("GET", "/v1/hosts")["hosts"]
+    assert (host["agent_version"], host["behind"], host["agent_status"]) == (version, behind, "online")
 
 
 def test_a_closed_controller_knows_an_agent_by_its_own_secret(make_controller, source, env, tmp_path):

@@ -174,7 +174,7 @@ def test_list_hosts(controller):
     assert STAMP.fullmatch(web.pop("last_seen"))
     assert web == {
         "hostname": "web-01", "agent_id": agent["id"], "agent_status": "online", "capabilities": {"os": "linux"},
-        "slots": 2, "drained": False, "running": 1, "pending": 1,
+        "agent_version": None, "behind": False, "slots": 2, "drained": False, "running": 1, "pending": 1,
     }  # fmt: skip
     assert (nobody["hostname"], nobody["agent_id"], nobody["agent_status"]) == ("nobody", None, "unknown")
     assert (nobody["last_seen"], nobody["running"], nobody["pending"]) == (None, 0, 1)

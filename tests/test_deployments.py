@@ -849,6 +849,17 @@ def test_a_dry_run_says_what_would_be(fleet):
     assert fleet.refused(app="web", rollback=True, dry_run=True)[0] == 409
 
 
+def test_a_dry_run_of_a_rollback_says_where_each_host_goes(fleet):
+    released(fleet, OLD)
+    fleet.deploy(NEW, hosts=["web-01"])
+    fleet.run()
+    fleet.deploy(NEWER, hosts=["web-01", "web-02"])
+    fleet.run()
+    told = fleet.deploy(None, (200,), rollback=True, dry_run=True)
+    assert [step["refs"] for step in told["plan"]["steps"]] == [{"web-01": NEW, "web-02": OLD}]
+    assert [one["host"] for one in told["skipped"]] == ["web-03", "web-04"]
+
+
 def test_labels_are_resolved_when_the_deployment_is_made(fleet):
     fleet.app(hosts=["web-01", "role=edge"])
     assert fleet.deploy("a")["deployment"]["hosts"] == 1

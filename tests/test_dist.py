@@ -2,7 +2,9 @@
 
 import ast
 import contextlib
+import hashlib
 import http.client
+import json
 import os
 import re
 import shutil
@@ -109,6 +111,13 @@ def test_one_file_serves_what_the_sources_say(alone, path, source):
     nonces = set(found.groupdict().values())
     assert len(nonces) <= 1
     assert all(f"'nonce-{nonce}'" in headers["Content-Security-Policy"] for nonce in nonces)
+
+
+def test_one_file_names_the_programs_inside_it(alone, bare):
+    programs = json.loads(get(alone, "/v1/programs")[2])["programs"]
+    sources = {name: (ROOT / name).read_bytes() for name in ("agent.py", "ctl.py")}
+    assert {one["name"]: one["sha256"] for one in programs} == {n: hashlib.sha256(d).hexdigest() for n, d in sources.items()}
+    assert json.loads(get(bare, "/v1/programs")[2])["programs"] == []
 
 
 def test_the_assets_are_all_there_and_the_file_is_python(tmp_path):
