@@ -121,6 +121,7 @@ ACCEPTS = 256  # connections that are accepted before the others go on
 RUSH = 2.0  # seconds of their time that the accepting may owe the others: thousands that connect at once cost 0.2 s
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
 COLUMNS = 80  # of a terminal
+MAX_APP_LABELS = 1000  # apps that /metrics tells apart, with up to five lines each
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
 
@@ -4448,7 +4449,8 @@ class Deployments:
             tx.add_deployment_event(deployment)
 
     def _measure(self, ended: Deployment, status: str) -> None:
-        app, metrics = ended.app if self._jobs.apps.named(ended.app) else "other", self._jobs.metrics
+        apps, metrics = self._jobs.apps, self._jobs.metrics
+        app = ended.app if apps.named(ended.app) and len(apps.all) <= MAX_APP_LABELS else "other"
         metrics.count("deploybot_deployments_ended_total", f'app="{app}",status="{status}"')
         seconds = max(0.0, self._clock.now() - unix_time(ended.created_at))
         metrics.observe("deploybot_deployment_duration_seconds", f'status="{status}"', seconds)
