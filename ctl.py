@@ -44,7 +44,7 @@ DEFAULT_TAIL = 50
 RECENT_JOBS = 20  # whose logs `logs` looks through when no job is named
 SHORT_ID = 13  # characters: the 48 bits of time of a UUIDv7
 COUNTED_ID = 18  # and the count within that time: a deployment is made in one millisecond with its jobs
-LAST_ID = "ffffffff-ffff-7fff-bfff-ffffffffffff"
+ID_LENGTH = 36  # characters of a UUID
 CANDIDATES = 5
 SHORT_COMMIT = 8
 MAX_TIMEOUT = 7 * 86400  # seconds that a job may run, as the controller has it
@@ -147,7 +147,7 @@ def short_commit(text):
 def short_ids(ids, least=SHORT_ID):
     """Each id to its start, of the one length, from `least` on, that tells all of `ids` apart."""
     wanted = set(ids)
-    length = next((n for n in range(least, 36) if len({one[:n] for one in wanted}) == len(wanted)), 36)
+    length = next((n for n in range(least, ID_LENGTH) if len({one[:n] for one in wanted}) == len(wanted)), ID_LENGTH)
     return {one: one[:length] for one in wanted}
 
 
@@ -855,7 +855,11 @@ def show_plan(screen, client, plan, skipped):
     screen.line(f"{cell(plan['app'])} ({cell(plan['repo'])}), {cell(plan['kind'])}: {strategy_words(plan['strategy'])}")
     for number, step in enumerate(plan["steps"], 1):
         start = starts.get(step["waits"], "at once")
-        screen.line(f"  {number}. {start}: {cell(short_commit(step['ref']))} on {cell(', '.join(step['hosts']))}")
+        by_ref = {}
+        for host in step["hosts"]:
+            by_ref.setdefault(step["refs"][host], []).append(host)
+        what = "; ".join(f"{short_commit(ref)} on {', '.join(hosts)}" for ref, hosts in by_ref.items())
+        screen.line(f"  {number}. {start}: {cell(what)}")
     for name in ("build", "activate", "deploy"):
         if plan[name]:
             screen.line(f"  {name}: {cell(command_words(plan[name]))}")
@@ -1157,18 +1161,15 @@ def find_delivery(client, text):
 
 def named(client, prefix):
     """[(kind, Job or Deployment)] whose id is or starts with `prefix`; deployments only where it names no single job."""
-    if len(prefix) == len(LAST_ID):
+    if len(prefix) == ID_LENGTH:
         found = [("job", unless_absent(get_job, client, prefix))]
         found = found if found[0][1] else [("deployment", unless_absent(get_deployment, client, prefix))]
         return [one for one in found if one[1]]
     jobs = [("job", job) for job in client.call("GET", "/v1/jobs", {"id": prefix, "limit": CANDIDATES})["jobs"]]
     if len(jobs) == 1:
         return jobs
-    last, page = prefix + LAST_ID[len(prefix) :], None  # the greatest id that starts so: ids sort by time
-    if re.sub("[0-9a-f]", "f", last) == re.sub("[0-9a-f]", "f", LAST_ID):
-        page = unless_absent(client.call, "GET", "/v1/deployments", {"before": last, "limit": CANDIDATES})
-    page = page or {"deployments": ()}
-    return [("deployment", one) for one in page["deployments"] if one["id"].startswith(prefix)] + jobs
+    page = unless_absent(client.call, "GET", "/v1/deployments", {"id": prefix, "limit": CANDIDATES}) or {"deployments": ()}
+    return [("deployment", one) for one in page["deployments"]] + jobs
 
 
 def find(client, text, deliveries=False):

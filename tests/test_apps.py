@@ -426,8 +426,8 @@ def test_what_is_left_out_has_its_default(read):
 
 
 def test_hosts_may_be_labels_alone(read, tmp_path):
-    (web,) = read(entry(hosts=["role=edge", "az=eu-1/b"]))
-    assert (web.hosts, web.labels) == ((), ("az=eu-1/b", "role=edge"))
+    (web,) = read(entry(hosts=["role=edge", "az=eu-1b"]))
+    assert (web.hosts, web.labels) == ((), ("az=eu-1b", "role=edge"))
 
 
 @pytest.mark.parametrize(
@@ -570,6 +570,11 @@ REFUSED = [
             )
         ]
     ),
+    ("health_check", {"url": "http://h/", "timeout": "0s"}, "health_check.timeout: must be a duration"),
+    ("health_check", {"url": "http://me@h/"}, "health_check.url: must not hold a password or token"),
+    ("shared", ["a", "a/"], "shared: a lies within a, which is shared already"),
+    ("shared", ["b", "a/b/c", "a/"], "shared: a/b/c lies within a, which is shared already"),
+    ("hosts", ["h1", "Role=x"], "hosts: 'Role=x' must be a host name as in RFC 1123"),
     ("rollback_on_failure", "yes", "rollback_on_failure: must be true or false"),
     (
         "notify/0/events",

@@ -800,7 +800,7 @@ def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, con
     assert result.code == 0 and result.out.endswith(", apps: 1\n")
     assert json.loads(run("reload", "--json").out)["apps"] == 1
     assert [one["name"] for one in json.loads(run("apps", "--json").out)["apps"]] == ["web"]
-    assert re.search(r"^web +myorg/web +web-01 +- .* default branch +-$", run("apps").out, re.MULTILINE)
+    assert re.search(r"^web +myorg/web +web-01 +- .* default branch +all hosts at once$", run("apps").out, re.MULTILINE)
     controller.apps_file.write_text('{"apps": [\n {"name": "web", "repo": "no repo", "hosts": ["web-01"],\n "no": 1}\n]}')
     result = run("reload")
     assert (result.code, result.out) == (ctl.REFUSED, "")
