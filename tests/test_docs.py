@@ -79,7 +79,9 @@ RUN_BY = {
 
 def shell_of(name):
     """(why it is not run or None, text) of each block of shell."""
-    found = re.findall(r"^(?:<!-- not run: ([^\n]+) -->\n)?```(?:sh|shell|bash|console)\n(.*?)^```$", (ROOT / name).read_text(), re.M | re.S)
+    found = re.findall(
+        r"^(?:<!-- not run: ([^\n]+) -->\n)?```(?:sh|shell|bash|console)\n(.*?)^```$", (ROOT / name).read_text(), re.M | re.S
+    )
     return [(why or None, text) for why, text in found]
 
 
@@ -234,6 +236,7 @@ def test_a_branch_goes_to_staging_and_a_tag_to_production_by_its_canary(make_con
 STAND_INS = {
     "sudo": 'exec "$@"',
     "systemctl": 'echo "$*" >> "$STATE/restarts"; if [ -e health ]; then cp health "$STATE/health"; fi',
+    "python3": f'{sys.executable} "$@" --without-pip && printf "#!/bin/sh\\necho \\$* > installed\\n" > .venv/bin/pip && chmod +x .venv/bin/pip',
     "npm": 'echo "$*" >> "$STATE/npm"; mkdir -p .npm-cache; touch .npm-cache/seen; if [ "$1" = ci ]; then mkdir node_modules; fi',
 }
 
@@ -363,6 +366,7 @@ def test_node_and_python_build_into_the_release_and_share_what_is_to_stay(cook):
     ]  # fmt: skip
     assert (web / "node_modules").is_dir() and (web / "uploads").is_symlink()
     assert (web.parent / "shared/.npm-cache/seen").exists()
+    assert (jobs / "installed").read_text() == "install --quiet --cache-dir .pip-cache --requirement requirements.txt\n"
     assert (jobs / ".venv/bin/python").exists() and not (jobs / ".venv").is_symlink()
     assert (kitchen.state / "restarts").read_text() == "restart web\nrestart jobs\n"
 
