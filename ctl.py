@@ -913,7 +913,11 @@ def show_plan(screen, client, plan, skipped):
     screen.line(f"{cell(plan['app'])} ({cell(plan['repo'])}), {cell(plan['kind'])}: {strategy_words(plan['strategy'])}")
     for number, step in enumerate(plan["steps"], 1):
         start = starts.get(step["waits"], "at once")
-        screen.line(f"  {number}. {start}: {cell(short_commit(step['ref']))} on {cell(', '.join(step['hosts']))}")
+        by_ref = {}
+        for host in step["hosts"]:
+            by_ref.setdefault(step["refs"][host], []).append(host)
+        what = "; ".join(f"{short_commit(ref)} on {', '.join(hosts)}" for ref, hosts in by_ref.items())
+        screen.line(f"  {number}. {start}: {cell(what)}")
     for name in ("build", "activate", "deploy"):
         if plan[name]:
             screen.line(f"  {name}: {cell(command_words(plan[name]))}")
@@ -1013,8 +1017,8 @@ def show_hosts(screen, hosts):
     rows = []
     for host in hosts:
         counts = [host[name] for name in ("running", "pending", "slots")]
-        drained = "drained" if host["drained"] else " "
-        rows.append([host["hostname"], host["agent_status"], ago(host["last_seen"]), *counts, drained])
+        marks = ["drained"] * bool(host["drained"]) + [f"behind: {host.get('agent_version')}"] * bool(host.get("behind"))
+        rows.append([host["hostname"], host["agent_status"], ago(host["last_seen"]), *counts, ", ".join(marks) or " "])
     screen.table(["HOST", "AGENT", "LAST SEEN", "RUNNING", "PENDING", "SLOTS", ""], rows, shrink=("HOST",))
 
 

@@ -121,6 +121,7 @@ ACCEPTS = 256  # connections that are accepted before the others go on
 RUSH = 2.0  # seconds of their time that the accepting may owe the others: thousands that connect at once cost 0.2 s
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
 COLUMNS = 80  # of a terminal
+MAX_APP_LABELS = 1000  # apps that /metrics tells apart, with up to five lines each
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
 
@@ -380,7 +381,7 @@ GRANTS = {Scope.VIEWER: {Scope.VIEWER}, Scope.OPERATOR: {Scope.VIEWER, Scope.OPE
 LEVELS = ("debug", "info", "warning", "error")
 LINE = ("message", "level", "timestamp")  # of a log
 ENDED_WORDS = ("success", "failed", "cancelled")
-NOTIFY_EVENTS = ("started", "success", "failed", "recovered")
+NOTIFY_EVENTS = ("failed", "recovered", "success", "stuck")
 NOTIFY_FORMATS = ("json", "slack")
 # What a job's agent gets of its app.
 IN_SPEC = ("clone_url", "build", "activate", "deploy", "env", "shared", "keep_releases", "health_check", "rollback_on_failure")
@@ -1232,7 +1233,7 @@ def web_url(value: Any) -> str:
     raise ValueError("must be a URL that starts with http:// or https://")
 
 
-is_label = matches(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}=[A-Za-z0-9._:/@+-]{1,63}", "a label such as role=edge")
+is_label = matches(r"[a-z0-9_.-]{1,63}=[A-Za-z0-9_.-]{1,63}", "a label such as role=edge")  # as agent.py takes it
 
 
 def is_group_or_host(text: str) -> str | None:
@@ -1296,6 +1297,8 @@ class HealthCheck(Part):
             entry.wrong("command", "stands instead of url; keep one")
         elif url is command:
             entry.wrong("url", "is required, or a command")
+        if self.url and "@" in urllib.parse.urlsplit(self.url).netloc:
+            entry.wrong("url", "must not hold a password or token: use a command")
 
 
 @dataclasses.dataclass(slots=True)
@@ -1350,6 +1353,10 @@ class App(Part):
     def check(self, entry: Entry) -> None:
         if self.deploy and (self.build or self.activate):
             entry.wrong("deploy", "stands instead of build and activate; keep one form")
+        paths = sorted(path.removesuffix("/") + "/" for path in self.shared)
+        for outer, inner in itertools.pairwise(paths):
+            if inner.startswith(outer):
+                entry.wrong("shared", f"{inner[:80].rstrip('/')} lies within {outer[:80].rstrip('/')}, which is shared already")
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1804,8 +1811,7 @@ class Queries:
         if to:
             found = self.one(f'SELECT "commit" {such} AND substr("commit", 1, ?) = ? ORDER BY id DESC', app, host, len(to), to)
         else:
-            first = f"""SELECT max(id) {such} AND "commit" = ?
-                AND coalesce((SELECT kind FROM deployments WHERE deployments.id = deployment_id), '') != 'rollback'"""
+            first = f"""SELECT max(id) {such} AND "commit" = ? AND spec NOT LIKE '%,"reuse":true}}'"""
             sql = f'SELECT "commit" {such} AND id < ({first}) AND "commit" != ? ORDER BY id DESC'
             found = self.one(sql, app, host, app, host, current, current)
         return current, found and found[0]
@@ -1818,9 +1824,8 @@ class Queries:
         columns = ", ".join(f'"{name}"' for name in DELIVERY_COLUMNS)
         sql = f"SELECT {columns} FROM deliveries WHERE {where} ORDER BY rowid DESC LIMIT ?"
         rows = self.rows(sql, *(value for _, value in parts if value), limit)
-        return [
-            dict(zip(("id", *DELIVERY_COLUMNS[1:-1], "outcomes"), (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows
-        ]
+        names = ("id", *DELIVERY_COLUMNS[1:-1], "outcomes")
+        return [dict(zip(names, (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows]
 
     def running_apps(self, host: str) -> list[str]:
         sql = "SELECT app FROM jobs INDEXED BY jobs_running WHERE host = ? AND status = 'running'"
@@ -1943,6 +1948,7 @@ class Tx(Queries):
         self.added: list[Event] = []
         self.opened: dict[int, list[str]] = {}  # key_of() a deployment to ids of jobs that it makes
         self.learned: dict[Any, Any] = {}  # what `recent` learns with the COMMIT
+        self._tallies: dict[str, collections.Counter[str]] = {}  # deployment to what is added to its counts with the next change
         self.due: dict[str, Callable[[Tx, str], Any]] = {}  # what to do with that key before the part ends, once for many reasons
         self._put_off: dict[str, list[tuple[Any, ...]]] = {}  # INSERT INTO table to rows that SQLite does not have yet
         # Of the part that runs: what it learned, how many rows were put off before it, whether SQLite has changes of it.
@@ -1961,6 +1967,7 @@ class Tx(Queries):
             self.settle()
         except Exception as error:
             self.due.clear()
+            self._tallies.clear()
             if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
                 raise
             if self._is_changed or not isinstance(error, DeployBotError):  # it may have met a row of another part
@@ -2065,8 +2072,15 @@ class Tx(Queries):
         self.add("new_jobs", *job, self.position, data, address, action, detail)
         self.added.append(Event(self.position, 1, "job", job.id, job.host, job.app, job.attempt, 0, data))
 
-    def change_deployment(self, deployment_id: str, by: Mapping[str, int] = NOTHING, **columns: Any) -> Deployment:
-        """With these columns; `by`: counts to what is added to them."""
+    def tally(self, deployment_id: str, counts: Mapping[str, int]) -> None:
+        """Adds to the counts of a deployment, once for many jobs."""
+        self._tallies.setdefault(deployment_id, collections.Counter()).update(counts)
+
+    def deployment(self, deployment_id: str) -> Deployment:
+        return self.change_deployment(deployment_id) if deployment_id in self._tallies else super().deployment(deployment_id)
+
+    def change_deployment(self, deployment_id: str, **columns: Any) -> Deployment:
+        by = self._tallies.pop(deployment_id, NOTHING)
         sets = ", ".join([*(f"{name} = {name} + ?" for name in by), *(f"{name} = ?" for name in columns)])
         sql = f"UPDATE deployments SET {sets} WHERE id = ? RETURNING {DEPLOYMENT_COLUMNS}"
         return Deployment._make(self._do(sql, *by.values(), *columns.values(), deployment_id).fetchone())
@@ -2415,6 +2429,14 @@ class Store:
         finally:
             self._readers.put(reader)
 
+    def space(self) -> list[int]:
+        """Bytes: free for the database, of it, of its WAL. Raises Unavailable."""
+        try:
+            disk = os.statvfs(self.path)
+            return [disk.f_bavail * disk.f_frsize, *(os.stat(f"{self.path}{end}").st_size for end in ("", "-wal"))]
+        except OSError as error:
+            raise Unavailable(f"the database cannot be looked at: {error.strerror}") from None
+
     def close(self) -> None:
         """After the last write. Readers that still work are waited for."""
         if self._replicated:  # the last one to close writes the WAL back and removes it, unless it may only read
@@ -2505,6 +2527,12 @@ class JobQueue:
         lane = self._lanes.get(host)
         return lane is not None and bool(lane.waiting)
 
+    def oldest(self, drained: Set[str]) -> str | None:
+        """Of all jobs that wait, but for these hosts, the id of the one made first."""
+        with self._lock:
+            lanes = ((host, lane.waiting) for host, lane in self._lanes.items())
+            return min((waiting[0][0] for host, waiting in lanes if waiting and host not in drained), default=None)
+
     def take(self, host: str, busy: frozenset[str] | None, ticket: int, deadline: float) -> tuple[str, str] | None:
         """The oldest (job id, app) whose app is not busy; None at the deadline (monotonic), after a wake() or at the end.
         `busy` None: wants no job, waits for a wake() alone."""
@@ -2593,45 +2621,86 @@ class EventHub:
 
 
 # == Metrics ===========================================================================================================
-# Owns counters and their text. Ignores what is counted.
+# Owns counters, histograms and their text. Ignores what is counted.
 
 METRICS = {
-    "deploybot_deployments_ended_total": "Deployments ended, by status.",
+    "deploybot_deployments_ended_total": "Deployments ended, by app of apps.yaml (else other) and status.",
     "deploybot_http_requests_total": "Requests answered, by method, route and status.",
     "deploybot_jobs_created_total": "Jobs created.",
     "deploybot_jobs_ended_total": "Jobs ended, by status and reason.",
     "deploybot_log_lines_total": "Log lines stored.",
     "deploybot_webhook_deliveries_total": "Deliveries to the webhook, by outcome.",
+    "deploybot_deployment_duration_seconds": "From the making of a deployment to its end, by status.",
+    "deploybot_http_request_duration_seconds": "From the end of a request's head to its answer, parking included.",
+    "deploybot_queue_wait_seconds": "How long a job waited in the queue for its agent.",
     "deploybot_queue_jobs": "Jobs that wait for an agent.",
+    "deploybot_queue_oldest_job_age_seconds": "Age of the oldest of them whose host is not drained; 0 without one.",
     "deploybot_running_jobs": "Jobs that an agent holds.",
     "deploybot_agents_online": "Agents with contact within --agent-timeout.",
     "deploybot_agents_registered": "Agents registered.",
+    "deploybot_agents_oldest_contact_age_seconds": "Since the last contact of the agent that is silent for longest; drained hosts aside.",
+    "deploybot_disk_free_bytes": "Free for the controller on the file system of the database.",
+    "deploybot_database_size_bytes": "Size of the database.",
+    "deploybot_database_wal_size_bytes": "Size of its write-ahead log.",
     "deploybot_http_connections": "Open connections.",
     "deploybot_uptime_seconds": "Seconds since the start.",
 }
+# Upper ends in seconds: of a request, milliseconds to a parked heartbeat; of waiting, a parked agent to one that is off for a night.
+BUCKETS: dict[str, tuple[float, ...]] = {
+    "deploybot_deployment_duration_seconds": (1, 5, 15, 30, 60, 120, 300, 600, 1800, 3600, 14_400),
+    "deploybot_http_request_duration_seconds": (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30),
+    "deploybot_queue_wait_seconds": (0.1, 1, 5, 15, 60, 300, 900, 3600, 14_400, 43_200),
+}
+Labels = str | tuple[str, str, int]  # as they stand in the text; of a request, its method, route and status
+
+
+def samples(name: str, labels: str, value: Any) -> Iterator[str]:
+    """Of a histogram `value` is a list: how many in each bucket, how many beyond, and the sum of all."""
+    if isinstance(value, list):
+        counts, comma = list(itertools.accumulate(value[:-1])), "," if labels else ""
+        for end, count in zip([*map("{:g}".format, BUCKETS[name]), "+Inf"], counts, strict=True):
+            yield from samples(f"{name}_bucket", f'{labels}{comma}le="{end}"', count)
+        yield from (*samples(f"{name}_sum", labels, value[-1]), *samples(f"{name}_count", labels, counts[-1]))
+    else:
+        yield f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}"
 
 
 class Metrics:
-    """Counters by name and labels, in Prometheus's text format (https://prometheus.io/docs/instrumenting/exposition_formats/)."""
+    """In Prometheus's text format (https://prometheus.io/docs/instrumenting/exposition_formats/). Labels are our own words only."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()  # guards _counts
+        self._lock = threading.Lock()  # guards both
         self._counts: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._tallies: dict[tuple[str, Labels], list[float]] = {}
 
     def count(self, name: str, labels: str = "", by: int = 1) -> None:
-        """`labels` as they stand in the text, made of our own words only."""
         with self._lock:
             self._counts[name, labels] += by
 
-    def text(self, gauges: Mapping[str, float]) -> str:
-        lines: list[str] = []
+    def observe(self, name: str, labels: Labels, seconds: float) -> None:
+        """With requests by status, text() counts them as well: each of them pays for one look-up."""
+        ends = BUCKETS[name]
         with self._lock:
-            counted = sorted(self._counts.items())
-        samples = [*counted, *(((name, ""), value) for name, value in gauges.items())]
-        for name, group in itertools.groupby(samples, key=lambda sample: sample[0][0]):
-            lines += [f"# HELP {name} {METRICS[name]}", f"# TYPE {name} {'gauge' if name in gauges else 'counter'}"]
-            lines += [f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}" for (_, labels), value in group]
-        return "\n".join(lines) + "\n"
+            tally = self._tallies.get((name, labels)) or self._tallies.setdefault((name, labels), [0] * (len(ends) + 2))
+            tally[bisect.bisect_left(ends, seconds)] += 1
+            tally[-1] += seconds
+
+    def text(self, gauges: Mapping[str, float]) -> str:
+        with self._lock:
+            told: dict[tuple[str, str], Any] = dict(self._counts)
+            tallies = [(key, list(tally)) for key, tally in self._tallies.items()]
+        for (name, labels), tally in tallies:
+            words = labels if isinstance(labels, str) else 'method="{}",route="{}"'.format(*labels)
+            if words != labels:
+                told["deploybot_http_requests_total", f'{words},status="{labels[2]}"'] = sum(tally[:-1])
+            told[name, words] = [*map(sum, zip(told.get((name, words), [0] * len(tally)), tally, strict=True))]
+        lines: dict[str, list[str]] = collections.defaultdict(list)
+        for (name, words), value in (*sorted(told.items()), *(((name, ""), value) for name, value in gauges.items())):
+            lines[name] += samples(name, words, value)
+        for name, some in lines.items():
+            kind = "histogram" if name in BUCKETS else "gauge" if name in gauges else "counter"
+            some[:0] = f"# HELP {name} {METRICS[name]}", f"# TYPE {name} {kind}"
+        return "\n".join(itertools.chain.from_iterable(lines.values())) + "\n"
 
 
 # == Auth ==============================================================================================================
@@ -2938,7 +3007,7 @@ def segment_expression(segment: str) -> str:
     """Of what stands between two slashes. It matches in one way or none, so nothing is tried twice."""
     first, *rest = ["".join("[^/]" if char == "?" else re.escape(char) for char in part) for part in re.split(r"\*+", segment)]
     inner = "".join(f"(?>[^/]*?{part})" for part in rest[:-1])
-    return f"(?>{first}{inner}{f'[^/]*{rest[-1]}(?![^/])' if rest else ''})"
+    return first + inner + (f"[^/]*{rest[-1]}(?![^/])" if rest else "")
 
 
 def path_expression(pattern: str) -> str:
@@ -3100,6 +3169,12 @@ ALTHOUGH = ", although it is locked"  # of what the audit says
 NOTHING_YET = (None,) * (Job._fields.index("retry_of") - Job._fields.index("started_at"))  # of a job that has not run
 
 
+def release(version: Any) -> tuple[int, ...]:
+    """(1, 2, 3) of 1.2.3, () of what is no such version."""
+    found = re.fullmatch(r"([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})", version) if isinstance(version, str) else None
+    return tuple(map(int, found.groups())) if found else ()
+
+
 class Terms(NamedTuple):
     """What a deployment says of its jobs."""
 
@@ -3152,9 +3227,7 @@ class Jobs:
         self.store, self.queue, self.hub, self.apps, self.metrics = store, queue, hub, apps, metrics
         self.config, self.clock = config, clock
         store.announce = hub.publish
-        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: (
-            None
-        )  # told of each job with a deployment that changes
+        self.moved: Callable[[Tx, Job, Job], None] = lambda tx, before, after: None  # told of each change of a deployment's job
         self.locks: dict[str, Lock] = {}  # app to its lock; changed by effects, as the seven below
         # The seven below are changed by effects of transactions alone, so by one thread at a time, the one that holds Store._writer;
         # read without a lock, by single look-ups and list().
@@ -3246,16 +3319,14 @@ class Jobs:
         log.info("agent of %s registered", agent.hostname)
         return agent
 
-    def heartbeat(
-        self, agent_id: str, beat: Heartbeat, principal: Principal, connected: Connected
-    ) -> tuple[Job | None, list[str], int]:
+    def heartbeat(self, agent_id: str, beat: Heartbeat, by: Principal, connected: Connected) -> tuple[Job | None, list[str], int]:
         """(a job or None, ids of jobs to stop, seconds to the next call); renews the agent's leases, parks for `beat.wait` seconds.
         `connected` says whether the client is still there; a call whose client has gone claims nothing.
         Raises NotFound (register again) and Conflict (a newer session has this host)."""
         arrived = next(self._ticks)
         agent = self._agents.get(agent_id) or self._agent(agent_id)
-        if principal.host != agent.hostname:
-            principal.speaks_for(agent.hostname)
+        if by.host != agent.hostname:
+            by.speaks_for(agent.hostname)
         if beat.session != agent.session or not agent.session:
             self._check_session(agent, beat.session)
         # A heartbeat that was held up until its client went may come behind the farewell.
@@ -3412,6 +3483,7 @@ class Jobs:
         claimed = tx.change_job(job, status=Status.RUNNING, attempt=job.attempt + 1, started_at=self.clock.stamp(), **taker)
         self._announce(tx, claimed, job)
         tx.after(self._lease, claimed)
+        tx.after(self.metrics.observe, "deploybot_queue_wait_seconds", "", max(0.0, self.clock.now() - unix_time(job.queued_at)))
         return claimed
 
     # -- what an agent says of its job -------------------------------------------------------------------------------
@@ -3499,7 +3571,14 @@ class Jobs:
         if lock and not asked.override:
             raise Conflict(f"{lock}: unlock it, or ask with override")
         draft, more = self.draft(asked, app, principal), ALTHOUGH if lock else ""
-        job, created = self.store.write(lambda tx: self.add(tx, draft, asked.force, principal, "job.create", more))
+
+        def do(tx: Tx) -> tuple[Job, bool]:
+            job, created = self.add(tx, draft, asked.force, principal, "job.create", more)
+            if not created and asked.override and job.hold == Hold.LOCK:  # it would wait for the lock
+                return self.add(tx, draft, True, principal, "job.create", more)
+            return job, created
+
+        job, created = self.store.write(do)
         return job, created, self._warning(job, asked)
 
     def check_allowed(self, principal: Principal, name: str, host: str) -> None:
@@ -3542,10 +3621,10 @@ class Jobs:
     def add(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "", more: str = "") -> tuple[Job, bool]:
         """(job, whether it was made now); `action`: of the audit row, where that is not the caller's; `more`: what it says beside."""
         wanted, text = draft
-        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
-        existing = None if force else self._existing(tx, key, wanted)
+        existing = None if force else self.same(tx, draft)
         if existing:
             return existing, False
+        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
         job = Job(self._new_id(), *wanted[1:])
         text = text.replace('""', f'"{job.id}"', 1)
         tx.learn(job.id, (job, text))
@@ -3560,8 +3639,10 @@ class Jobs:
             self.queue.put(job.host, job.id, job.app)
         self.metrics.count("deploybot_jobs_created_total")
 
-    def _existing(self, tx: Tx, key: int, wanted: Job) -> Job | None:
+    def same(self, tx: Tx, draft: tuple[Job, str]) -> Job | None:
         """The pending or running job of exactly this, if there is one that nobody wants to end."""
+        wanted = draft[0]
+        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
         for job_id in (*self._open.get(key, ()), *tx.opened.get(key, ())):
             with contextlib.suppress(NotFound):  # what would have made it has failed
                 job = tx.job(job_id)
@@ -3660,13 +3741,17 @@ class Jobs:
 
     def host(self, name: str) -> dict[str, Any]:
         agent, running = self._by_host.get(name), len(self._leases.get(name, ()))
+        capabilities = json.loads(agent.capabilities) if agent else {}
+        version = release(capabilities.get("agent"))
         is_online = agent and agent.online and self.clock.monotonic() - agent.contact <= self.config.agent_timeout
         return {
             "hostname": name,
             "agent_id": agent.id if agent else None,
             "agent_status": ("online" if is_online else "offline") if agent else "unknown",
             "last_seen": self._last_seen(agent) if agent else None,
-            "capabilities": json.loads(agent.capabilities) if agent else {},
+            "capabilities": capabilities,
+            "agent_version": capabilities["agent"] if version else None,
+            "behind": () < version < release(VERSION),
             "slots": agent.slots if agent else 1,
             "drained": bool(agent and agent.drained),
             "running": running,
@@ -3903,13 +3988,11 @@ class Jobs:
         tx.after(self._tell_cancel, asked)
         return asked
 
-    def end_pending(
-        self, tx: Tx, jobs: list[Job], reason: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS
-    ) -> None:
+    def end_pending(self, tx: Tx, jobs: list[Job], why: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS) -> None:
         """Ends many that wait; `by`: host to the job that takes its place."""
         waited: dict[str, set[str]] = collections.defaultdict(set)
         for job in jobs:
-            self.end(tx, job, Status.CANCELLED, reason, error=error, superseded_by=by.get(job.host))
+            self.end(tx, job, Status.CANCELLED, why, error=error, superseded_by=by.get(job.host))
             waited[job.host].add(job.id)
         for host, job_ids in waited.items():
             tx.after(self.queue.remove, host, job_ids)
@@ -3922,7 +4005,9 @@ class Jobs:
         return ready
 
     def hold(self, tx: Tx, job: Job, why: Hold) -> None:
-        self._announce(tx, tx.change_job(job, hold=why))
+        self._announce(tx, tx.change_job(job, hold=why), None if job.hold else job)
+        if job.hold is None:
+            tx.after(self.queue.remove, job.host, {job.id})
 
     def _remember(self, agent: Agent) -> None:
         old = self._by_host.get(agent.hostname)
@@ -3962,25 +4047,34 @@ class Jobs:
         self.queue.wake(job.host)
 
     def gauges(self) -> dict[str, float]:
-        agents, oldest = list(self._agents.values()), self.clock.monotonic() - self.config.agent_timeout
+        """What is so now. Of a drained host nobody expects anything."""
+        now, agents = self.clock.monotonic(), list(self._agents.values())
+        last = min((agent.contact for agent in agents if not agent.drained), default=now)
+        oldest = self.queue.oldest({agent.hostname for agent in agents if agent.drained})
+        made = int(oldest.replace("-", "")[:12], 16) if oldest else self.clock.ms()  # ids begin with the time
+        free, database, wal = self.store.space()
         return {
             "deploybot_queue_jobs": self.queue.depth,
+            "deploybot_queue_oldest_job_age_seconds": max(0, self.clock.ms() - made) / 1000,
             "deploybot_running_jobs": sum(map(len, list(self._leases.values()))),
-            "deploybot_agents_online": sum(agent.online and agent.contact >= oldest for agent in agents),
+            "deploybot_agents_online": sum(agent.online and agent.contact >= now - self.config.agent_timeout for agent in agents),
             "deploybot_agents_registered": len(agents),
+            "deploybot_agents_oldest_contact_age_seconds": now - last,
+            "deploybot_disk_free_bytes": free,
+            "deploybot_database_size_bytes": database,
+            "deploybot_database_wal_size_bytes": wal,
         }
 
 
 # == Deployments =======================================================================================================
 # Owns groups of jobs: pushes, strategies, locks, rollback. Ignores HTTP, argv, and how a single job runs.
 
+HELD = "status = 'pending' AND hold IS NOT NULL"
 SETTLED = ("deployed", "locked", "duplicate", "older")
 
 
 def what(deployment: Deployment) -> str:
-    return (
-        f"{deployment.kind} of {deployment.app} {deployment.ref} on {deployment.hosts} host{'' if deployment.hosts == 1 else 's'}"
-    )
+    return f"{deployment.kind} of {deployment.app} {deployment.ref} on {deployment.hosts} host{'s' * (deployment.hosts != 1)}"
 
 
 def outcome(deployment: Deployment) -> str | None:
@@ -4016,7 +4110,7 @@ class Plan(NamedTuple):
     override: bool = False
     force: bool = False
     retry_of: str | None = None
-    retries: Mapping[str, str] = NO_JOBS  # host to the job that is tried again
+    retries: Mapping[str, Job] = {}  # host to the job that is tried again
 
     def steps(self) -> list[list[tuple[str, str]]]:
         """The batches, the canary's first."""
@@ -4036,13 +4130,17 @@ class Plan(NamedTuple):
 
     def public(self, lock: Lock | None) -> dict[str, Any]:
         waits = [None, "pause" if self.canary() and self.app.strategy.pause else "success", *["success"] * len(self.targets)]
-        steps = [
-            {"hosts": [host for host, _ in step], "ref": step[0][1], "waits": wait}
-            for step, wait in zip(self.steps(), waits, strict=False)
-        ]
+        pairs = zip(self.steps(), waits, strict=False)
+        steps = [{"hosts": [host for host, _ in step], "refs": dict(step), "waits": wait} for step, wait in pairs]
         commands = {name: getattr(self.app, name) for name in ("build", "activate", "deploy", "health_check")}
         told = {"app": self.app.name, "repo": self.app.repo, "kind": self.kind, "strategy": self.strategy(), "steps": steps}
         return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
+
+
+def held(draft: Job, hold: Hold | None) -> tuple[Job, str]:
+    """As Jobs.draft() makes it."""
+    job = draft._replace(hold=hold)
+    return job, dump(job.public())
 
 
 class Made(NamedTuple):
@@ -4131,7 +4229,8 @@ class Deployments:
         return targets, skipped
 
     def retry(self, deployment_id: str, by: Principal) -> tuple[Plan, Made]:
-        """The hosts whose job ended without success, as a new deployment by the mapping in force. Raises Conflict while it is open."""
+        """The hosts whose job ended without success, as a new deployment by the mapping in force; it passes the lock and goes back where
+        that did. Raises Conflict while it is open."""
         with self._store.read() as db:
             old = db.deployment(deployment_id)
             failed = db.jobs_of(old.id, "status IN ('failed', 'cancelled')")
@@ -4139,21 +4238,21 @@ class Deployments:
         if old.completed_at is None:
             raise Conflict(f"deployment {old.id} is {old.status}: cancel it, or wait")
         app = self._app(old.app, by)
-        known, refs = self._jobs.hosts_of(app), {job.host: job for job in failed}
+        known, refs = {*self._jobs.hosts_of(app)}, {job.host: job for job in failed}
         hosts = [host for host in refs if host in known]
         if not hosts:
-            raise Conflict(
-                f"deployment {old.id} has no host to try again: " + ("all succeeded" if not refs else "none is the app's now")
-            )
+            why = "none is the app's now" if refs else "all succeeded"
+            raise Conflict(f"deployment {old.id} has no host to try again: {why}")
         targets = [(host, refs[host].ref) for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
         skipped = [{"host": host, "reason": f"is no host of {app.name} now"} for host in refs if host not in known]
         told = {"app": app.name, "trigger": "retry"}
-        plan = Plan(app, Kind.RETRY, old.ref, targets, skipped, old.branch, told, retry_of=old.id)
-        plan = plan._replace(retries={host: job.id for host, job in refs.items()})
+        plan = Plan(app, Kind.RETRY, old.ref, targets, skipped, old.branch, told, bool(old.override), retry_of=old.id)
+        plan = plan._replace(retries=refs)
         make = self._maker(plan, by, "deployment.retry")
 
         def do(tx: Tx) -> Made:
-            if lock := tx.lock_of(app.name):
+            lock = None if plan.override else tx.lock_of(app.name)
+            if lock:
                 raise Conflict(f"{lock}: unlock it first (ctl.py unlock --app {lock.app})")
             return make(tx)
 
@@ -4251,30 +4350,34 @@ class Deployments:
             new = self._new_id()
         steps = plan.steps()
         hold = Hold.LOCK if plan.app.name in self._jobs.locks and not plan.override else Hold.BATCH if len(steps) > 1 else None
-        terms, told = Terms(new, hold, plan.kind is Kind.ROLLBACK), dict(plan.metadata)
-        drafts = []
+        told, drafts = dict(plan.metadata), []
         for host, ref in itertools.chain.from_iterable(steps):
-            asked = JobRequest(plan.app.repo, ref, host, plan.app.name, told)
-            drafts.append(self._jobs.draft(asked, plan.app, by, plan.retries.get(host), terms))
+            asked, old = JobRequest(plan.app.repo, ref, host, plan.app.name, told), plan.retries.get(host)
+            terms = Terms(new, hold, old.spec.endswith(REUSES) if old else plan.kind is Kind.ROLLBACK)
+            drafts.append(self._jobs.draft(asked, plan.app, by, old and old.id, terms))
 
         def do(tx: Tx) -> Made:
-            found = [self._jobs.add(tx, draft, plan.force, by) for draft in drafts]
-            jobs, others = [job for job, created in found if created], [job for job, created in found if not created]
+            is_locked = not plan.override and tx.lock_of(plan.app.name) is not None  # by now: the drafts may be older
+            first = hold or (Hold.LOCK if is_locked else None)
+            found = self._add(tx, plan, [draft if hold == first else held(draft[0], first) for draft in drafts], by)
+            jobs, there = [job for job, created in found if created], [job for job, created in found if not created]
             if not jobs:
-                there = next((job.deployment_id for job in others if job.deployment_id), None)
-                return Made(tx.deployment(there) if there else None, others, False)
+                known = next((job.deployment_id for job in there if job.deployment_id), None)
+                self._supersede(tx, plan, known, [], there)
+                tx.settle()
+                return Made(tx.deployment(known) if known else None, [tx.job(job.id) for job in there], False)
             deployment = self._first_row(new, plan, jobs, by, delivery)
             tx.add("deployments", *deployment)
             tx.add_deployment_event(deployment)
             if action:
                 said = what(deployment) + (ALTHOUGH if plan.override and tx.lock_of(plan.app.name) else "")
                 tx.audited(self._clock.stamp(), by, action, new, said)
-            self._supersede(tx, deployment, jobs)
-            if hold:
+            self._supersede(tx, plan, new, jobs, there)
+            if first:
                 tx.due[new] = self._step
                 tx.settle()
                 deployment, jobs = tx.deployment(new), tx.jobs_of(new)
-            left_out = [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in others]
+            left_out = [{"host": job.host, "reason": f"the same is under way: job {job.id}"} for job in there]
             return Made(deployment, jobs, True, left_out)
 
         return do
@@ -4288,25 +4391,40 @@ class Deployments:
         row = row._replace(override=int(plan.override), retry_of=plan.retry_of, delivery_id=delivery)
         return row._replace(created_at=now, created_by=by.name)
 
-    def _supersede(self, tx: Tx, new: Deployment, jobs: list[Job]) -> None:
-        """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun ends. A rollback ends what
-        any deployment of the app has not begun."""
-        if new.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
+    def _add(self, tx: Tx, plan: Plan, drafts: list[tuple[Job, str]], by: Principal) -> list[tuple[Job, bool]]:
+        """As Jobs.add() each. What passes the lock does not wait for the same that is held. What goes back is the same as a whole or
+        not at all, as all else that waits is ended for it."""
+        same = [None if plan.force else self._jobs.same(tx, draft) for draft in drafts]
+        is_new = plan.kind is Kind.ROLLBACK and not all(job and job.spec.endswith(REUSES) for job in same)
+        found = []
+        for draft, job in zip(drafts, same, strict=True):
+            waits = job and job.status == Status.PENDING and (is_new or (plan.override and job.hold == Hold.LOCK))
+            found.append((job, False) if job and not waits else self._jobs.add(tx, draft, True, by))
+        return found
+
+    def _supersede(self, tx: Tx, plan: Plan, new: str | None, jobs: list[Job], there: list[Job]) -> None:
+        """Latest wins: what older pushes to that branch, or to any while the app is locked, have not begun on these hosts ends. A
+        rollback ends what any deployment of the app has not begun. `there`: of what is the same, nothing ends."""
+        if plan.kind not in (Kind.PUSH, Kind.HOOK, Kind.ROLLBACK):
             return
-        places, any_branch = {job.host: job.id for job in jobs}, new.hold == Hold.LOCK
-        for old in tx.open_deployments(new.app):
-            is_older = old.kind in (Kind.PUSH, Kind.HOOK) and (any_branch or old.branch == new.branch)
-            pending = tx.jobs_of(old.id, "status = 'pending'") if is_older or new.kind == Kind.ROLLBACK else []
-            if pending and old.id != new.id:
-                tx.change_deployment(old.id, superseded_by=new.id, reason=f"superseded by {new.id}")
-                self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"superseded by deployment {new.id}", places)
+        goes_back, places = plan.kind is Kind.ROLLBACK, {job.host: job.id for job in (*there, *jobs)}
+        kept = {new, *(job.deployment_id for job in there if job.status == Status.PENDING or not goes_back)}
+        any_branch, others = tx.lock_of(plan.app.name) is not None, {*self._jobs.hosts_of(plan.app)} - places.keys()
+        for old in tx.open_deployments(plan.app.name):
+            is_older = old.kind in (Kind.PUSH, Kind.HOOK) and (any_branch or old.branch == plan.branch)
+            if old.id in kept or not (is_older or goes_back):
+                continue
+            pending = [job for job in tx.jobs_of(old.id, "status = 'pending'") if goes_back or job.host not in others]
+            if pending:
+                tx.change_deployment(old.id, superseded_by=new, reason=f"superseded by {new or plan.ref}")
+                self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"superseded by {new or plan.ref}", places)
 
     def _moved(self, tx: Tx, before: Job, job: Job) -> None:
         counts = collections.Counter({job.place(): 1})
         counts[before.place()] -= 1
         if job.status == Status.FAILED and job.rolled_back_to:
             counts["rolled_back"] = 1
-        tx.change_deployment(job.deployment_id or "", counts)
+        tx.tally(job.deployment_id or "", counts)
         tx.due[job.deployment_id or ""] = self._step
 
     def _step(self, tx: Tx, deployment_id: str) -> None:
@@ -4323,12 +4441,19 @@ class Deployments:
         if status not in UNDER_WAY:
             reason = None if status == State.SUCCESS else deployment.reason or outcome(deployment)
             columns |= {"completed_at": now, "reason": reason}
-            tx.after(self._jobs.metrics.count, "deploybot_deployments_ended_total", f'status="{status}"')
+            tx.after(self._measure, deployment, status)
         if deployment.status != status or len(columns) > 1:
             deployment = tx.change_deployment(deployment.id, **columns)
         shown = ("status", "hold", "resume_at", "reason", "superseded_by")
         if any(getattr(old, name) != getattr(deployment, name) for name in shown):
             tx.add_deployment_event(deployment)
+
+    def _measure(self, ended: Deployment, status: str) -> None:
+        apps, metrics = self._jobs.apps, self._jobs.metrics
+        app = ended.app if apps.named(ended.app) and len(apps.all) <= MAX_APP_LABELS else "other"
+        metrics.count("deploybot_deployments_ended_total", f'app="{app}",status="{status}"')
+        seconds = max(0.0, self._clock.now() - unix_time(ended.created_at))
+        metrics.observe("deploybot_deployment_duration_seconds", f'status="{status}"', seconds)
 
     def _advance(self, tx: Tx, deployment: Deployment) -> Deployment:
         strategy = json.loads(deployment.strategy)
@@ -4338,20 +4463,23 @@ class Deployments:
             deployment = tx.change_deployment(deployment.id, reason=deployment.reason or why)
             self._jobs.end_pending(tx, tx.jobs_of(deployment.id, "status = 'pending'"), Reason.STOPPED, why)
             return tx.deployment(deployment.id)
+        hold, resume_at = self._why_held(tx, deployment, strategy)
+        if hold == Hold.LOCK and deployment.pending:  # what no host has taken yet waits, too
+            for job in tx.jobs_of(deployment.id, "status = 'pending' AND hold IS NULL"):
+                self._jobs.hold(tx, job, hold)
+            deployment = tx.deployment(deployment.id)
         if not deployment.held:
             return deployment
-        hold, resume_at = self._why_held(tx, deployment, strategy)
-        waiting = tx.jobs_of(deployment.id, "status = 'pending' AND hold IS NOT NULL")
         if hold is None:
-            is_first = strategy["canary"] is not None and deployment.held == deployment.hosts
-            count = 1 if is_first else batch_size(strategy, deployment.hosts)
-            for job in waiting[:count]:
+            hold = Hold.BATCH
+            first = tx.jobs_of(deployment.id, HELD, 1)[0]
+            count = 1 if first.host == strategy["canary"] else batch_size(strategy, deployment.hosts)
+            for job in tx.jobs_of(deployment.id, HELD, count):
                 self._jobs.let_go(tx, job)
-            waiting, hold = waiting[count:], Hold.BATCH
-        for job in waiting:
-            if job.hold != hold:
+        if hold != deployment.hold:  # which all of them have
+            for job in tx.jobs_of(deployment.id, HELD):
                 self._jobs.hold(tx, job, hold)
-        return tx.change_deployment(deployment.id, hold=hold if waiting else None, resume_at=resume_at)
+        return tx.change_deployment(deployment.id, hold=hold, resume_at=resume_at)
 
     def _why_held(self, tx: Tx, deployment: Deployment, strategy: Mapping[str, Any]) -> tuple[Hold | None, str | None]:
         """(why nothing more may go now, when a pause is over)."""
@@ -4359,8 +4487,11 @@ class Deployments:
             return Hold.LOCK, deployment.resume_at
         if deployment.pending or deployment.running:
             return Hold.BATCH, None
-        is_watched = strategy["canary"] is not None and deployment.held == deployment.hosts - 1 and strategy["pause"]
-        resume_at = deployment.resume_at or (self._clock.stamp(ago=-strategy["pause"]) if is_watched else None)
+        resume_at = deployment.resume_at
+        if resume_at is None and strategy["canary"] and strategy["pause"]:
+            begun = tx.jobs_of(deployment.id, "hold IS NULL", 2)  # what ended before its turn keeps its hold
+            if [job.host for job in begun] == [strategy["canary"]]:
+                resume_at = self._clock.stamp(ago=-strategy["pause"])
         return (Hold.PAUSE, resume_at) if resume_at and resume_at > self._clock.stamp() else (None, None)
 
     # -- locks ---------------------------------------------------------------------------------------------------------
@@ -4379,12 +4510,13 @@ class Deployments:
         tx.after(self._jobs.locks.__setitem__, lock.app, lock)
         tx.due.update((deployment.id, self._step) for deployment in tx.open_deployments(lock.app))
 
-    def unlock(self, name: str, by: Principal) -> list[str]:
-        """Ids of the deployments that go on."""
+    def unlock(self, name: str, by: Principal, over: Lock | None = None) -> list[str]:
+        """Ids of the deployments that go on. `over`: only where that lock is still the one in force."""
 
         def do(tx: Tx) -> list[str]:
             by.sees(name)
-            if not tx.remove("locks", "app", name):
+            is_another = over is not None and tx.lock_of(name) != over
+            if is_another or not tx.remove("locks", "app", name):
                 raise NotFound(f"{name[:100]} is not locked")
             tx.audited(self._clock.stamp(), by, "app.unlock", name)
             tx.after(self._jobs.locks.pop, name, None)
@@ -4404,7 +4536,7 @@ class Deployments:
         for lock in list(self._jobs.locks.values()):
             if lock.until and lock.until <= now:
                 with contextlib.suppress(NotFound):
-                    self.unlock(lock.app, Principal("controller", Scope.ADMIN))
+                    self.unlock(lock.app, Principal("controller", Scope.ADMIN), lock)
 
     def _logged(self, made: Made) -> Made:
         if made.created and made.deployment:
@@ -4651,6 +4783,7 @@ class Dispatcher:
 
     def respond(self, request: Request, read_body: Callable[[int, bool], bytes]) -> Response:
         """`read_body(limit, is_public)` is called once path and token are accepted. Raises OSError where the client goes away."""
+        begun = time.monotonic()
         try:
             if request.route is None:
                 request.route, request.params = self._router.find(request.method, request.path)
@@ -4675,8 +4808,8 @@ class Dispatcher:
             log.exception("%s %s failed", request.method, request.path)
             response = problem(500, "Internal error", "this is a fault of the controller: its log says more", {}, ())
         method, pattern = (request.method, request.route.pattern) if request.route else ("other", "none")
-        labels = f'method="{method}",route="{pattern}",status="{response.status}"'
-        self._metrics.count("deploybot_http_requests_total", labels)
+        labels = (method, pattern, response.status)
+        self._metrics.observe("deploybot_http_request_duration_seconds", labels, time.monotonic() - begun)
         return response
 
     def _admit(self, request: Request, route: Route) -> None:
@@ -5116,6 +5249,7 @@ def asset(name: str) -> str:
         raise NotFound(f"{name} is missing: put it at {path}, or run the dist/deploybot.py that `make dist` writes") from None
 
 
+PROGRAMS = ("agent.py", "ctl.py")
 ACCEPTS_OF_AGENTS = ("current",)  # fields of a heartbeat that came after the first agents: an agent sends what is named here
 POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
@@ -5374,9 +5508,8 @@ class Controller:
         if not self.webhook_secrets():
             raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
         if not signature_in(request.headers):
-            raise Unauthorized(
-                "X-Hub-Signature-256 is missing, malformed or not that of other headers: is a secret set in GitHub's settings?"
-            )
+            why = "missing, malformed or not that of other headers"
+            raise Unauthorized(f"X-Hub-Signature-256 is {why}: is a secret set in GitHub's settings?")
 
     def github_webhook(self, request: Request) -> Answer:
         signature = signature_in(request.headers)
@@ -5405,6 +5538,15 @@ class Controller:
             status, said, database = 503, "error", str(error)
         uptime = round(self.clock.monotonic() - self.started, 3)
         return answer(status, {"status": said, "version": VERSION, "uptime": uptime, "database": database})
+
+    def list_programs(self, request: Request) -> Answer:
+        """For anyone, as the files are: a machine that is to get one has no token yet. What is not there is left out."""
+        shown = []
+        for name in PROGRAMS:
+            with contextlib.suppress(NotFound):
+                data = asset(name).encode()
+                shown.append({"name": name, "sha256": hashlib.sha256(data).hexdigest(), "size": len(data)})
+        return {"version": VERSION, "programs": shown}
 
     def scrape(self, request: Request) -> Answer:
         uptime = self.clock.monotonic() - self.started
@@ -5466,6 +5608,7 @@ ROUTES = [
     Route("DELETE", "/v1/session", Scope.PUBLIC, Controller.sign_out),
     Route("GET", "/v1/audit", Scope.ADMIN, Controller.list_audit),
     Route("POST", "/v1/webhooks/github", Scope.PUBLIC, Controller.github_webhook, MAX_PUSH, Controller.admit_webhook),
+    Route("GET", "/v1/programs", Scope.PUBLIC, Controller.list_programs),
     Route("GET", "/health", Scope.PUBLIC, Controller.health),
     Route("GET", "/metrics", Scope.VIEWER, Controller.scrape),
     Route("GET", "/", Scope.PUBLIC, file("www/dashboard.html")),
@@ -5819,10 +5962,7 @@ def rows_of(app: App, room: int) -> Iterator[tuple[str, str]]:
     yield "hosts", listed(app.hosts, room)
     yield "and with", listed(app.labels, room)
     yield "order", steps_of(app)
-    yield (
-        "stops",
-        "" if most is None else f"at more than {most} failure{'' if most == 1 else 's'}" if most else "at the first failure",
-    )
+    yield "stops", "" if most is None else f"at more than {most} failure{'s' * (most != 1)}" if most else "at the first failure"
     yield from filters_of(app)
     yield from ((name, json.dumps(said)) for name in ("build", "activate", "deploy") if (said := getattr(app, name)))
     if check:
@@ -5877,8 +6017,9 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
     return Config.load(given, env), given.get("file", pathlib.Path())
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 refused or could not start, 2 wrong use."""
+    arguments = sys.argv[1:] if argv is None else argv
     verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else ("serve", arguments)
     try:
         return VERBS[verb][0](*parse(verb, rest))
@@ -5889,4 +6030,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -420,14 +420,14 @@ def test_what_is_left_out_has_its_default(read):
     assert (web.strategy.type, web.strategy.canary, web.strategy.pause) == ("parallel", None, 0)
     assert (web.shared, web.env, web.keep_releases, web.health_check) == ((), {}, 5, None)
     assert (web.rollback_on_failure, web.notify) == (True, [])
-    (web,) = read(entry(rollback_on_failure=None, health_check={"command": "true"}))
+    (web,) = read(json.dumps({"apps": [{**ENTRY, "rollback_on_failure": None, "health_check": {"command": "true"}}]}))
     assert web.rollback_on_failure is True
     assert web.health_check == {"command": "true", "timeout": 60, "interval": 2, "success": 1}
 
 
 def test_hosts_may_be_labels_alone(read, tmp_path):
-    (web,) = read(entry(hosts=["role=edge", "az=eu-1/b"]))
-    assert (web.hosts, web.labels) == ((), ("az=eu-1/b", "role=edge"))
+    (web,) = read(entry(hosts=["role=edge", "az=eu-1b"]))
+    assert (web.hosts, web.labels) == ((), ("az=eu-1b", "role=edge"))
 
 
 @pytest.mark.parametrize(
@@ -570,11 +570,16 @@ REFUSED = [
             )
         ]
     ),
+    ("health_check", {"url": "http://h/", "timeout": "0s"}, "health_check.timeout: must be a duration"),
+    ("health_check", {"url": "http://me@h/"}, "health_check.url: must not hold a password or token"),
+    ("shared", ["a", "a/"], "shared: a lies within a, which is shared already"),
+    ("shared", ["b", "a/b/c", "a/"], "shared: a/b/c lies within a, which is shared already"),
+    ("hosts", ["h1", "Role=x"], "hosts: 'Role=x' must be a host name as in RFC 1123"),
     ("rollback_on_failure", "yes", "rollback_on_failure: must be true or false"),
     (
         "notify/0/events",
         ["failed", "faild"],
-        "notify[0].events: 'faild' must be one of started, success, failed, recovered; did you mean failed?",
+        "notify[0].events: 'faild' must be one of failed, recovered, success, stuck; did you mean failed?",
     ),
     ("notify/0/events", [], "notify[0].events: must be a list with at least one"),
     ("notify/0/format", "slak", "notify[0].format: 'slak' must be one of json, slack; did you mean slack?"),

@@ -252,7 +252,7 @@ def zeroed(path):
 def unreadable_text(path):
     fill(path)
     with connect(path) as db:
-        db.execute("INSERT INTO agents VALUES ('a', 'web-01', '{}', 1, 's', 0, NULL, 'x', 'no time')")
+        db.execute("INSERT INTO agents VALUES ('a', 'web-01', '{}', 1, 's', 0, NULL, 'x', 'no time', '{}')")
         db.commit()
 
 
@@ -871,8 +871,8 @@ def test_doctor_finds_what_root_left(doctor):
 def test_doctor_counts_descriptors_for_agents(doctor, monkeypatch):
     with connect(doctor.db) as db:
         for i in range(600):
-            row = (f"a{i}", f"web-{i}", "{}", 1, "s", 0, None, "2026-01-01T00:00:00.000Z", "2026-01-01T00:00:00.000Z")
-            db.execute("INSERT INTO agents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
+            row = (f"a{i}", f"web-{i}", "{}", 1, "s", 0, None, "2026-01-01T00:00:00.000Z", "2026-01-01T00:00:00.000Z", "{}")
+            db.execute("INSERT INTO agents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", row)
         db.commit()
     for limit, level in ((1024, "warn"), (4096, "ok"), (deploybot.resource.RLIM_INFINITY, "ok")):
         monkeypatch.setattr(deploybot.resource, "getrlimit", lambda which, limit=limit: (limit, limit))

@@ -174,7 +174,7 @@ def test_list_hosts(controller):
     assert STAMP.fullmatch(web.pop("last_seen"))
     assert web == {
         "hostname": "web-01", "agent_id": agent["id"], "agent_status": "online", "capabilities": {"os": "linux"},
-        "slots": 2, "drained": False, "running": 1, "pending": 1,
+        "agent_version": None, "behind": False, "slots": 2, "drained": False, "running": 1, "pending": 1,
     }  # fmt: skip
     assert (nobody["hostname"], nobody["agent_id"], nobody["agent_status"]) == ("nobody", None, "unknown")
     assert (nobody["last_seen"], nobody["running"], nobody["pending"]) == (None, 0, 1)
@@ -251,10 +251,10 @@ def test_every_wrong_field_at_once(controller):
         "POST",
         "/v1/jobs",
         {"repo": "no-slash", "ref": "--upload-pack=x", "host": "a_b", "app": "UP", "timeout": True, "retries": -1,
-         "force": "yes", "metadata": [], "reff": 1},
+         "force": "yes", "override": 1, "metadata": [], "reff": 1},
     )  # fmt: skip
     assert status == 422
-    fields = ["app", "force", "host", "metadata", "ref", "reff", "repo", "retries", "timeout"]
+    fields = ["app", "force", "host", "metadata", "override", "ref", "reff", "repo", "retries", "timeout"]
     assert wrong_fields(answer) == fields
     assert "did you mean ref" in next(error["message"] for error in answer["errors"] if error["field"] == "reff")
     assert wrong_fields(controller.call("POST", "/v1/jobs", {})[1]) == ["host", "ref", "repo"]
@@ -263,9 +263,9 @@ def test_every_wrong_field_at_once(controller):
     bad = {"hostname": "-x", "slots": 0, "capabilities": 1, "token_sha256": "F" * 64}
     assert wrong_fields(controller.call("POST", "/v1/agents/register", bad)[1]) == sorted(bad)
     agent = controller.register()
-    bad = {"status": "up", "session": "!", "running": [{"job_id": "x", "attempt": 0}], "wait": 26}
+    bad = {"status": "up", "session": "!", "running": [{"job_id": "x", "attempt": 0}], "wait": 26, "current": []}
     assert wrong_fields(controller.call("POST", f"/v1/agents/{agent['id']}/heartbeat", bad)[1]) == [
-        "running[0].attempt", "running[0].job_id", "session", "status", "wait",
+        "current", "running[0].attempt", "running[0].job_id", "session", "status", "wait",
     ]  # fmt: skip
     job = controller.create()
     bad = {"attempt": "1", "offset": -1, "lines": [{"message": 1, "level": "loud", "timestamp": "noon"}], "commit": "x"}
@@ -275,8 +275,20 @@ def test_every_wrong_field_at_once(controller):
     bad = {"status": "done", "exit_code": 1 << 40, "error": 5, "reason": "because", "commit": "x", "rolled_back_to": 1}
     fields = sorted([*bad, "attempt"])
     assert wrong_fields(controller.call("POST", f"/v1/jobs/{job['id']}/result", bad)[1]) == fields
-    query = "status=done&host=_&app=UP&repo=x&id=xyz&before=1&limit=0&nonsense=1"
-    assert len(wrong_fields(controller.call("GET", f"/v1/jobs?{query}")[1])) == 8
+    query = "status=done&host=_&app=UP&repo=x&id=xyz&before=1&limit=0&deployment_id=1&nonsense=1"
+    assert len(wrong_fields(controller.call("GET", f"/v1/jobs?{query}")[1])) == 9
+    query = "status=done&app=UP&id=xyz&before=1&limit=0&nonsense=1"
+    assert len(wrong_fields(controller.call("GET", f"/v1/deployments?{query}")[1])) == 6
+    assert wrong_fields(controller.call("GET", "/v1/deliveries?repo=x&before=%20&limit=0&nonsense=1")[1]) == [
+        "before", "limit", "nonsense", "repo",
+    ]  # fmt: skip
+    bad = {"app": "UP", "ref": "-x", "hosts": "web-01", "to": "main"}
+    bad |= dict.fromkeys(("rollback", "lock", "override", "force", "dry_run", "metadata"), 1)
+    assert wrong_fields(controller.call("POST", "/v1/deployments", {**bad, "x": 1})[1]) == sorted([*bad, "x"])
+    bad = {"ref": "-x", "commit": "main", "message": 1, "pusher": 1, "hosts": [], "x": 1}
+    assert wrong_fields(controller.call("POST", "/v1/hooks/web", bad)[1]) == sorted(bad)
+    bad = {"reason": "a\nb", "for": 0, "x": 1}
+    assert wrong_fields(controller.call("PUT", "/v1/apps/web/lock", bad)[1]) == sorted(bad)
     status, answer = controller.call("GET", "/v1/logs/stream?tail=1001&job_id=1")
     assert (status, wrong_fields(answer)) == (422, ["job_id", "tail"])
 
@@ -303,6 +315,15 @@ def test_unknown_things_are_404(controller):
         ("POST", f"/v1/jobs/{unknown}/logs", {"attempt": 1, "offset": 0, "lines": []}),
         ("POST", f"/v1/jobs/{unknown}/result", {"attempt": 1, "status": "success"}),
         ("GET", f"/v1/logs/stream?job_id={unknown}", None),
+        ("POST", "/v1/deployments", {"app": "web", "ref": "main"}),
+        ("GET", f"/v1/deployments/{unknown}", None),
+        ("GET", "/v1/deployments/short", None),
+        ("POST", f"/v1/deployments/{unknown}/cancel", None),
+        ("POST", f"/v1/deployments/{unknown}/retry", None),
+        ("POST", "/v1/hooks/web", {"ref": "main"}),
+        ("PUT", "/v1/apps/web/lock", {"reason": "x"}),
+        ("DELETE", "/v1/apps/web/lock", None),
+        ("GET", "/v1/deliveries/none", None),
         ("POST", "/v1/hosts/nobody/drain", None),
         ("POST", "/v1/hosts/nobody/resume", None),
         ("DELETE", "/v1/hosts/nobody", None),
@@ -341,6 +362,9 @@ def test_413_and_405(controller):
         ("GET", "/v1/agents/register", {"POST"}),
         ("BREW", "/health", {"GET", "HEAD"}),
         ("OPTIONS", "/v1/hosts/web-01", {"DELETE"}),
+        ("GET", "/v1/apps/web/lock", {"DELETE", "PUT"}),
+        ("PUT", "/v1/deployments", {"GET", "HEAD", "POST"}),
+        ("POST", "/v1/deliveries/one", {"GET", "HEAD"}),
     ):
         status, headers, _ = controller.raw(method, path)
         assert status == 405 and set(headers["Allow"].split(", ")) == allowed

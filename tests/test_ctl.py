@@ -692,6 +692,8 @@ def test_hosts_and_what_is_done_to_them(run, controller, agent):
     assert cells["web-09"][1:3] == ["unknown", "-"]
     assert run("hosts", "drain", "web-01") == (0, "web-01 drained: it gets no new job\n", "")
     assert re.search(r"^web-01 .* drained$", run("hosts").out, re.MULTILINE)
+    controller.register("web-01", capabilities={"agent": "0.0.9"})
+    assert re.search(r"^web-01 .* drained, behind: 0.0.9$", run("hosts").out, re.MULTILINE)
     assert json.loads(run("hosts", "resume", "web-01", "--json").out)["host"]["drained"] is False
     assert json.loads(run("hosts", "remove", "web-01", "--json").out) == {"hostname": "web-01", "removed": True}
     assert run("hosts", "remove", "web-01").code == ctl.REFUSED
@@ -798,7 +800,7 @@ def test_reload_takes_a_good_file_and_refuses_a_wrong_one_with_its_line(run, con
     assert result.code == 0 and result.out.endswith(", apps: 1\n")
     assert json.loads(run("reload", "--json").out)["apps"] == 1
     assert [one["name"] for one in json.loads(run("apps", "--json").out)["apps"]] == ["web"]
-    assert re.search(r"^web +myorg/web +web-01 +- .* default branch +-$", run("apps").out, re.MULTILINE)
+    assert re.search(r"^web +myorg/web +web-01 +- .* default branch +all hosts at once$", run("apps").out, re.MULTILINE)
     controller.apps_file.write_text('{"apps": [\n {"name": "web", "repo": "no repo", "hosts": ["web-01"],\n "no": 1}\n]}')
     result = run("reload")
     assert (result.code, result.out) == (ctl.REFUSED, "")

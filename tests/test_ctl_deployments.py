@@ -404,9 +404,9 @@ PLAN = {
     "app": "web", "repo": "myorg/web", "kind": "deploy", "strategy": ROLLING, "build": ["npm", "run it"], "activate": "systemctl restart web",
     "deploy": None, "health_check": {"url": "http://127.0.0.1/up", "timeout": 30, "interval": 1, "success": 2}, "lock": None,
     "steps": [
-        {"hosts": ["web-01"], "ref": "main", "waits": None},
-        {"hosts": ["web-02", "web-03"], "ref": "main", "waits": "pause"},
-        {"hosts": ["web-04"], "ref": "main", "waits": "success"},
+        {"hosts": ["web-01"], "refs": {"web-01": "main"}, "waits": None},
+        {"hosts": ["web-02", "web-03"], "refs": {"web-02": "main", "web-03": "4f2a" * 10}, "waits": "pause"},
+        {"hosts": ["web-04"], "refs": {"web-04": "main"}, "waits": "success"},
     ],
 }  # fmt: skip
 
@@ -418,7 +418,7 @@ def test_a_dry_run_shows_batches_and_commands_and_that_nothing_was_made(here, fa
     assert result.out.splitlines() == [
         "web (myorg/web), deploy: 1 host at a time, canary web-01 first, watched for 5m, stops at the first failure",
         "  1. at once: main on web-01",
-        "  2. when the canary has been watched: main on web-02, web-03",
+        "  2. when the canary has been watched: main on web-02; 4f2a4f2a on web-03",
         "  3. when the step before has succeeded: main on web-04",
         "  build: npm 'run it'",
         "  activate: systemctl restart web",
@@ -1146,7 +1146,7 @@ def test_no_control_character_of_any_answer_reaches_the_terminal(here, fake):
         "build": [evil],
         "deploy": evil,
         "lock": fake.lock or LOCK,
-        "steps": [{"hosts": [evil], "ref": evil, "waits": evil}],
+        "steps": [{"hosts": [evil], "refs": {evil: evil}, "waits": evil}],
     }
     result = here(*DEPLOY, "--dry-run")
     assert result.code == 0 and not controls(result.out + result.err)

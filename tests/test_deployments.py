@@ -335,6 +335,21 @@ def test_a_canary_that_fails_ends_the_rest(fleet):
     assert (ended["status"], ended["progress"]["cancelled"]) == ("rolled_back", 3)
 
 
+def test_a_canary_is_alone_and_watched_although_another_was_cancelled(fleet):
+    fleet.app(strategy={"canary": "web-03", "pause": "5m", "batch": 2, "max_failures": 1})
+    fleet.c.ok("PUT", "/v1/apps/web/lock", {"reason": "x"})
+    fleet.push(NEW)
+    found = fleet.newest()
+    fleet.c.ok("POST", f"/v1/jobs/{fleet.jobs(found, 'id')['web-01'][0]}/cancel")
+    fleet.c.ok("DELETE", "/v1/apps/web/lock")
+    taken = fleet.take()
+    assert list(taken) == ["web-03"]
+    fleet.end(taken["web-03"])
+    assert (fleet.see(found)["hold"], fleet.take()) == ("pause", {})
+    fleet.c.passes(301)
+    assert sorted(fleet.run()) == ["web-02", "web-04"]
+
+
 def test_a_deployment_without_the_canary_has_none(fleet):
     fleet.app(strategy={"canary": "web-03", "pause": "5m"})
     found = fleet.deploy(hosts=["web-01", "web-02"])["deployment"]
@@ -390,6 +405,15 @@ def test_one_that_succeeded_although_it_was_to_be_cancelled_has_no_reason(fleet)
     fleet.c.ok("POST", f"/v1/deployments/{found['id']}/cancel")
     fleet.end(job)
     assert (fleet.see(found)["status"], fleet.see(found)["reason"]) == ("success", None)
+
+
+def test_what_waits_for_its_turn_does_not_expire(fleet):
+    fleet.app(strategy=ROLLING)
+    found = fleet.deploy()["deployment"]
+    for host in HOSTS:  # each takes most of the day
+        fleet.c.passes(fleet.c.config.pending_expiry / 2 + 1)
+        fleet.end(fleet.take()[host])
+    assert fleet.see(found)["status"] == "success"
 
 
 # -- latest wins -------------------------------------------------------------------------------------------------------
@@ -449,6 +473,42 @@ def test_a_push_while_a_rolling_one_is_under_way(fleet):
     assert fleet.take() == {}, "one job of an app runs on a host at a time"
     fleet.end(running)
     assert fleet.run() == list(HOSTS) and fleet.newest()["status"] == "success"
+
+
+def hook(fleet, ref=NEW, branch="main"):
+    return fleet.c.ok("POST", "/v1/hooks/web", {"ref": branch, "commit": ref})
+
+
+def test_the_same_asked_for_again_ends_nothing_of_itself(fleet):
+    """A CI that calls twice: what has run already is made anew, what waits stays where it is."""
+    fleet.app(strategy=ROLLING)
+    first = hook(fleet)["deployment"]
+    fleet.end(fleet.take()["web-01"])
+    again = hook(fleet)
+    assert [job["host"] for job in again["jobs"]] == ["web-01"] and len(again["skipped"]) == 3
+    assert fleet.see(first)["superseded_by"] is None
+    assert sorted(fleet.run()) == list(HOSTS) and fleet.see(first)["status"] == "success"
+
+
+def test_a_ci_that_goes_host_by_host_ends_nothing_of_itself(fleet):
+    made = [fleet.c.ok("POST", "/v1/hooks/web", {"ref": "main", "commit": NEW, "hosts": [host]})["deployment"] for host in HOSTS]
+    assert sorted(fleet.run()) == list(HOSTS) and {fleet.see(one)["status"] for one in made} == {"success"}
+
+
+def test_of_a_host_that_is_the_apps_no_more_an_older_push_ends_too(fleet):
+    fleet.push(NEW)
+    older = fleet.newest()
+    fleet.app(hosts=["web-01", "web-02"])
+    fleet.push(NEWER)
+    assert set(fleet.jobs(older).values()) == {"cancelled"}
+
+
+def test_a_push_of_what_a_person_deploys_already_ends_the_older_one(fleet):
+    fleet.push(NEW)
+    older = fleet.newest()
+    mine = fleet.deploy(NEWER)["deployment"]
+    assert fleet.push(NEWER)["message"].endswith("the same deployment is under way")
+    assert (fleet.see(older)["status"], fleet.see(older)["superseded_by"]) == ("cancelled", mine["id"])
 
 
 # -- locks -------------------------------------------------------------------------------------------------------------
@@ -515,6 +575,42 @@ def test_a_job_is_not_tried_again_while_the_app_is_locked(fleet):
     assert fleet.c.ok("POST", f"/v1/jobs/{job['id']}/retry")["created"]
 
 
+def drafted(fleet, kind=deploybot.Kind.HOOK):
+    """What makes a deployment that was drafted a moment ago."""
+    deployments = fleet.c.daemon.deployments
+    app = fleet.c.daemon.apps.named("web")
+    plan = deploybot.Plan(app, kind, NEW, [(host, NEW) for host in HOSTS], branch="main")
+    return deployments._maker(plan, deploybot.Principal("ci", deploybot.Scope.OPERATOR), "deployment.hook")
+
+
+def test_one_that_was_drafted_before_the_lock_is_held(fleet):
+    make = drafted(fleet)
+    lock(fleet)
+    made = fleet.c.daemon.store.write(make)
+    assert (made.deployment.hold, made.deployment.held, fleet.take()) == ("lock", 4, {})
+    assert set(fleet.jobs({"id": made.deployment.id}, "hold").values()) == {("lock",)}
+    unlock(fleet)
+    assert len(fleet.run()) == 4
+
+
+def test_one_that_was_drafted_before_the_unlock_goes_on_and_ends_no_other_branch(fleet):
+    lock(fleet)
+    make = drafted(fleet)
+    unlock(fleet)
+    other = hook(fleet, OLD, "dev")["deployment"]
+    assert fleet.c.daemon.store.write(make).deployment.pending == 4
+    assert fleet.see(other)["status"] == "pending"
+
+
+def test_override_does_not_wait_for_the_same_that_is_held(fleet):
+    lock(fleet)
+    fleet.push(NEW)
+    job = {"repo": "myorg/web", "ref": NEW, "host": "web-04", "override": True}
+    assert fleet.c.ok("POST", "/v1/jobs", job)["created"]
+    assert fleet.deploy(NEW, override=True, hosts=["web-01", "web-02"])["created"]
+    assert sorted(fleet.take()) == ["web-01", "web-02", "web-04"]
+
+
 def test_override_passes_the_lock_and_is_audited(fleet):
     fleet.app(strategy={"type": "rolling", "batch": 2})
     lock(fleet)
@@ -523,6 +619,18 @@ def test_override_passes_the_lock_and_is_audited(fleet):
     rows = fleet.c.ok("GET", "/v1/audit")["audit"]
     assert [row["action"] for row in rows][:2] == ["deployment.create", "app.lock"]
     assert rows[0]["detail"] == f"deploy of web {NEW} on 4 hosts, although it is locked"
+
+
+def test_a_lock_keeps_back_what_no_host_has_taken(fleet):
+    found = fleet.deploy()["deployment"]
+    running = fleet.take("web-01")["web-01"]
+    lock(fleet)
+    assert fleet.take() == {}
+    told = fleet.see(found)
+    assert (told["hold"], told["progress"]["held"], told["progress"]["running"]) == ("lock", 3, 1)
+    fleet.end(running)
+    assert unlock(fleet) == [found["id"]]
+    assert sorted(fleet.run()) == list(HOSTS[1:]) and fleet.see(found)["status"] == "success"
 
 
 def test_a_lock_keeps_the_next_batch_back(fleet):
@@ -556,6 +664,20 @@ def test_a_lock_ends_by_itself(fleet):
     fleet.c.passes(2)
     assert sorted(fleet.take()) == list(HOSTS)
     assert fleet.c.ok("GET", "/v1/audit")["audit"][0]["who"] == "controller"
+
+
+def test_a_lock_that_is_over_takes_no_newer_one_with_it(fleet):
+    lock(fleet, "short", **{"for": 60})
+    fleet.c.clock.advance(61)
+    deployments, unlock_it = fleet.c.daemon.deployments, fleet.c.daemon.deployments.unlock
+
+    def unlock_late(*args):
+        lock(fleet, "incident 8")  # comes between the look of the sweep and its transaction
+        return unlock_it(*args)
+
+    deployments.unlock = unlock_late
+    deployments.sweep()
+    assert fleet.c.ok("GET", "/v1/apps")["apps"][0]["lock"]["reason"] == "incident 8"
 
 
 def test_a_lock_outlives_a_restart_and_is_shown(fleet):
@@ -642,6 +764,44 @@ def test_each_host_goes_back_to_its_own(fleet):
     assert made["skipped"] == [{"host": host, "reason": "no release before this one is known"} for host in ("web-03", "web-04")]
 
 
+def test_a_rollback_does_not_wait_for_the_same_that_is_held(fleet):
+    released(fleet, OLD, NEW)
+    lock(fleet)
+    fleet.push(OLD)
+    pushed = fleet.newest()
+    assert fleet.deploy(None, rollback=True)["created"]
+    assert fleet.see(pushed)["status"] == "cancelled" and len(fleet.take()) == 4
+
+
+def test_a_rollback_is_the_same_as_a_whole_or_not_at_all(fleet):
+    """A job that it would share could be ended with the rest of its deployment."""
+    fleet.app(strategy=ROLLING)
+    released(fleet, OLD, NEW)
+    mine = fleet.deploy(OLD, hosts=["web-01", "web-02"])["deployment"]
+    back = fleet.deploy(None, rollback=True)
+    assert (len(back["jobs"]), back["skipped"], fleet.see(mine)["superseded_by"]) == (4, [], back["deployment"]["id"])
+    assert fleet.run() == list(HOSTS)
+
+
+def test_a_rollback_ends_what_waits_behind_the_same_that_runs(fleet):
+    fleet.app(strategy=ROLLING)
+    released(fleet, OLD, NEW)
+    mine = fleet.deploy(OLD)["deployment"]
+    running = fleet.take()["web-01"]
+    back = fleet.deploy(None, rollback=True, hosts=["web-01", "web-02"])
+    assert [one["host"] for one in back["skipped"]] == ["web-01"] and fleet.jobs(mine)["web-03"] == "cancelled"
+    fleet.end(running)
+    assert fleet.run() == ["web-02"]
+
+
+def test_a_rollback_is_not_made_twice(fleet):
+    fleet.app(strategy=ROLLING)
+    released(fleet, OLD, NEW)
+    back = fleet.deploy(None, rollback=True)["deployment"]
+    again = fleet.deploy(None, rollback=True)
+    assert (again["created"], again["deployment"]["id"]) == (False, back["id"]) and fleet.run() == list(HOSTS)
+
+
 def test_a_rollback_ends_what_has_not_begun(fleet):
     released(fleet, OLD, NEW)
     bad = fleet.deploy(NEWER)["deployment"]
@@ -667,6 +827,17 @@ def test_a_job_of_a_rollback_is_tried_again_although_that_has_locked(fleet):
     assert fleet.take()["web-01"]["spec"]["reuse"]
 
 
+@pytest.mark.parametrize("path", ["deployments", "jobs"])
+def test_a_rollback_that_was_tried_again_is_one(fleet, path):
+    back, failed = back_in_part(fleet)
+    fleet.c.ok("POST", f"/v1/{path}/{(back if path == 'deployments' else failed)['id']}/retry")
+    job = fleet.take()["web-01"]
+    assert (job["ref"], job["spec"]["reuse"]) == (NEW, True)
+    fleet.end(job)
+    again = fleet.deploy(None, rollback=True)
+    assert {job["host"]: job["ref"] for job in again["jobs"]} == dict.fromkeys(HOSTS, OLD), "not forward to NEWER"
+
+
 def test_a_rollback_passes_the_lock_that_is_there(fleet):
     released(fleet, OLD, NEW)
     lock(fleet, "mine")
@@ -688,6 +859,17 @@ def test_a_dry_run_says_what_would_be(fleet):
     assert (plan["activate"], plan["kind"], plan["lock"], told["skipped"]) == ("systemctl restart web", "deploy", None, [])
     assert fleet.c.ok("GET", "/v1/jobs")["jobs"] == [] and fleet.c.ok("GET", "/v1/deployments")["deployments"] == []
     assert fleet.refused(app="web", rollback=True, dry_run=True)[0] == 409
+
+
+def test_a_dry_run_of_a_rollback_says_where_each_host_goes(fleet):
+    released(fleet, OLD)
+    fleet.deploy(NEW, hosts=["web-01"])
+    fleet.run()
+    fleet.deploy(NEWER, hosts=["web-01", "web-02"])
+    fleet.run()
+    told = fleet.deploy(None, (200,), rollback=True, dry_run=True)
+    assert [step["refs"] for step in told["plan"]["steps"]] == [{"web-01": NEW, "web-02": OLD}]
+    assert [one["host"] for one in told["skipped"]] == ["web-03", "web-04"]
 
 
 def test_labels_are_resolved_when_the_deployment_is_made(fleet):
@@ -763,6 +945,9 @@ def test_the_token_of_one_app_deploys_that_alone(make_controller):
     assert len(mine) == 2 == len(ci.ok("GET", "/v1/deployments")["deployments"])
     for method, path, body in (
         ("POST", "/v1/hooks/api", {"ref": "main"}),
+        ("POST", "/v1/hooks/apj", {"ref": "main"}),
+        ("POST", "/v1/deployments", {"app": "apj", "ref": "main"}),
+        ("PUT", "/v1/apps/apj/lock", {"reason": "x"}),
         ("POST", "/v1/deployments", {"app": "api", "ref": "main"}),
         ("POST", "/v1/deployments", {"app": "api", "ref": "main", "dry_run": True}),
         ("GET", f"/v1/deployments/{other['id']}", None),

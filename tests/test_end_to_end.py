@@ -275,7 +275,9 @@ def three(tmp_path):
 
 def newest(site):
     """(the newest deployment, {host: (status, reason)}), at its end."""
-    found = wait_for(lambda: (one := site.api.ok("GET", "/v1/deployments?limit=1")["deployments"][0])["completed_at"] and one, LIMIT)
+    found = wait_for(
+        lambda: (one := site.api.ok("GET", "/v1/deployments?limit=1")["deployments"][0])["completed_at"] and one, LIMIT
+    )
     jobs = site.api.ok("GET", f"/v1/jobs?deployment_id={found['id']}")["jobs"]
     return found, {job["host"]: (job["status"], job["reason"]) for job in jobs}
 

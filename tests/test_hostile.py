@@ -27,7 +27,8 @@ def attacked(tmp_path_factory):
     """A controller that was given every string, its two logs, and what was sent."""
     folder = tmp_path_factory.mktemp("hostile")
     canaries = folder / "canary"
-    app = {"name": "a", "repo": hostile.REPO, "hosts": ["elsewhere"], "deploy_on_push": True, "branches": ["*"]}
+    app = {"name": hostile.APP, "repo": hostile.REPO, "hosts": ["elsewhere", "role=edge"]}
+    app |= {"deploy_on_push": True, "branches": ["*"]}
     logs = [io.StringIO(), io.StringIO()]
     handlers = [logging.StreamHandler(log) for log in logs]
     for handler, as_json in zip(handlers, (False, True), strict=True):

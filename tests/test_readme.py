@@ -235,6 +235,21 @@ def test_the_lines_about_tokens_do_what_they_say(make_controller):
     assert "web-03.example.com" in {token["host"] for token in made.values()}
 
 
+def test_the_evening_with_deployments(make_controller):
+    controller = make_controller(open=False, token="dbt_admin")
+    controller.token = "dbt_admin"
+    controller.set_app(name="web-frontend", repo="myorg/web-frontend", hosts=["web-01", "web-02"], strategy={"type": "rolling"})
+    (script,) = blocks(section("Deployments"), "sh")
+    environment = os.environ | {"DEPLOYBOT_URL": controller.url, "DEPLOYBOT_TOKEN": "dbt_admin"}
+    done = subprocess.run(["sh", "-euc", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "the database moves" in done.stdout
+    refs = [made["ref"] for made in controller.ok("GET", "/v1/deployments")["deployments"]]
+    assert refs == ["hotfix", "main"] and controller.ok("GET", "/v1/apps")["apps"][0]["lock"] is None
+    status, answer = controller.call("POST", "/v1/deployments", {"app": "web-frontend", "rollback": True})
+    assert status == 409 and answer["detail"].startswith("no host can go back")
+
+
 def scripts_of_ci():
     """The shell of each example: the block itself, the step of GitHub Actions, the script of GitLab CI."""
     text = section("From any CI")

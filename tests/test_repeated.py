@@ -78,7 +78,9 @@ def counted(c):
     """Heartbeats in /metrics, by status."""
     lines = c.raw("GET", "/metrics")[2].decode().splitlines()
     return {
-        line.split('"')[5]: int(line.split()[-1]) for line in lines if line.startswith("deploybot_http") and "heartbeat" in line
+        line.split('"')[5]: int(line.split()[-1])
+        for line in lines
+        if line.startswith("deploybot_http_requests") and "heartbeat" in line
     }
 
 

@@ -40,6 +40,7 @@ import deploybot
 
 SECRET = "It's a Secret to Everybody"
 HOST = "web-01"
+APP = "a"  # the one of the part through the API
 SAMPLE = 36  # deployments of the short form
 APPS = [f"app{number}" for number in range(8)]  # one repository, several apps: so many deployments at once
 REPO = "myorg/hostile"
@@ -163,6 +164,7 @@ class Api:
     def __init__(self, call: Call, port: int, token: str):
         self._call, self.port, self.token = call, port, token
         self.sent: list[str] = []  # the log lines that were stored, in order
+        self.commits = itertools.count(1 << 64)
         self.agent = self.ok("POST", "/v1/agents/register", {"hostname": HOST, "slots": 1})["id"]
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
@@ -200,18 +202,66 @@ class Api:
             check(status != 201 or answer["job"][name] == same, name, repr(text[:200]), "became", answer)
             check(status != 201 or (text.isprintable() and text[0] not in "-/."), name, repr(text[:200]), "was taken")
 
+    def as_deployment(self, text: str) -> None:
+        """Every field of a deployment, a hook and a lock; what is taken comes back as it was, there and in the jobs."""
+        deploy = {"app": APP, "ref": "main", "hosts": ["elsewhere"], "force": True}
+        for name, value in (("ref", text), ("app", text), ("hosts", [text]), ("to", text), ("metadata", {"a": text[:2000]})):
+            status, answer = self.call("POST", "/v1/deployments", {**deploy, name: value})
+            check(status in (201, 400, 404, 422), name, repr(text[:200]), status, answer)
+            check(status != 201 or name in ("ref", "metadata"), name, repr(text[:200]), "was taken", answer)
+            if status == 201:
+                ref, job = (text if name == "ref" else "main"), answer["jobs"][0]
+                check(answer["deployment"]["ref"] == job["ref"] == ref, repr(text[:200]), "became", answer)
+                check(ref.isprintable() and ref[0] not in "-/.", repr(text[:200]), "was taken")
+                check(name == "ref" or job["metadata"]["a"] == text[:2000], repr(text[:200]), "became", answer)
+                self.ok("POST", f"/v1/deployments/{answer['deployment']['id']}/cancel")
+        for name, value in (("ref", text), ("commit", text), ("message", text[:1000]), ("pusher", text[:100]), ("hosts", [text])):
+            asked = {"ref": "main", "commit": f"{next(self.commits):040x}", "hosts": ["elsewhere"]}  # else it is the one before
+            status, answer = self.call("POST", f"/v1/hooks/{APP}", {**asked, name: value})
+            check(status in (201, 400, 422), name, repr(text[:200]), status, answer)
+            told = {"ref": "branch", "message": "commit_message", "pusher": "pusher"}.get(name)
+            job = answer["jobs"][0] if status == 201 else None
+            check(job is None or (told and job["metadata"][told] == value), name, repr(text[:200]), "became", answer)
+        self.may(404)("POST", f"/v1/hooks/{quoted(text)[:4000]}", asked)
+        self.as_lock(text)
+
+    def as_lock(self, text: str) -> None:
+        """The reason is told to whoever is refused, in the list of apps and in the audit: it is one line, or refused."""
+        status, answer = self.call("PUT", f"/v1/apps/{APP}/lock", {"reason": text})
+        check(status in (200, 400, 422), repr(text[:200]), status, answer)
+        if status == 200:
+            check(answer["lock"]["reason"] == text and text.isprintable() and text.strip(), repr(text), "became", answer)
+            status, refused = self.call("POST", "/v1/deployments", {"app": APP, "ref": "main"})
+            check(status == 409 and f": {text}: unlock it" in refused["detail"], repr(text), status, refused)
+            self.ctl("deploy", "--repo", REPO, "--host", "elsewhere", "--ref", "main", "--app", APP, fails=True)
+            for words in (("apps",), ("audit", "--limit", "3")):
+                self.ctl(*words)
+            self.ok("DELETE", f"/v1/apps/{APP}/lock")
+        self.may()("PUT", f"/v1/apps/{quoted(text)[:4000]}/lock", {"reason": "x"})
+        self.may()("DELETE", f"/v1/apps/{quoted(text)[:4000]}/lock")
+
     def as_names(self, text: str) -> None:
         ask = self.may(200, 201)
         ask("POST", "/v1/agents/register", {"hostname": text})
         ask("POST", "/v1/tokens", {"role": "viewer", "name": text, "expires_in": 60})
         ask("POST", f"/v1/agents/{self.agent}/heartbeat", {"status": "offline", "session": text})
-        ask("POST", "/v1/agents/register", {"hostname": HOST, "capabilities": {text: text}})
+        ask("POST", "/v1/agents/register", {"hostname": HOST, "capabilities": {text: text, "labels": {text: text, "role": text}}})
+        ask("POST", f"/v1/agents/{self.agent}/heartbeat", {"status": "offline", "current": {text: text, APP: text}})
+        hosts = self.ok("GET", "/v1/apps")["apps"][0]["hosts"]
+        check([host["hostname"] for host in hosts] == ["elsewhere"], repr(text[:200]), "is the label of", hosts)
 
     def as_addresses(self, text: str) -> None:
         ask = self.may(200)
         some = quoted(text)[:4000]
         ask("GET", f"/v1/jobs?app={some}&host={some}")
         ask("GET", f"/v1/jobs?repo={some}&id={some}&{some}={some}")
+        ask("GET", f"/v1/jobs?deployment_id={some}")
+        ask("GET", f"/v1/deployments?app={some}&status={some}&id={some}&before={some}")
+        ask("GET", f"/v1/deliveries?repo={some}&before={some}")
+        for path in (f"/v1/deployments/{some}", f"/v1/deliveries/{some}"):
+            ask("GET", path)
+        for action in ("cancel", "retry"):
+            ask("POST", f"/v1/deployments/{some}/{action}")
         ask("GET", f"/v1/audit?who={some}")
         ask("HEAD", f"/v1/logs/stream?host={some}&app={some}&job_id={some}&tail={some}")
         ask("POST", f"/v1/hosts/{some}/drain")
@@ -228,7 +278,15 @@ class Api:
             event["repository"] = {"full_name": repo, "default_branch": text}
             body = json.dumps(event).encode()
             signed = deploybot.signature_of(SECRET, body)
-            self.may(200)("POST", "/v1/webhooks/github", body, X_GitHub_Event="push", X_Hub_Signature_256=signed)
+            sent = {"X_GitHub_Event": "push", "X_Hub_Signature_256": signed}
+            if self.may(200)("POST", "/v1/webhooks/github", body, **sent) == 200:
+                self.check_delivery(signed[7:47], event)
+
+    def check_delivery(self, guid: str, event: dict[str, Any]) -> None:
+        """It is kept as it was sent."""
+        delivery = self.ok("GET", f"/v1/deliveries/{guid}")["delivery"]
+        told = {"ref": event["ref"][:255], "pusher": event["pusher"]["name"][:100], "repo": event["repository"]["full_name"]}
+        check(told.items() <= {name: str(value) for name, value in delivery.items()}.items(), event, "became", delivery)
 
     def as_output(self, text: str) -> str | None:
         """A job whose metadata, output and error it is; its id. All three come back as they were."""
@@ -292,7 +350,7 @@ class Api:
     def attack(self, strings: Iterable[Hostile], every: int = 1) -> dict[str, str]:
         """All of it with each of them, or, but for the output, each with a part; the ids of the jobs that have it as output, to the text."""
         ways = (
-            lambda string: self.as_fields(string.text),
+            lambda string: (self.as_fields(string.text), self.as_deployment(string.text)),
             lambda string: (self.as_push(string.number, string.text), self.as_names(string.text)),
             lambda string: (self.as_addresses(string.text), self.as_head(string.text)),
         )
@@ -673,7 +731,9 @@ def prove(proof: Proof) -> None:
 
     controller = proof.controller(
         webhook_secret=SECRET,
-        apps={"apps": [{"name": "a", "repo": REPO, "hosts": ["elsewhere"], "deploy_on_push": True, "branches": ["*"]}]},
+        apps={
+            "apps": [{"name": APP, "repo": REPO, "hosts": ["elsewhere", "role=edge"], "deploy_on_push": True, "branches": ["*"]}]
+        },
     )
     client = controller.client()
     api = Api(client.raw, controller.port, common.TOKEN)

@@ -65,7 +65,7 @@ NASTY_VALUES = (
 NASTY_QUERIES = (
     b"limit=", b"limit=-1", b"limit=%2b1", b"limit=1_0", b"limit=99999999999999999999", b"limit=1&limit=2", b"before=x", b"before=%00", b"id=%ff", b"id=-", b"host=%0d%0a",
     b"host=" + b"a" * 300, b"app=..", b"repo=%2f", b"status=pending", b"status=%F0%9F%98%80", b"after=-1", b"after=9007199254740993", b"tail=1001", b"job_id=x", b"x=y",
-    b"&&&&", b"=", b"%", b"%zz", b"a=b" * 500, b"&".join(b"a%d=" % i for i in range(40)), b"limit=1;limit=2", b"who=%", b"action=" + b"a" * 300, b"limit=1000",
+    b"&&&&", b"=", b"%", b"%zz", b"a=b" * 500, b"&".join(b"a%d=" % i for i in range(40)), b"limit=1;limit=2", b"deployment_id=x", b"before=" + b"z" * 101, b"who=%", b"action=" + b"a" * 300, b"limit=1000",
 )  # fmt: skip
 
 
@@ -78,20 +78,29 @@ class Samples:
         self.job = client.ok("POST", "/v1/jobs", {"repo": "o/n", "ref": "main", "host": "web-01"})["job"]["id"]
         client.ok("POST", f"/v1/agents/{self.agent['id']}/heartbeat", {"status": "online"})
         self.token = client.ok("POST", "/v1/tokens", {"role": "viewer", "name": "sample"})["token"]["id"]
+        self.deployment = client.ok("POST", "/v1/deployments", {"app": "app", "ref": "main"})["deployment"]["id"]
         self.epoch = self._epoch(controller)
         client.close()
         self.bodies = {
             "/v1/agents/register": {"hostname": "web-02", "capabilities": {"a": 1}, "slots": 2, "token_sha256": "a" * 64},
             "/v1/agents/{id}/heartbeat": {
                 "status": "online", "session": self.agent["session"], "running": [{"job_id": self.job, "attempt": 1}], "wait": 0,
+                "current": {"app": SHA},
             },
             "/v1/jobs": {
                 "repo": "o/n", "ref": "main", "host": "web-03", "metadata": {"a": [1]}, "force": True, "timeout": 60, "retries": 1,
+                "override": True,
             },
             "/v1/jobs/{id}/logs": {
                 "attempt": 1, "offset": 0, "lines": [{"message": "m", "level": "info", "timestamp": "2026-11-23T13:13:37Z"}], "commit": SHA,
             },
             "/v1/jobs/{id}/result": {"attempt": 1, "status": "failed", "exit_code": 1, "error": "e", "reason": "exit_code", "commit": SHA},
+            "/v1/deployments": {
+                "app": "app", "ref": "main", "hosts": ["web-01"], "rollback": False, "to": None, "lock": True, "override": True, "force": True,
+                "dry_run": False, "metadata": {"a": [1]},
+            },
+            "/v1/hooks/{app}": {"ref": "main", "commit": SHA, "message": "m", "pusher": "ci", "hosts": ["web-01"]},
+            "/v1/apps/{app}/lock": {"reason": "r", "for": 1},
             "/v1/tokens": {"role": "agent", "host": "web-01", "expires_in": 60},
             "/v1/session": {"token": TOKEN},
             "/v1/webhooks/github": {
@@ -102,9 +111,9 @@ class Samples:
         }  # fmt: skip
         self.empty = {  # writes that take no body
             "/v1/jobs/{id}/cancel", "/v1/jobs/{id}/retry", "/v1/hosts/{hostname}/drain", "/v1/hosts/{hostname}/resume",
-            "/v1/hosts/{hostname}/reset", "/v1/reload",
+            "/v1/hosts/{hostname}/reset", "/v1/reload", "/v1/deployments/{id}/cancel", "/v1/deployments/{id}/retry",
         }  # fmt: skip
-        missing = {route.pattern for route in ROUTES if route.method == "POST"} - set(self.bodies) - self.empty
+        missing = {route.pattern for route in ROUTES if route.method in ("POST", "PUT")} - set(self.bodies) - self.empty
         check(not missing, "no sample for", missing)
 
     @staticmethod
@@ -117,8 +126,11 @@ class Samples:
         return re.search(rb"id: (.+)-[0-9]+\n", said)[1].decode()
 
     def path(self, pattern: str) -> bytes:
-        path = pattern.replace("/v1/agents/{id}", f"/v1/agents/{self.agent['id']}").replace("{hostname}", "web-02")
-        return path.replace("/v1/tokens/{id}", f"/v1/tokens/{self.token}").replace("{id}", self.job).encode()
+        ids = {"agents": self.agent["id"], "deployments": self.deployment, "deliveries": "1", "tokens": self.token}
+        _, _, kind, *_ = f"{pattern}//".split("/", 3)
+        for name, value in (("{hostname}", "web-02"), ("{app}", "app"), ("{id}", ids.get(kind, self.job))):
+            pattern = pattern.replace(name, value)
+        return pattern.encode()
 
 
 class Maker:

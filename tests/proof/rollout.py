@@ -31,7 +31,8 @@ from conftest import FakeClock
 
 import deploybot
 
-SHORT, FULL = (45, 120), (3000, 200)  # lives, steps of each
+SHORT, FULL = (10, 100), (2000, 200)  # lives, steps of each
+ROUNDS = 4  # of as many lives each, until each kind of event has come
 HOSTS = ("canary-1", "db-01", "web-01", "web-02", "web-03")
 BRANCHES, ENROLMENT, SECRET = ("main", "dev"), "dbt_enrol", "a webhook secret"
 LOST_AFTER, EXPIRY, DAY = 600, 5 * 3600, 86400
@@ -76,11 +77,24 @@ class Seen:
         self.jobs = {row.id: row for row in self._rows(subject, "jobs")}
         self.deployments = {row.id: row for row in self._rows(subject, "deployments")}
         self.locks = {row.app: row for row in self._rows(subject, "locks")}
+        self.pushed = {(app, ref): at for app, ref, at in subject.rows("SELECT app, ref, pushed_at FROM pushes")}
         self.now = subject.clock.stamp()
         self.of: dict[str, list[Row]] = collections.defaultdict(list)  # deployment to its jobs, in their turn
         for job in self.jobs.values():
             if job.deployment_id:
                 self.of[job.deployment_id].append(job)
+        self.changed: set[str] = set()  # jobs and deployments that are not what they were, and deployments of such jobs
+        self.let_go: list[Row] = []  # jobs of deployments that had a hold, or were not there, and may run now
+
+    def compare(self, before: Seen) -> None:
+        for job in self.jobs.values():
+            old = before.jobs.get(job.id)
+            if old == job:
+                continue
+            self.changed |= {job.id, job.deployment_id}
+            if job.deployment_id and job.hold is None and (old is None or place(old) == "held"):
+                self.let_go.append(job)
+        self.changed |= {one.id for one in self.deployments.values() if before.deployments.get(one.id) != one}
 
     @staticmethod
     def _rows(subject: Subject, table: str) -> Iterator[Row]:
@@ -101,7 +115,12 @@ def everything(subject: Subject) -> Any:
     lanes = {host: list(lane.waiting) for host, lane in subject.daemon.queue._lanes.items() if lane.waiting}
     leases = sorted((lease.job_id, lease.attempt, lease.cancel) for held in jobs._leases.values() for lease in held.values())
     memory = (dict(jobs.locks), lanes, subject.daemon.queue.depth, leases, dict(jobs._open), dict(jobs._open_on), store.position)
-    return [subject.rows(f"SELECT * FROM {table} ORDER BY 1") for table in tables], memory, dict(store.recent), subject.daemon.hub.head
+    return (
+        [subject.rows(f"SELECT * FROM {table} ORDER BY 1") for table in tables],
+        memory,
+        dict(store.recent),
+        subject.daemon.hub.head,
+    )
 
 
 def place(job: Row) -> str:
@@ -126,6 +145,8 @@ def status_of(counts: collections.Counter[str], hosts: int) -> str:
 
 def counts_are_those_of_the_jobs(world: World, seen: Seen) -> None:
     for one in seen.deployments.values():
+        if one.id not in seen.changed:
+            continue
         jobs = list(world.all_jobs_of(one.id))
         counts = collections.Counter(map(place, jobs))
         counts["rolled_back"] = sum(job.status == "failed" and job.rolled_back_to is not None for job in jobs)
@@ -167,7 +188,7 @@ def memory_is_what_is_stored(world: World, seen: Seen) -> None:
     for key, known in store.recent.items():
         if isinstance(key, str) and key in seen.jobs:
             check(known[0]._asdict() == seen.jobs[key], "recent", known[0], seen.jobs[key])
-            check(json.loads(known[1]) == known[0].public(), "recent", known)
+            check(key not in seen.changed or json.loads(known[1]) == known[0].public(), "recent", known)
     open_ids = sorted(job.id for job in seen.jobs.values() if job.status in OPEN)
     check(sorted(job_id for ids in jobs._open.values() for job_id in ids) == open_ids, jobs._open, open_ids)
     on = collections.Counter(job.host for job in seen.jobs.values() if job.status in OPEN)
@@ -175,7 +196,9 @@ def memory_is_what_is_stored(world: World, seen: Seen) -> None:
 
 
 def nothing_is_let_go_while_locked(world: World, seen: Seen) -> None:
-    for job in world.let_go(seen):
+    if world.locked_last:  # in the same commit, behind what went before it
+        return
+    for job in seen.let_go:
         check(not seen.held_back(seen.deployments[job.deployment_id]), job.id, "was let go while", job.app, "is locked")
     for job in world.new(seen.jobs):
         if job.app in seen.locks and job.id not in world.may_pass:
@@ -186,6 +209,8 @@ def nothing_is_let_go_while_locked(world: World, seen: Seen) -> None:
 
 def batches_wait_for_one_another(world: World, seen: Seen) -> None:
     for one in seen.deployments.values():
+        if one.id not in seen.changed:
+            continue
         strategy, jobs = json.loads(one.strategy), seen.of[one.id]
         begun = [job for job in jobs if not job.hold]
         under_way = [job for job in begun if job.status in OPEN]
@@ -196,7 +221,7 @@ def batches_wait_for_one_another(world: World, seen: Seen) -> None:
         if canary and canary in under_way:
             size = 1
         check(len(under_way) <= size, one.id, len(under_way), "jobs at once, of", size, one.strategy)
-        fresh = [job for job in world.let_go(seen) if job.deployment_id == one.id]
+        fresh = [job for job in seen.let_go if job.deployment_id == one.id]
         earlier = [job for job in begun if job not in fresh and job.status in OPEN]
         check(not fresh or not earlier, one.id, "a batch begins while the one before runs", fresh, earlier)
         waits = [job.id for job in jobs if place(job) == "held"]
@@ -239,12 +264,12 @@ def the_stream_tells_each_change_once(world: World, seen: Seen) -> None:
             world.told[row_id] = told
         elif kind == "job":
             world.told[row_id] = json.loads(data)
-    for one in seen.deployments.values():
+    for one in (one for one in seen.deployments.values() if one.id in seen.changed):
         names = one.keys() if one.completed_at else ("status", "hold", "resume_at", "completed_at")
         shown = deploybot.Deployment(**one).public()
         told = world.told[one.id]
         check(all(told[name] == shown[name] for name in names if name in shown), one.id, "told", told, "is", shown)
-    for job in seen.jobs.values():
+    for job in (job for job in seen.jobs.values() if job.id in seen.changed):
         shown = deploybot.Job(**job).public()
         check(world.told[job.id] == shown, job.id, "told", world.told[job.id], "is", shown)
     check(world.subject.daemon.hub.head == world.position, "announced", world.subject.daemon.hub.head, "committed", world.position)
@@ -275,6 +300,10 @@ class Call(NamedTuple):
     told: Callable[[Answer, Seen, Seen], None] = lambda answer, before, after: None  # judges the answer by what was and what is
 
 
+def is_a_lock(call: Call) -> bool:
+    return ".lock." in call.told.__qualname__
+
+
 class World:
     def __init__(self, chance: random.Random, folder: pathlib.Path):
         self.chance, self.folder, self.clock = chance, folder, FakeClock()
@@ -285,7 +314,6 @@ class World:
         self.holding: dict[str, dict[str, int]] = {host: {} for host in HOSTS}  # what each agent runs: job to attempt
         self.commits = 0
         self.pushes: list[tuple[str, bytes]] = []
-        self.pushed: collections.Counter[str] = collections.Counter()
         # What the rules remember.
         self.ended: dict[str, Row] = {}
         self.known: dict[str, Row] = {}  # jobs, also those that retention has removed
@@ -293,6 +321,7 @@ class World:
         self.told: dict[str, Any] = {}
         self.ever: set[str] = set()
         self.may_pass: set[str] = set()  # jobs that may be made without a hold while locked
+        self.locked_last = False  # the last step was two calls, the second of them a lock
         self.position = 0
         self.swept = ""
         self.ways: dict[tuple[str, str], list[str]] = collections.defaultdict(list)  # (app, host) to commits: the way back
@@ -314,16 +343,6 @@ class World:
 
     def new(self, rows: dict[str, Row]) -> list[Row]:
         return [row for row_id, row in rows.items() if row_id not in self.before.jobs and row_id not in self.before.deployments]
-
-    def let_go(self, seen: Seen) -> list[Row]:
-        """Jobs of deployments that had a hold, or were not there, and may run now."""
-        found = []
-        for job in seen.jobs.values():
-            before = self.before.jobs.get(job.id)
-            was_held = before.hold is not None and before.status == "pending" if before else True
-            if job.deployment_id and was_held and job.hold is None:
-                found.append(job)
-        return found
 
     # -- how a step is made ------------------------------------------------------------------------------------------
 
@@ -352,6 +371,7 @@ class World:
 
     def settle(self, call: Call | None, answer: Answer | None) -> None:
         seen = Seen(self)
+        seen.compare(self.before)
         self.remember(seen)
         for rule in RULES:
             HAPPENED[rule.__name__] += 1
@@ -373,6 +393,8 @@ class World:
         for job in seen.jobs.values():
             before = self.known.get(job.id)
             if job.status in ENDED and (before is None or before.status not in ENDED):
+                is_in_turn = before and before.status == "pending" and before.hold in ("batch", "pause")
+                check(job.reason != "expired" or not is_in_turn, "expired, though its turn had not come:", job)
                 self.count(job)
             if before and before.status == "running" and job.status == "pending":
                 HAPPENED["another attempt"] += 1
@@ -384,12 +406,14 @@ class World:
 
     def count(self, job: Row) -> None:
         """A job has ended: what its host runs, and what it went back to."""
-        HAPPENED[job.reason if job.reason in ("expired", "superseded", "stopped") else "lost" if job.reason == "agent_lost" else "x"] += 1
+        HAPPENED[
+            job.reason if job.reason in ("expired", "superseded", "stopped") else "lost" if job.reason == "agent_lost" else "x"
+        ] += 1
         if job.status != "success":
             return
         HAPPENED["job.success"] += 1
         key, commit = (job.app, job.host), job.commit
-        if "~" == self.in_order.get(key) or job.id < self.in_order.get(key, ""):
+        if self.in_order.get(key) == "~" or job.id < self.in_order.get(key, ""):
             self.in_order[key] = "~"
             return
         self.in_order[key] = job.id
@@ -407,23 +431,25 @@ class World:
 
     def reload(self, gone: str = "") -> None:
         for name, hosts in (("web", HOSTS), ("api", HOSTS[1:4])):
-            strategy = self.chance.choice(STRATEGIES)
-            some = sorted(self.chance.sample(hosts, self.chance.randint(2, len(hosts))))
-            retries = self.chance.choice((0, 0, 1))
-            about = {"hosts": some if self.chance.random() < 0.3 else list(hosts), "strategy": strategy, "retries": retries}
+            some = (
+                sorted(self.chance.sample(hosts, self.chance.randint(2, len(hosts)))) if self.chance.random() < 0.3 else list(hosts)
+            )
+            strategy = self.chance.choice([one for one in STRATEGIES if one.get("canary", some[0]) in some])
+            about = {"hosts": some, "strategy": strategy, "retries": self.chance.choice((0, 1))}
             self.apps[name] = {"name": name, "repo": f"myorg/{name}", "deploy_on_push": True, "branches": ["*"], **about}
         self.apps.pop(gone, None)
         (self.folder / "apps.json").write_text(json.dumps({"apps": list(self.apps.values())}))
         told = json.dumps([(app["name"], app["hosts"], app["strategy"], app["retries"]) for app in self.apps.values()])
         HAPPENED["reload"] += 1
         HAPPENED["app gone"] += bool(gone)
-        self.step(Call(lambda: self.subject.ask("POST", "/v1/reload")), f"reload {told}")
+        answer = self.step(Call(lambda: self.subject.ask("POST", "/v1/reload")), f"reload {told}")
+        check(answer and answer.status == 200, answer)
 
     def passes(self, seconds: float, fault: Any = None) -> None:
         """Time, heartbeats of most agents, and a sweep that thinks nothing of the leap."""
         self.clock.advance(seconds)
         for host in HOSTS:
-            if self.chance.random() < 0.85 or seconds > LOST_AFTER * 2:
+            if self.chance.random() < (0.5 if LOST_AFTER < seconds < EXPIRY else 0.85):
                 self.beat(host, may_claim=False)
         self.sweep(fault, f"{seconds} s pass")
 
@@ -476,7 +502,9 @@ class World:
             free = [job for job in found if job.hold != "lock"]
             check(free or not is_free, host, "waits for the lock, which this passes:", found)
 
-    def judge_made(self, answer: Answer, before: Seen, after: Seen, app: str, wanted: dict[str, str], is_free: bool = False) -> None:
+    def judge_made(
+        self, answer: Answer, before: Seen, after: Seen, app: str, wanted: dict[str, str], is_free: bool = False
+    ) -> None:
         check(answer.status == 201, answer)
         self.reaches(after, app, wanted, is_free)
         made, skipped = answer.body["jobs"], {one["host"] for one in answer.body["skipped"]}
@@ -488,6 +516,9 @@ class World:
             check({job["host"] for job in made} | skipped >= wanted.keys(), "told", answer.body, "wanted", wanted)
             check({job["id"] for job in made} == {job.id for job in after.of[one["id"]]}, "its jobs", answer.body)
             check(one == deploybot.Deployment(**after.deployments[one["id"]]).public(), "told", one)
+            canary, places = self.apps[app]["strategy"].get("canary"), {job["host"] for job in made}
+            if canary in places and len(places) > 1 and not skipped:
+                check(one["strategy"]["canary"] == canary == made[0]["host"], "where is its canary?", one)
         else:
             HAPPENED["same under way"] += 1
 
@@ -510,8 +541,8 @@ class World:
 
         return Call(lambda: self.subject.ask("POST", "/v1/deployments", body), told)
 
-    def rollback(self) -> Call:
-        app, hosts = self.an_app(), None
+    def rollback(self, app: str = "") -> Call:
+        app = app or self.an_app()
         hosts = self.some_hosts(app)
         body: dict[str, Any] = {"app": app, "rollback": True, "lock": self.chance.random() < 0.6}
         if self.chance.random() < 0.2:
@@ -527,6 +558,7 @@ class World:
                     known = self.in_order.get((app, host), "") != "~" and "to" not in body
                     check(not known or self.way_back(app, host) is None, host, "can go back:", self.ways[(app, host)], answer)
                 return
+            check(answer.status == 201, body, answer)
             HAPPENED["rolled back"] += 1
             skipped = {one["host"] for one in answer.body["skipped"] if "under way" not in one["reason"]}
             wanted = {}
@@ -539,9 +571,11 @@ class World:
                 check(jobs, host, "was neither skipped nor sent back", answer)
             self.judge_made(answer, before, after, app, wanted, True)
             if answer.body["created"]:
-                HAPPENED["rolled back with what was under way"] += any(job.app == app and job.status == "pending" for job in before.jobs.values())
+                HAPPENED["rolled back with what was under way"] += any(
+                    job.app == app and job.status == "pending" for job in before.jobs.values()
+                )
                 left = [job for job in after.jobs.values() if job.app == app and place(job) in ("held", "pending")]
-                left = [job for job in left if job.deployment_id not in (None, answer.body["deployment"]["id"]) and job.host in wanted]
+                left = [job for job in left if job.deployment_id not in (None, answer.body["deployment"]["id"])]
                 check(not left, "these would go forward again:", left)
                 check(not body["lock"] or app in after.locks, "is not locked after a rollback")
 
@@ -567,17 +601,16 @@ class World:
 
         def told(answer: Answer, before: Seen, after: Seen) -> None:
             check(answer.status == 200, answer)
-            key = f"{about.get('app')} {about.get('branch')}"
+            newest = before.pushed.get((about.get("app"), f"refs/heads/{about.get('branch')}"), 0)
             if again and "taken before" in answer.body["message"]:
                 HAPPENED["push repeated"] += 1
                 check(before.jobs == after.jobs, "a push that is repeated makes something")
-            elif not again and about["at"] < self.pushed[key]:
+            elif not again and about["at"] < newest:
                 HAPPENED["push older"] += 1
                 check(before.jobs == after.jobs, "an older push makes something", answer)
             elif not again:
                 HAPPENED["push"] += 1
                 HAPPENED["push locked"] += about["app"] in before.locks
-                self.pushed[key] = about["at"]
                 self.judge_newest(after, about["app"], about["branch"], about["commit"])
 
         return Call(lambda: self.subject.ask("POST", "/v1/webhooks/github", body, **headers), told)
@@ -588,7 +621,8 @@ class World:
         self.reaches(after, app, dict.fromkeys(hosts, commit))
         for one in after.deployments.values():
             if one.app == app and one.kind in BY_ITSELF and (one.branch == branch or app in after.locks):
-                left = [job for job in after.of[one.id] if job.status == "pending" and job.ref != commit]
+                places = hosts | ({job.host for job in after.of[one.id]} - set(self.apps[app]["hosts"]))
+                left = [job for job in after.of[one.id] if job.status == "pending" and job.ref != commit and job.host in places]
                 check(not left, "an older push waits on:", left, "behind", commit)
 
     def hook(self) -> Call:
@@ -601,8 +635,7 @@ class World:
             HAPPENED["hook"] += 1
             wanted = dict.fromkeys(hosts or self.apps[app]["hosts"], commit)
             self.judge_made(answer, before, after, app, wanted)
-            if answer.body["created"]:
-                self.judge_newest(after, app, branch, commit, wanted)
+            self.judge_newest(after, app, branch, commit, wanted)
 
         return Call(lambda: self.subject.ask("POST", f"/v1/hooks/{app}", body), told)
 
@@ -667,7 +700,11 @@ class World:
             HAPPENED["job retried"] += 1
             check(answer.status == 201, answer)
             made = after.jobs[answer.body["job"]["id"]]
-            check(json.loads(made.spec).get("reuse", False) == goes_back or not answer.body["created"], "does what it did before", made)
+            check(
+                json.loads(made.spec).get("reuse", False) == goes_back or not answer.body["created"],
+                "does what it did before",
+                made,
+            )
             self.reaches(after, job.app, {job.host: job.ref})
 
         call = Call(lambda: self.subject.ask("POST", f"/v1/jobs/{job.id}/retry"), told)
@@ -690,7 +727,14 @@ class World:
     def single_job(self) -> Call:
         app, ref, override = self.an_app(), self.commit(), self.chance.random() < 0.4
         host = self.chance.choice(self.apps[app]["hosts"])
-        body = {"repo": f"myorg/{app}", "app": app, "ref": ref, "host": host, "override": override, "force": self.chance.random() < 0.2}
+        body = {
+            "repo": f"myorg/{app}",
+            "app": app,
+            "ref": ref,
+            "host": host,
+            "override": override,
+            "force": self.chance.random() < 0.2,
+        }
 
         def told(answer: Answer, before: Seen, after: Seen) -> None:
             if app in before.locks and not override:
@@ -757,7 +801,9 @@ class World:
             if given := answer.body["job"]:
                 self.holding[host][given["id"]] = given["attempt"]
             for job_id in answer.body["cancel"]:
-                if job_id in self.holding[host] and job_id not in self.before.jobs or self.before.jobs[job_id].status != "running":
+                if (job_id in self.holding[host] and job_id not in self.before.jobs) or self.before.jobs[
+                    job_id
+                ].status != "running":
                     self.holding[host].pop(job_id, None)
 
     def end(self, fault: Any = None, well: float = 0.7) -> None:
@@ -785,24 +831,16 @@ class World:
         """Two callers who share a COMMIT: what each made ready before may not be so any more."""
         app = self.an_app()
         first = self.chance.choice((self.lock(app), self.unlock(), self.deploy(), self.hook(), self.rollback()))
-        is_lock = "lock" in first.told.__qualname__ and "unlock" not in first.told.__qualname__
         second = self.chance.choice((self.a_push(app, "main"), self.a_push(app, "dev"), self.hook(), self.deploy(), self.lock(app)))
         HAPPENED["steps"] += 1
-        HAPPENED["lock and push in one commit"] += is_lock and "deliver" in second.told.__qualname__
+        HAPPENED["lock and push in one commit"] += is_a_lock(first) and "deliver" in second.told.__qualname__
         self.script.append(f"together {first.told.__qualname__} {second.told.__qualname__}")
         answers, _, shared = self.subject.in_one_commit([first.ask, second.ask], None)
         HAPPENED["two in one commit"] += shared
         check(all(answer.status < 500 for answer in answers), answers)
-        for body in (first, second):
-            self.note_push(body)
+        self.locked_last = is_a_lock(second)
         self.settle(None, None)
-
-    def note_push(self, call: Call) -> None:
-        cells = dict(zip(call.told.__code__.co_freevars, (cell.cell_contents for cell in call.told.__closure__ or ()), strict=False))
-        about = cells.get("about")
-        if about:
-            key = f"{about['app']} {about['branch']}"
-            self.pushed[key] = max(self.pushed[key], about["at"])
+        self.locked_last = False
 
     # -- a life ------------------------------------------------------------------------------------------------------
 
@@ -828,14 +866,28 @@ class World:
         elif kind == "end":
             self.end(self.fault())
         elif kind == "time":
-            seconds = self.chance.choices((1, 31, 61, LOST_AFTER + 1, EXPIRY + 1, 2 * DAY), (6, 4, 4, 2, 1, 1))[0]
+            seconds = self.chance.choices((1, 31, 61, LOST_AFTER + 1, EXPIRY + 1, 2 * DAY), (6, 4, 4, 6, 1, 1))[0]
             self.passes(seconds, self.fault())
         else:
-            what = self.chance.choice(("together", "together", "together", "restart", "reload", "reload", "gone"))
+            what = self.chance.choice(("together",) * 3 + ("restart", "reload", "reload", "gone", "release", "release"))
             if what == "gone":
                 self.reload(self.chance.choice(("web", "api")))
             else:
-                {"together": self.together, "restart": self.restart, "reload": self.reload}[what]()
+                {"together": self.together, "restart": self.restart, "reload": self.reload, "release": self.release}[what]()
+
+    def release(self) -> None:
+        """What most days are made of: a new commit, everywhere, and now and then the way back at once."""
+        app = self.an_app()
+        self.commits += 1
+        body = {"app": app, "ref": f"{self.commits:040x}", "override": True}
+        self.step(Call(lambda: self.subject.ask("POST", "/v1/deployments", body)), f"release {app} {self.commits}")
+        for _ in range(8):
+            for host in self.apps[app]["hosts"]:
+                self.beat(host)
+            while any(self.holding.values()):
+                self.end(well=1.0)
+        if self.chance.random() < 0.5:
+            self.step(self.rollback(app), "rollback")
 
     def work_off(self) -> None:
         """Unlocked, and with agents that are well, everything comes to its end."""
@@ -862,7 +914,10 @@ def prove(proof: Proof) -> None:
     memory = pathlib.Path("/dev/shm")  # a disk that forgets at a power cut is another proof's matter
     base = pathlib.Path(tempfile.mkdtemp(dir=memory if memory.is_dir() else proof.folder))
     try:
-        for life in range(lives):
+        for life in range(lives * ROUNDS):
+            missing = [name for name in EXPECTED if not HAPPENED[name]]
+            if life >= lives and (not missing or proof.options.lives):
+                break
             world = World(random.Random(f"{proof.seed} {life}"), pathlib.Path(tempfile.mkdtemp(dir=base)))
             try:
                 for _ in range(steps):
@@ -875,7 +930,6 @@ def prove(proof: Proof) -> None:
                 world.subject.close()
                 shutil.rmtree(world.folder, ignore_errors=True)
             HAPPENED["lives"] += 1
-        missing = [name for name in EXPECTED if not HAPPENED[name]]
         check(not missing or proof.options.lives, "never came to:", missing)
     finally:
         shutil.rmtree(base, ignore_errors=True)

@@ -39,6 +39,8 @@ STREAM_SECONDS, STREAM_BYTES = 0.05, 256 * 1024
 AT_ONCE = 2  # passes
 APP, REPO = "web-frontend", "myorg/web-frontend"  # as the document's examples have them
 HOSTS = ("web-01.example.com", "test-host", "web-02.example.com")
+DELIVERY = "72d3162e-cc78-11e3-81ab-4c9367dc0958"
+PUSH = json.dumps({"ref": "refs/heads/main", "after": "5" * 40, "repository": {"full_name": REPO}}).encode()
 # Each answer is held against these, and the others in the pass that names them. Not among them: positive_data_acceptance, as a good
 # request can still be refused for what a schema does not say (git's rules for a ref, fields that exclude one another).
 CHECKS = (
@@ -70,6 +72,9 @@ checks.negative_data_rejection.enabled = false
 """
 ID = r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 HOST = r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?"
+APPS = r"[a-z0-9][a-z0-9._-]{0,63}"
+# Of what stands in a path and is no id: (parameter, whether a delivery is there to be found).
+FORMS = {("hostname", False): HOST, ("app", False): APPS, ("id", True): r"[A-Za-z0-9._-]{1,100}"}
 EVERY_PHASE = "examples,coverage,fuzzing,stateful"
 
 
@@ -138,9 +143,10 @@ def or_null(schema: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
 
 
 def furnish(controller: Controller) -> dict[str, list[str]]:
-    """Hosts, jobs in every state and tokens to be found; their ids by the path that they stand in."""
+    """Hosts, jobs and deployments in every state, a push, and tokens to be found; their ids by the path that they stand in."""
     jobs, agents = [], []
     client = controller.client(controller.settings["admin"])
+    app = client.ok("GET", "/v1/apps")["apps"][0]["name"]
     for host in HOSTS:
         agent = LightAgent(controller.port, host)
         agent.enrolment.token = controller.settings["enrolment"]
@@ -156,9 +162,23 @@ def furnish(controller: Controller) -> dict[str, list[str]]:
             if job and number:
                 agent.result(job, "failed" if number == 1 else "success", exit_code=number)
         agent.close()
+    headers = {"X-GitHub-Delivery": DELIVERY, "X-Hub-Signature-256": signed(SECRET, PUSH)}
+    status, _ = client.call("POST", "/v1/webhooks/github", PUSH, headers)
+    check(status == 200, "a push was answered with", status)
+    deployments = []
+    for number in range(4):  # few: a tail is that of the newest jobs of an app
+        made = client.ok("POST", "/v1/deployments", {"app": app, "ref": f"d{number}"})["deployment"]["id"]
+        deployments.append(made)
+        if number % 2:  # the others are under way
+            client.ok("POST", f"/v1/deployments/{made}/cancel")
     tokens = [client.ok("POST", "/v1/tokens", {"role": "viewer"})["token"]["id"] for _ in range(20)]
     client.close()
-    return {"/v1/jobs/": jobs, "/v1/agents/": agents, "/v1/tokens/": tokens, "/v1/hosts/": list(HOSTS)}
+    of_paths = {"/v1/deployments/": deployments, "/v1/deliveries/": [DELIVERY], "/v1/apps/": [app], "/v1/hooks/": [app]}
+    return {"/v1/jobs/": jobs, "/v1/agents/": agents, "/v1/tokens/": tokens, "/v1/hosts/": list(HOSTS), **of_paths}
+
+
+def signed(secret: str, body: bytes) -> str:
+    return "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()
 
 
 def start(proof: Proof, one: Pass) -> tuple[Controller, str | None]:
@@ -299,6 +319,9 @@ def install(known: dict[str, Any]) -> None:
             for name in ("host", "app"):  # else they leave nothing of that job
                 if re.fullmatch(HOST, str(case.query.get(name, "-"))):
                     del case.query[name]
+        asked = case.body if case.path == "/v1/deployments" and isinstance(case.body, dict) else {}
+        if turn % 3 and re.fullmatch(APPS, str(asked.get("app", "-"))):
+            asked["app"] = known["ids"]["/v1/apps/"][0]
         body = case.body if case.path == "/v1/session" and isinstance(case.body, dict) else {}
         if known["token"] and turn % 2 and body.get("token") and isinstance(body["token"], str):
             body["token"] = known["token"]
@@ -306,7 +329,8 @@ def install(known: dict[str, Any]) -> None:
     def replace(parameters: Any, there: str) -> None:
         for name, value in parameters.items():
             is_id = name in ("id", "job_id") and re.fullmatch(ID, str(value)) and (value < first or value[0] != "0")
-            if is_id or (name == "hostname" and re.fullmatch(HOST, str(value))):
+            is_name = re.fullmatch(FORMS.get((name, there == DELIVERY), "(?!)"), str(value))
+            if is_id or is_name:
                 parameters[name] = there
 
     send = requests.adapters.HTTPAdapter.send
@@ -317,8 +341,7 @@ def install(known: dict[str, Any]) -> None:
         signature = signature.decode("latin-1") if isinstance(signature, bytes) else signature
         if path == "/v1/webhooks/github" and re.fullmatch(r"sha256=[0-9a-f]{64}", signature):
             body = request.body.encode() if isinstance(request.body, str) else request.body or b""
-            right = hmac.new(known["secret"].encode(), body, hashlib.sha256).hexdigest()
-            request.headers["X-Hub-Signature-256"] = f"sha256={right}"
+            request.headers["X-Hub-Signature-256"] = signed(known["secret"], body)
         if known["many"]:
             request.headers["X-Forwarded-For"] = f"2001:db8:{next(addresses):x}::1"
         if path != "/v1/logs/stream":

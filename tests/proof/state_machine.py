@@ -60,7 +60,7 @@ ENDED = ("success", "failed", "cancelled")
 REASONS = {
     "success": {None},
     "failed": {"exit_code", "fetch_failed", "timeout", "health_check", "rejected", "agent_lost", "agent_crashed"},
-    "cancelled": {"cancelled", "expired"},
+    "cancelled": {"cancelled", "expired", "superseded"},
 }
 # From (status, attempt) to the next, as events tell: the change of the attempt, and the statuses that may follow.
 NEXT = {
@@ -431,8 +431,13 @@ class Machine(RuleBasedStateMachine):
         def change(ids: list[str]) -> None:
             push["made"] = ids
             HAPPENED["push"] += 1
+            older = [self.jobs[job_id] for one in self.pushes for job_id in one["made"] or () if job_id not in ids]
             for job_id, host in zip(ids, ("web-01", "web-02"), strict=True):
                 self.add(job_id, "myorg/web", push["event"]["after"], host, "web", "github")
+            for job in older:
+                if job.status == "pending":  # latest wins
+                    HAPPENED["superseded"] += 1
+                    job.end("cancelled", "superseded", self.now)
 
         def is_late() -> bool:
             at = push["event"]["repository"]["pushed_at"]
@@ -1126,7 +1131,7 @@ class Seen:
             if kind == "job":
                 shown = json.loads(data)
                 machine.history.setdefault(job_id, []).append((shown["status"], shown["attempt"]))
-            else:
+            elif kind == "log":  # deployments are rollout.py's matter
                 stored = machine.stored.setdefault((job_id, attempt), [])
                 holds(9, offset == len(stored), "lines of", job_id, attempt, "stored at", offset, "after", len(stored))
                 stored += [line[0] for line in json.loads(data)]
