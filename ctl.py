@@ -186,7 +186,7 @@ COLOUR_OF = {
 }
 LEVEL_COLOURS = {"error": "red", "warning": "yellow", "debug": "dim"}
 GAP = 2  # columns between two columns
-NARROWEST = 6  # columns that a shrinking cell keeps
+NARROWEST = 12  # columns that a shrinking cell keeps: web-01.exam… is still told from web-02.exam…
 
 
 def columns():
@@ -1346,8 +1346,8 @@ def frame(screen, board, lines):
     table = screen.lines(["HOST", "STATUS", "TIME", " "], rows, shrink=("HOST", " ")) if rows else []
     others = [cut(f"and {left.total()} others: {counts(left)}", most)] if left else []
     title = "" if board.is_over() else "|/-\\"[int(time.monotonic() / TICK_S) % 4] + " "
-    title += cell(board.title() + ran)
-    return [screen.paint(cut(title, most), "bold"), *(cut(cell(text), most) for text in said), *table, *others]
+    title = cut(title + cell(board.title()), most - width(ran)) + ran
+    return [screen.paint(title, "bold"), *(cut(cell(text), most) for text in said), *table, *others]
 
 
 def gathered(events):
@@ -1644,12 +1644,22 @@ def cancel(client, screen, options):
     return DONE
 
 
+def meant(client, app, host):
+    """What an app or a host that the controller does not know may have been; a deed's answer says so itself, a list's does not."""
+    from difflib import get_close_matches
+
+    known = [one["name"] for one in list_apps(client)["apps"]] if app else []
+    known += [one["hostname"] for one in list_hosts(client)["hosts"]] if host else []
+    found = [get_close_matches(one, known, 1) for one in (app, host) if one and one not in known]
+    return "".join(f"; did you mean {one}?" for ones in found for one in ones)
+
+
 def listed(client, screen, options, name, show, nothing, **filters):
     """Shows the newest of what /v1/`name` lists, up to --limit; the exit code."""
     page = newest(client, f"/v1/{name}", name, PAGE_JOBS, options.limit, filters)
     screen.show(page, lambda: show(screen, page[name]))
     if not page[name]:
-        screen.note(f"{nothing.format(client.url)}")
+        screen.note(nothing.format(client.url) + (unless(403, meant, client, *map(filters.get, ("app", "host"))) or ""))
     elif page["next"]:
         screen.note(f"there are older ones: --limit {options.limit * 10}")
     return DONE

@@ -1613,10 +1613,11 @@ def test_short_ids_are_as_long_as_it_takes():
 
 
 @pytest.mark.parametrize(
-    ("most", "wanted"), [(100, [10, 20, 5]), (30, [10, 11, 5]), (26, [8, 9, 5]), (21, [6, 6, 5]), (20, [6, 6]), (10, [6])]
+    ("most", "wanted"),
+    [(100, [14, 20, 5]), (39, [14, 16, 5]), (37, [14, 14, 5]), (33, [12, 12, 5]), (32, [12, 12]), (25, [12]), (12, [12])],
 )
 def test_tables_shrink_then_lose_their_last_columns(most, wanted):
-    assert ctl.fit([10, 20, 5], [True, True, False], most) == wanted
+    assert ctl.fit([14, 20, 5], [True, True, False], most) == wanted
 
 
 def test_wide_characters_take_two_columns():
@@ -1660,7 +1661,7 @@ def test_colour_is_for_terminals_that_want_it(run, controller):
     assert "\x1b" not in on_terminal(controller.url, "jobs", "--json")
 
 
-@pytest.mark.parametrize("columns", [40, 60, 80])
+@pytest.mark.parametrize("columns", [50, 60, 80])
 def test_tables_fit_the_terminal(run, controller, columns):
     make(controller, ref="feature/" + "x" * 80, host="a-rather-long-name.of-a-host.example.com")
     lines = re.sub(r"\x1b\[\d+m", "", on_terminal(controller.url, "jobs", columns=columns)).splitlines()

@@ -1042,13 +1042,14 @@ def test_a_terminal_shows_a_line_a_host_in_place(terminal, fake):
 
 def test_of_hundreds_of_hosts_those_that_count_are_shown(terminal, fake):
     hosts = [f"web-{number:03}" for number in range(300)]
-    one = fake.deployment(hosts, held=hosts[40:])
+    one = fake.deployment(hosts, held=hosts[40:], started_at="2026-01-01T13:14:00.000Z", branch="x")
     for host in hosts[:30]:
         fake.move(host, "success")
     fake.move("web-030", "running"), fake.move("web-031", "failed", reason="timeout")
     shown = terminal("follow", one["id"], size=(12, 60))
     lines = shown.until("others")
     assert len(lines) == 11, "one is left for the cursor"
+    assert re.search(r"…, \d+d\d+h$", lines[0]), "how long it takes is not cut off"
     assert [line.split()[0] for line in lines[3:]] == [f"web-{number:03}" for number in range(30, 37)] + ["and"]
     assert lines[-1] == "and 293 others: 30 succeeded, 3 pending, 260 held".replace("succeeded", "success")
     fake.log("web-030", "a line")

@@ -203,6 +203,15 @@ def test_a_mistyped_word_gets_what_it_may_have_been(here, argv, said):
     assert said in result.err and result.err.count("\n") == 1
 
 
+def test_a_list_of_nothing_says_what_app_or_host_may_have_been_meant(here, controller, monkeypatch):
+    monkeypatch.setenv("DEPLOYBOT_URL", controller.url)
+    controller.set_app(name="web-frontend", repo="myorg/web", hosts=["web-01"])
+    controller.register("db-01")
+    assert here("jobs", "--app", "web-fronted").err.endswith("; did you mean web-frontend?\n")
+    assert here("jobs", "--host", "db-1").err.endswith("; did you mean db-01?\n")
+    assert "did you mean" not in here("deployments", "--app", "web-frontend").err + here("jobs", "--host", "zzz").err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Completion
 
@@ -329,6 +338,17 @@ def test_a_hostile_name_is_no_code_and_no_option(names, ask_it, tmp_path):
     assert ask_it("hosts", "drain", "") == ["web-01.example.com"]
     assert sorted(ask_it("why", "")) == [ID, ID[:-1] + "2"]
     assert not list(tmp_path.rglob("x"))
+
+
+@pytest.mark.parametrize("ask_it", SHELLS)
+def test_a_script_evaluates_nothing_that_it_is_told(monkeypatch, ask_it, tmp_path):
+    """Here ctl.py itself lies; it says nothing with a line break."""
+    told = [one for one in HOSTILE if one.isprintable()]
+    Path("told").write_text("".join(f"{one}\n" for one in told))
+    Path("script").write_text(ctl.COMPLETIONS[ask_it.__name__[3:]].replace("PROGRAM", f"cat {tmp_path}/told ||"))
+    monkeypatch.setitem(globals(), "script_of", lambda shell: Path("script").absolute())
+    assert sorted(ask_it("lock", "--app", "")) == sorted(told)
+    assert not Path("x").exists() and not Path("zsh/x").exists()
 
 
 def complete(*words):
