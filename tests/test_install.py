@@ -212,7 +212,7 @@ def test_what_is_wrong_is_named_before_anything_is_done(machine, argv, problem):
 def test_only_root_installs_and_only_where_systemd_runs(machine, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     for verb in ("install", "uninstall"):
-        with pytest.raises(agent.ConfigError, match="^only root may do that: sudo"):
+        with pytest.raises(agent.ConfigError, match=r"^only root may do that: sudo"):
             agent.VERBS[verb]([], agent.System(run=machine.run))
     monkeypatch.undo()
     machine.run.old_python = True
@@ -345,7 +345,7 @@ class Patient(Machine):
 @pytest.fixture
 def patient(machine, make_controller, tmp_path):
     (tmp_path / "patient").mkdir()
-    return Patient(tmp_path / "patient", make_controller(open=False, token="dbt_admin", agent_token=TOKEN))
+    return Patient(tmp_path / "patient", make_controller(open=False, token="dbt_admin", agent_token=TOKEN, read_token="dbt_read"))
 
 
 def test_doctor_finds_nothing_where_all_is_well(patient, capsys):
@@ -372,6 +372,7 @@ def test_doctor_finds_nothing_where_all_is_well(patient, capsys):
         (lambda p, m: p.set(DEPLOYBOT_URL=p.controller.url.replace("http", "https")), "it speaks http there: try http://"),
         (lambda p, m: p.set(DEPLOYBOT_URL="ftp://h"), "FAIL --url: must be http"),
         (lambda p, m: p.set(DEPLOYBOT_HOSTNAME="web-02"), "its own secret: which is for the role agent and the host web-01"),
+        (lambda p, m: p.secret.unlink() or p.set(DEPLOYBOT_AGENT_TOKEN="dbt_read"), "which is for the role viewer and the host web-01"),
         (lambda p, m: p.registers_anew(), "FAIL neither a secret nor a token of this host is known there: `ctl.py token create"),
     ],
 )  # fmt: skip

@@ -52,7 +52,9 @@ class Reader:
         if "token create" in text:
             (self.agent_token,) = re.findall(r"^dbt_\S+$", said, re.M)
         if "agent.env" in text:  # a repository of this machine, in place of GitHub's
-            self.machine.do(f"chown deploybot-agent {REPOSITORY} {REPOSITORY}/.git; echo DEPLOYBOT_GIT_PROTOCOLS=file >> /etc/deploybot/agent.env")
+            self.machine.do(
+                f"chown deploybot-agent {REPOSITORY} {REPOSITORY}/.git; echo DEPLOYBOT_GIT_PROTOCOLS=file >> /etc/deploybot/agent.env"
+            )
             self.machine.do("systemctl restart deploybot-agent")
             wait_for(lambda: "online" in self.machine.do(self.exports + "./ctl.py hosts"), 15, "the agent to come")
         return said
@@ -76,7 +78,9 @@ class Reader:
         (root / "root/new/push.json").write_bytes(body)
         signature = hmac.new(self.credential("webhook_secret").encode(), body, hashlib.sha256).hexdigest()
         headers = f"-H X-GitHub-Event:push -H X-GitHub-Delivery:{commit} -H X-Hub-Signature-256:sha256={signature}"
-        said = self.machine.do(f"curl -sS -f {headers} -H Content-Type:application/json --data-binary @push.json {URL}/v1/webhooks/github")
+        said = self.machine.do(
+            f"curl -sS -f {headers} -H Content-Type:application/json --data-binary @push.json {URL}/v1/webhooks/github"
+        )
         check(len(json.loads(said)["jobs_created"]) == 1, "the push was answered", said)
         return commit
 
