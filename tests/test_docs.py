@@ -17,6 +17,8 @@ from conftest import wait_for
 from test_end_to_end import LIMIT, Site
 from test_readme import DOCUMENTS, ROOT, blocks, program, section, table
 
+import deploybot
+
 SECRET = "It's a Secret to Everybody"
 PROTOCOL = (ROOT / "docs/agent-protocol.md").read_text()
 RECIPES = (ROOT / "docs/recipes.md").read_text()
@@ -112,6 +114,14 @@ def test_the_proofs_that_run_them_are_in_the_list():
 def test_the_readme_lists_every_document_once():
     linked = re.findall(r"\]\((docs/[^)#]+)\)", section("Documents"))
     assert sorted(linked) == [name for name in DOCUMENTS if name.startswith("docs/")]
+
+
+def test_what_the_guide_quotes_is_what_the_programs_say():
+    (text,) = re.findall(r"^## When it does not work\n(.*?)^## ", (ROOT / "docs/guide.md").read_text(), re.M | re.S)
+    quoted = [words for row in table(text, "look at") for words in re.findall(r"`([^`]+)`", row[1])]
+    said = "".join((ROOT / name).read_text() for name in ("deploybot.py", "agent.py"))
+    known = {*deploybot.RULES, *SCHEMAS["Reason"]["enum"]}
+    assert len(quoted) > 12 and [words for words in quoted if words not in known and words not in said] == []
 
 
 # ------------------------------------------------------------------------------------------------------------------------
