@@ -34,7 +34,7 @@ run: python ## start the controller on 0.0.0.0:8080 in open mode, with ./apps.ya
 	else python=$(VENV)/bin/python; $(call make_venv,$(VENV),$(PYYAML)); fi; \
 	$(load_env); exec $$python -m deploybot --open $(ARGS)
 
-dist: python ## write dist/deploybot.py: the controller with its pages inside, one file to copy
+dist: python ## write dist/: the programs, one file each (the controller with its pages inside), and SHA256SUMS
 	@$(PYTHON) .ci/dist
 
 test: python ## run the tests, in a .venv that it makes

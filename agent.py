@@ -36,10 +36,14 @@ import sys
 if sys.version_info < (3, 11):  # before the imports that an older one does not have
     sys.exit(f"agent.py needs Python 3.11 or newer; this is {sys.version_info[0]}.{sys.version_info[1]}")
 
+if __name__ == "__main__" and not sys.flags.safe_path:
+    del sys.path[0]  # the folder of this file: root may run it where another user could put an argparse.py beside it
+
 import argparse
 import codecs
 import contextlib
 import ctypes
+import email.utils
 import errno
 import fcntl
 import fnmatch
@@ -55,6 +59,7 @@ import random
 import re
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -68,7 +73,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from stat import S_ISDIR, S_ISREG
+from stat import S_IFREG, S_ISDIR, S_ISREG
 from typing import Any, NamedTuple
 
 VERSION = "0.1.0"
@@ -368,7 +373,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agent.py",
         description="DeployBot's agent: takes the jobs of this host from the controller and deploys them.",
-        epilog=f"The token comes from {TOKEN_VARIABLE}, or from the file that {TOKEN_VARIABLE}_FILE names. "
+        epilog="Verbs: install, uninstall, status and doctor, each with a --help of its own, are for the service of this machine. "
+        f"The token comes from {TOKEN_VARIABLE}, or from the file that {TOKEN_VARIABLE}_FILE names. "
         "Exit codes: 0 done, 1 with --once: no job succeeded, 2 wrong use, 3 a newer agent took over this hostname, "
         "4 another agent works in this folder.",
     )
@@ -452,6 +458,23 @@ def find_account(name: str, problems: list[str]) -> Account | None:
     return Account(entry.pw_name, entry.pw_uid, entry.pw_gid, groups, entry.pw_dir)
 
 
+def check_account(account: Account, workdir: Path) -> None:
+    """Raises ConfigError where scripts could swap what the agent does as root, or could not reach their release."""
+    owners = [(folder, folder.stat()) for folder in (workdir.resolve(), *workdir.resolve().parents)]
+    sticky = 0o1000  # as in /tmp: one may add there, and not touch what is another's
+    for folder, found in [*owners, (workdir / ".agent", (workdir / ".agent").stat())]:
+        if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & sticky):
+            raise ConfigError([f"--run-as: only root may write {folder}: chown root: {folder}; chmod go-w {folder}"])
+    enter = ["/bin/sh", "-c", 'cd -- "$1"', "sh", str(workdir)]
+    rights = {"user": account.uid, "group": account.gid, "extra_groups": account.groups}
+    try:
+        done = subprocess.run(enter, cwd="/", capture_output=True, check=False, **rights)
+    except OSError as error:
+        raise ConfigError([f"--run-as: {one_line(error)}"]) from error
+    if done.returncode != 0:
+        raise ConfigError([f"--run-as: {account.name} may not enter {workdir}: chmod a+x each folder on the way"])
+
+
 # One item of systemd.exec(5)'s EnvironmentFile=: a comment, or a name, values in quotes (which may hold ends of lines), and a
 # value without.
 ENV_ITEM = re.compile(
@@ -472,7 +495,7 @@ def env_value(quoted: str, plain: str) -> str:
     return "".join(map(in_quotes, ENV_QUOTED.finditer(quoted))) + bare
 
 
-def parse_env_file(text: str, problems: list[str]) -> dict[str, str]:
+def parse_env_file(text: str, problems: list[str], of_scripts: bool = True) -> dict[str, str]:
     """As systemd reads it, but what systemd leaves out in silence is a problem, named by its line and never by its text."""
     values: dict[str, str] = {}
     at = 0
@@ -484,7 +507,7 @@ def parse_env_file(text: str, problems: list[str]) -> dict[str, str]:
         name = item["name"].rstrip() if item else ""
         if not ENV_NAME.fullmatch(name):
             problems.append(f"--env-file: line {number} is no NAME=VALUE")
-        elif name.startswith("DEPLOYBOT_"):
+        elif of_scripts and name.startswith("DEPLOYBOT_"):
             problems.append(f"--env-file: line {number}: {name} is a setting of the agent, and no script gets it")
         elif item["plain"][:1] in ("'", '"') or "\0" in item[0]:
             problems.append(f"--env-file: line {number}: the value of {name} has no closing quote, or a NUL")
@@ -2369,8 +2392,16 @@ class Controller:
     def call(self, method: str, path: str, body: dict | bytes, parked: float = 0.0) -> dict:
         """The answer's JSON object. Raises Unreachable or Refused."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return self._judge(*self._reach(method, path, data, self._timeout + parked))
+
+    def look(self, path: str) -> tuple[str, dict]:
+        """A GET: the answer's Date and its JSON object. Raises Unreachable or Refused."""
+        response, answer = self._reach("GET", path, None, self._timeout)
+        return response.headers.get("Date", ""), self._judge(response, answer)
+
+    def _reach(self, method: str, path: str, data: bytes | None, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
         try:
-            return self._judge(*self._exchange(method, path, data, self._timeout + parked))
+            return self._exchange(method, path, data, timeout)
         except (http.client.HTTPException, OSError) as error:
             self.close()
             raise Unreachable(self._cause(error)) from error
@@ -2385,7 +2416,7 @@ class Controller:
             return f"its certificate is refused: {error.verify_message}"
         return one_line(error) or type(error).__name__
 
-    def _exchange(self, method: str, path: str, data: bytes, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
+    def _exchange(self, method: str, path: str, data: bytes | None, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
         kept = getattr(self._connection, "sock", None)
         if kept and select.select([kept], [], [], 0)[0]:
             self.close()  # nothing was asked, so what is there to read is its end: a controller keeps none for ever
@@ -2957,6 +2988,368 @@ class Agent:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Install
+# Owns: the agent as a service of this machine: user, program, settings, unit; put there, shown, taken away. Ignores: what it does.
+
+NAME = "deploybot-agent"  # of the unit, of its user, of the folder of its state
+PROGRAM, SETTINGS = "/usr/local/lib/deploybot/agent.py", "/etc/deploybot/agent.env"
+UNIT_FILE = f"/etc/systemd/system/{NAME}.service"
+DROP_IN, STATE = f"{UNIT_FILE}.d/run-as.conf", f"/var/lib/{NAME}"
+COMMAND_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+UNIT = r"""# The agent of one host. `agent.py install` writes this unit and its settings (/etc/deploybot/agent.env: 0600, root's, it holds the
+# token), and makes the user. What is to be otherwise here belongs into a drop-in: systemctl edit deploybot-agent.
+# Private repositories are fetched with that user's own git credentials (its .ssh, or a credential helper).
+[Unit]
+Description=DeployBot agent
+After=network-online.target
+Wants=network-online.target
+StartLimitIntervalSec=0
+
+[Service]
+Type=exec
+User=deploybot-agent
+Group=deploybot-agent
+ExecStart=/usr/bin/python3 /usr/local/lib/deploybot/agent.py
+WorkingDirectory=/var/lib/deploybot-agent
+StateDirectory=deploybot-agent
+StateDirectoryMode=0755
+Environment=DEPLOYBOT_WORKDIR=/var/lib/deploybot-agent
+EnvironmentFile=/etc/deploybot/agent.env
+
+# 2: the settings are wrong. 3: another agent took over this hostname; starting again would only take it back.
+Restart=always
+RestartSec=5
+RestartPreventExitStatus=2 3
+
+# TERM goes to the agent alone, which lets its running job finish; a job may take an hour (the default of its timeout). Meanwhile
+# `systemctl kill --kill-whom=main deploybot-agent` is the second TERM, which stops the job. When the time is up all is killed, as
+# is what a script left running when the agent dies. A deployment that restarts this very unit has to do so with
+# `systemctl --no-block`. What a script leaves running in the background ends with this unit too: a service of yours belongs
+# into a unit of its own.
+KillMode=mixed
+TimeoutStopSec=3700
+
+# Deployments ask systemd, docker or sudo for what this user has no right to. So nothing stands here that takes setuid from sudo:
+# NoNewPrivileges=, and what implies it for a unit with User= (PrivateDevices=, SystemCallFilter=, most of Protect*= and Restrict*=).
+# `systemd-analyze security` counts that, the network, and what root behind sudo may need: 6.7 is what a deployer leaves. What no
+# deployment needs is taken from root behind sudo, too. A deployment that writes elsewhere than below /var and /srv gets a drop-in
+# with ReadWritePaths=/usr/local/bin or the like, one that needs a device (/dev/fuse, /dev/kvm) one with DeviceAllow=.
+# One whose deployments need no sudo can have far less, and scripts can have another user: docs/operations.md, "Agents".
+UMask=0022
+PrivateTmp=yes
+PrivateMounts=yes
+RemoveIPC=yes
+ProtectSystem=full
+ProtectHome=read-only
+ProtectControlGroups=yes
+DevicePolicy=closed
+CapabilityBoundingSet=~CAP_SYS_ADMIN CAP_SYS_MODULE CAP_SYS_RAWIO CAP_SYS_TIME CAP_SYS_BOOT CAP_SYS_PTRACE CAP_SYS_PACCT
+CapabilityBoundingSet=~CAP_SYS_CHROOT CAP_SYS_TTY_CONFIG CAP_SYSLOG CAP_WAKE_ALARM CAP_BLOCK_SUSPEND CAP_MKNOD CAP_LEASE
+CapabilityBoundingSet=~CAP_LINUX_IMMUTABLE CAP_IPC_LOCK CAP_MAC_ADMIN CAP_MAC_OVERRIDE CAP_BPF CAP_PERFMON
+CapabilityBoundingSet=~CAP_CHECKPOINT_RESTORE CAP_NET_ADMIN CAP_NET_RAW CAP_NET_BROADCAST CAP_AUDIT_CONTROL CAP_AUDIT_READ
+LimitNOFILE=65536
+TasksMax=8192
+# A build that runs out of memory costs that build, not the agent.
+OOMPolicy=continue
+
+[Install]
+WantedBy=multi-user.target
+"""
+RUN_AS = "[Service]\nUser=root\nGroup=root\nEnvironment=DEPLOYBOT_RUN_AS={}\nCapabilityBoundingSet=CAP_SYS_PTRACE\n"
+GIT_NEEDED = (2, 30)  # `git rev-parse --end-of-options`
+FREE_NEEDED = 512 << 20  # bytes
+CLOCK_LIMIT = 30  # seconds
+DOCTOR_PATIENCE = 10  # seconds, for an answer
+
+
+def run_command(*command: str) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": COMMAND_PATH, "LC_ALL": "C"}
+    return subprocess.run(command, cwd="/", env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+
+
+def settings_of(text: str) -> dict[str, str]:
+    problems: list[str] = []
+    values = parse_env_file(text, problems, of_scripts=False)
+    if problems:
+        raise ConfigError([problem.replace("--env-file", SETTINGS) for problem in problems])
+    return values
+
+
+class System:
+    """This machine; a test's has another root and another `run`. With `dry`, what would be done is said and not done."""
+
+    def __init__(self, root: Path = Path("/"), run: Callable[..., subprocess.CompletedProcess[str]] = run_command) -> None:
+        self._root, self.run, self.dry, self.changed = root, run, False, False
+
+    def at(self, place: str) -> Path:
+        return self._root / place[1:]
+
+    def does(self, what: str) -> bool:
+        print(f"would {what}" if self.dry else what, flush=True)
+        self.changed = True
+        return not self.dry
+
+    def holds(self, *command: str) -> bool:
+        return self.run(*command).returncode == 0
+
+    def do(self, *command: str) -> None:
+        """Raises ConfigError where it fails."""
+        if self.does(f"run {shlex.join(command)}") and (done := self.run(*command)).returncode != 0:
+            raise ConfigError([f"{shlex.join(command)}: {one_line(done.stderr or done.stdout) or done.returncode}"])
+
+    def put(self, place: str, data: bytes, mode: int) -> None:
+        """A file, whole or not at all, and never through a link."""
+        path, scratch = self.at(place), self.at(place + ".new")
+        found = path.lstat() if os.path.lexists(path) else None
+        if found and (found.st_mode, found.st_uid) == (S_IFREG | mode, os.geteuid()) and path.read_bytes() == data:
+            print(f"{place} is as it should be")
+        elif self.does(f"write {place} ({mode:o})"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch.unlink(missing_ok=True)
+            with open(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                os.fchmod(file.fileno(), mode)
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
+
+    def remove(self, place: str) -> None:
+        if os.path.lexists(self.at(place)) and self.does(f"remove {place}"):
+            self.at(place).unlink()
+
+    def settings(self) -> tuple[str, dict[str, str]]:
+        """The text of the service's settings, and what it says; empty where there are none. Raises ConfigError."""
+        try:
+            text = self.at(SETTINGS).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return "", {}
+        except PermissionError as error:
+            raise ConfigError([f"only root can read {SETTINGS}: sudo python3 agent.py ..."]) from error
+        return text, settings_of(text)
+
+    def run_as(self) -> str | None:
+        """Whose rights scripts have, where the service is root's."""
+        with contextlib.suppress(OSError):
+            found = re.search(r"^Environment=DEPLOYBOT_RUN_AS=(\S+)$", self.at(DROP_IN).read_text(), re.M)
+            return found and found[1]
+        return None
+
+    def check(self) -> None:
+        """Raises ConfigError where no service can be installed, or not by this user."""
+        if os.geteuid() != 0 and self.at("/") == Path("/") and not self.dry:
+            raise ConfigError(["only root may do that: sudo python3 agent.py ...; --dry-run shows what it would do"])
+        if not self.at("/run/systemd/system").exists():
+            raise ConfigError(["systemd does not run here: start agent.py by hand, --help has its settings"])
+        if not self.holds("/usr/bin/python3", "-Ic", "import sys; sys.exit(sys.version_info < (3, 11))"):
+            raise ConfigError(["/usr/bin/python3, which the unit starts, is older than 3.11"])
+        os.umask(0o022)  # the agent's user has to get at the program, and others have nothing to write
+
+
+def with_settings(text: str, wanted: dict[str, str]) -> str:
+    """The text with these settings; all else stands as it stood. Raises ConfigError where that cannot be."""
+    before = settings_of(text)
+    changes = {name: value for name, value in wanted.items() if before.get(name) != value}
+    lines = [line for line in text.splitlines() if line.partition("=")[0].strip() not in changes]
+    lines += ['{}="{}"'.format(name, re.sub(r'(["\\$`])', r"\\\1", value)) for name, value in changes.items()]
+    made = "\n".join(lines) + "\n" if changes else text
+    if settings_of(made) != before | changes:
+        raise ConfigError([f"{SETTINGS}: set {', '.join(changes)} there by hand"])
+    return made
+
+
+def wanted_settings(args: argparse.Namespace, before: dict[str, str]) -> dict[str, str]:
+    """What the flags say, over what is there. Raises ConfigError with every problem."""
+    problems: list[str] = []
+    token = read_token({TOKEN_VARIABLE + "_FILE": args.token_file or ""}, problems)
+    hostname = args.hostname or before.get("DEPLOYBOT_HOSTNAME") or socket.gethostname()
+    names = ("DEPLOYBOT_URL", TOKEN_VARIABLE, "DEPLOYBOT_HOSTNAME", "DEPLOYBOT_LABELS")
+    given = zip(names, (args.url, token, hostname, ",".join(args.label)), strict=True)
+    wanted = {name: value for name, value in given if value}
+    if "DEPLOYBOT_URL" not in before and not (args.url and token):
+        problems.append("the first install needs --controller URL, and --token-file with what to register with")
+    if args.run_as and (args.run_as == "root" or not re.fullmatch("[a-z_][a-z0-9_-]{0,30}", args.run_as)):
+        problems.append("--run-as: must be the name of a user, and not root")
+    try:
+        load_config([], {"PATH": COMMAND_PATH, **before, **wanted})
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return wanted
+
+
+def install(argv: list[str], system: System) -> int:
+    """Puts the service there, or brings it up to date; what is as it should be stays. Raises ConfigError."""
+    parser = argparse.ArgumentParser(prog="agent.py install", description="Makes this agent a service, or updates it; as root.")
+    parser.add_argument("--controller", "--url", dest="url", metavar="URL", help="where it is; an update may leave it out")
+    parser.add_argument("--token-file", metavar="FILE", help="holds the token to register with; its content is copied")
+    parser.add_argument("--hostname", metavar="NAME", help="the host whose jobs to take (this machine's name)")
+    parser.add_argument("--label", metavar="KEY=VALUE", action="append", default=[], help="what apps.yaml may choose this host by")
+    parser.add_argument("--run-as", metavar="USER", help="scripts run as USER, who is made where missing, and the agent as root")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    args = parser.parse_args(argv)
+    system.dry = args.dry_run
+    system.check()
+    text, before = system.settings()
+    text = with_settings(text, wanted_settings(args, before))
+    user = args.run_as or system.run_as() or NAME
+    if not system.holds("getent", "passwd", user):
+        home = ["--home-dir", STATE] if user == NAME else []
+        system.do("useradd", "--system", "--create-home", *home, "--shell", "/usr/sbin/nologin", user)
+    system.put(PROGRAM, Path(__file__).read_bytes(), 0o644)
+    system.put(SETTINGS, text.encode(), 0o600)
+    system.put(UNIT_FILE, UNIT.encode(), 0o644)
+    if args.run_as:
+        system.put(DROP_IN, RUN_AS.format(args.run_as).encode(), 0o644)
+    is_new, is_running = system.changed, system.holds("systemctl", "is-active", "--quiet", NAME)
+    if is_new:
+        system.do("systemctl", "daemon-reload")
+    if not system.holds("systemctl", "is-enabled", "--quiet", NAME):
+        system.do("systemctl", "enable", NAME)
+    if is_running and is_new:
+        system.do("systemctl", "restart", "--no-block", NAME)
+        print("a job that it runs ends first")
+    elif not is_running:
+        system.do("systemctl", "start", NAME)
+    print(f"`ctl.py hosts` shows this host in a moment; where not, `python3 {PROGRAM} doctor` says why")
+    return EXIT_DONE
+
+
+def uninstall(argv: list[str], system: System) -> int:
+    """Raises ConfigError."""
+    parser = argparse.ArgumentParser(prog="agent.py uninstall", description="Takes the service away; as root.")
+    parser.add_argument("--purge", action="store_true", help=f"{STATE} too: releases, what is shared, the host's secret")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done")
+    args = parser.parse_args(argv)
+    system.dry = args.dry_run
+    system.check()
+    if args.purge and (found := re.search(rf"{STATE}[^ ]*", system.at("/proc/self/mounts").read_text())):
+        raise ConfigError([f"--purge would empty {found[0]}, which is mounted: umount it first"])
+    if system.at(UNIT_FILE).exists():
+        print("a job that it runs ends first")
+        system.do("systemctl", "disable", "--now", NAME)
+    for place in (DROP_IN, UNIT_FILE, PROGRAM, SETTINGS):
+        system.remove(place)
+    if system.changed:
+        system.do("systemctl", "daemon-reload")
+    if args.purge and system.at(STATE).exists() and system.does(f"remove {STATE}"):
+        shutil.rmtree(system.at(STATE))
+    if args.purge and system.holds("getent", "passwd", NAME):
+        system.do("userdel", NAME)
+    return EXIT_DONE
+
+
+def status(argv: list[str], system: System) -> int:
+    """1 where it does not run."""
+    argparse.ArgumentParser(prog="agent.py status", description="Shows the service of this machine.").parse_args(argv)
+    print(f"{PROGRAM}: {system.run('/usr/bin/python3', str(system.at(PROGRAM)), '--version').stdout.strip() or 'not installed'}")
+    done = system.run("systemctl", "status", "--no-pager", NAME)
+    print(done.stdout or done.stderr, end="")
+    return EXIT_DONE if done.returncode == 0 else EXIT_FAILED
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Doctor
+# Owns: what can be wrong with an agent and its host, and what to do about it. Ignores: doing it.
+
+Finding = tuple[str, str]  # ok, warn or FAIL; what it is and, where it is not ok, what to do
+
+
+def judged(good: bool, what: str, cure: str, level: str = "FAIL") -> Finding:
+    return ("ok", what) if good else (level, f"{what}: {cure}")
+
+
+def look_at_machine(config: Config, system: System) -> Iterator[Finding]:
+    said = system.run("git", "--version").stdout.strip()
+    version = tuple(map(int, re.findall(r"\d+", said)[:2]))
+    yield judged(version >= GIT_NEEDED, said or "no git", f"the agent needs git {'.'.join(map(str, GIT_NEEDED))} or newer")
+    folder = next(path for path in (config.workdir, *config.workdir.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    yield judged(free >= FREE_NEEDED, f"{free >> 20} MiB are free in {folder}", "a release may need more, make room")
+
+
+def look_at_service(config: Config, system: System) -> Iterator[Finding]:
+    if not system.at(UNIT_FILE).exists():
+        yield "ok", f"no service {NAME}: looked at with the options and variables given here"
+        return
+    mode, user = system.at(SETTINGS).stat().st_mode & 0o777, system.run_as() or NAME
+    yield judged(not mode & 0o077, f"{SETTINGS} has the mode {mode:o}", f"it holds a token, chmod 600 {SETTINGS}")
+    yield judged(system.holds("getent", "passwd", user), f"scripts run as {user}", "there is no such user, run agent.py install")
+    is_own = system.at(UNIT_FILE).read_text() == UNIT
+    yield judged(is_own, f"{UNIT_FILE} of {VERSION}", "it is another: agent.py install; changes belong into a drop-in", "warn")
+    state = system.run("systemctl", "is-active", NAME).stdout.strip()
+    yield judged(state == "active", f"the service is {state}", f"journalctl -u {NAME} says why; systemctl restart {NAME}")
+
+
+def look_at_folder(config: Config, system: System) -> Iterator[Finding]:
+    """No link is followed that a script could have put there."""
+    known = system.run("getent", "passwd", NAME).stdout.split(":")
+    is_its_users = system.at(UNIT_FILE).exists() and config.account is None and len(known) > 2
+    owner, folder = int(known[2]) if is_its_users else os.geteuid(), config.workdir
+    if not folder.exists():
+        yield "warn", f"{folder} is not there: the agent makes it when it starts"
+    for path, others in ((folder, 0o022), (folder / ".agent", 0o077), (folder / ".agent/secret", 0o077)):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.lstat()
+            mode = found.st_mode & 0o777
+            yield judged(not mode & others, f"{path} has the mode {mode:o}", f"chmod {mode & ~others:o} {path}")
+            yield judged(
+                found.st_uid == owner, f"{path} belongs to user {found.st_uid}", f"the agent is {owner}: chown {owner} {path}"
+            )
+    if config.account and folder.exists():
+        check_account(config.account, folder)
+
+
+def known_secret(folder: Path) -> str | None:
+    """What the agent signs in with, if it is there; of root's no file of another, to which a script left a link."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        with open(os.open(folder / ".agent/secret", os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), encoding="ascii") as file:
+            return file.read(200).strip() if os.fstat(file.fileno()).st_uid == folder.stat().st_uid else None
+    return None
+
+
+def look_at_controller(config: Config, _: System) -> Iterator[Finding]:
+    try:
+        date, said = Controller(config.url, lambda: None, DOCTOR_PATIENCE).look("/health")
+    except (Unreachable, Refused) as error:
+        yield "FAIL", f"{config.url} is not reached: {error}"
+        return
+    version, cure = one_line(said.get("version")), f"curl -fsS {config.url}/agent.py -o agent.py && sudo python3 agent.py install"
+    yield judged(version == VERSION, f"{config.url} has version {version}, this is {VERSION}", f"the same on both: {cure}", "warn")
+    ahead = round(time.time() - email.utils.parsedate_to_datetime(date).timestamp())
+    yield judged(abs(ahead) <= CLOCK_LIMIT, f"the clock is {ahead} s ahead of the controller's", "timedatectl set-ntp true")
+    for what, token in (("its own secret", known_secret(config.workdir)), (TOKEN_VARIABLE, config.token), ("no token", None)):
+        if token or what == "no token":
+            with contextlib.suppress(Refused):
+                _, who = Controller(config.url, lambda token=token: token, DOCTOR_PATIENCE).look("/v1/session")
+                role, host = one_line(who.get("role")), one_line(who.get("host") or config.hostname)
+                good = role in ("agent", "admin") and host.lower() == config.hostname.lower()
+                yield judged(good, f"{config.hostname} signs in with {what}", f"which is for the role {role} and the host {host}")
+                return
+    make = f"`ctl.py token create --role agent --host {config.hostname}` makes one for agent.py install --token-file FILE"
+    yield "FAIL", f"neither a secret nor a token of this host is known there: {make}"
+
+
+def doctor(argv: list[str], system: System) -> int:
+    """1 where something is wrong; with the settings of the service, or where there is none, of the agent that `argv` is for."""
+    found: list[Finding] = [("ok", f"agent.py {VERSION}, Python {platform.python_version()}")]
+    _, settings = system.settings()
+    env = {**os.environ, "DEPLOYBOT_RUN_AS": system.run_as() or os.environ.get("DEPLOYBOT_RUN_AS", ""), **settings}
+    try:
+        config = load_config(argv, env)
+    except ConfigError as error:
+        found += [("FAIL", problem) for problem in error.problems]
+    else:
+        for look in (look_at_machine, look_at_service, look_at_folder, look_at_controller):
+            try:
+                found.extend(look(config, system))
+            except (ConfigError, Unreachable, OSError, ValueError) as error:
+                found += [("FAIL", problem) for problem in getattr(error, "problems", [one_line(error)])]
+    print(*(f"{level:<5}{text}" for level, text in found), sep="\n")
+    return EXIT_FAILED if any(level == "FAIL" for level, _ in found) else EXIT_DONE
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Main
 # Owns: arguments, logging, signals, the lock on the working folder. Ignores: everything else.
 
@@ -2979,23 +3372,6 @@ def lock_workdir(folder: Path) -> int | None:
         raise ConfigError([f"--workdir {folder}: cannot be written by {user_name()} ({error.strerror})"]) from error
 
 
-def check_account(account: Account, workdir: Path) -> None:
-    """Raises ConfigError where scripts could swap what the agent does as root, or could not reach their release."""
-    owners = [(folder, folder.stat()) for folder in (workdir.resolve(), *workdir.resolve().parents)]
-    sticky = 0o1000  # as in /tmp: one may add there, and not touch what is another's
-    for folder, found in [*owners, (workdir / ".agent", (workdir / ".agent").stat())]:
-        if found.st_uid != 0 or (found.st_mode & 0o022 and not found.st_mode & sticky):
-            raise ConfigError([f"--run-as: only root may write {folder}: chown root: {folder}; chmod go-w {folder}"])
-    enter = ["/bin/sh", "-c", 'cd -- "$1"', "sh", str(workdir)]
-    rights = {"user": account.uid, "group": account.gid, "extra_groups": account.groups}
-    try:
-        done = subprocess.run(enter, cwd="/", capture_output=True, check=False, **rights)
-    except OSError as error:
-        raise ConfigError([f"--run-as: {one_line(error)}"]) from error
-    if done.returncode != 0:
-        raise ConfigError([f"--run-as: {account.name} may not enter {workdir}: chmod a+x each folder on the way"])
-
-
 def prepare(config: Config) -> int | None:
     """The lock on the working folder, None while another agent has it. Raises ConfigError."""
     lock = lock_workdir(config.workdir)
@@ -3004,9 +3380,15 @@ def prepare(config: Config) -> int | None:
     return lock
 
 
+VERBS = {"install": install, "uninstall": uninstall, "status": status, "doctor": doctor}
+
+
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     try:
-        config = load_config(sys.argv[1:] if argv is None else argv, dict(os.environ))
+        if argv and argv[0] in VERBS:
+            return VERBS[argv[0]](argv[1:], System())
+        config = load_config(argv, dict(os.environ))
         lock = prepare(config)
     except (ConfigError, OSError) as error:
         for problem in getattr(error, "problems", [one_line(error)]):

@@ -121,6 +121,7 @@ ACCEPTS = 256  # connections that are accepted before the others go on
 RUSH = 2.0  # seconds of their time that the accepting may owe the others: thousands that connect at once cost 0.2 s
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
 COLUMNS = 80  # of a terminal
+MAX_APP_LABELS = 1000  # apps that /metrics tells apart, with up to five lines each
 MAX_ERRORS = 20  # wrong fields that one answer names: enough to see what is wrong
 STACK = 512 * KIB  # a thread's stack; what is not touched costs no memory
 
@@ -1947,6 +1948,7 @@ class Tx(Queries):
         self.added: list[Event] = []
         self.opened: dict[int, list[str]] = {}  # key_of() a deployment to ids of jobs that it makes
         self.learned: dict[Any, Any] = {}  # what `recent` learns with the COMMIT
+        self._tallies: dict[str, collections.Counter[str]] = {}  # deployment to what is added to its counts with the next change
         self.due: dict[str, Callable[[Tx, str], Any]] = {}  # what to do with that key before the part ends, once for many reasons
         self._put_off: dict[str, list[tuple[Any, ...]]] = {}  # INSERT INTO table to rows that SQLite does not have yet
         # Of the part that runs: what it learned, how many rows were put off before it, whether SQLite has changes of it.
@@ -1965,6 +1967,7 @@ class Tx(Queries):
             self.settle()
         except Exception as error:
             self.due.clear()
+            self._tallies.clear()
             if isinstance(error, sqlite3.Error) and not isinstance(error, sqlite3.IntegrityError):
                 raise
             if self._is_changed or not isinstance(error, DeployBotError):  # it may have met a row of another part
@@ -2069,8 +2072,15 @@ class Tx(Queries):
         self.add("new_jobs", *job, self.position, data, address, action, detail)
         self.added.append(Event(self.position, 1, "job", job.id, job.host, job.app, job.attempt, 0, data))
 
-    def change_deployment(self, deployment_id: str, by: Mapping[str, int] = NOTHING, **columns: Any) -> Deployment:
-        """With these columns; `by`: counts to what is added to them."""
+    def tally(self, deployment_id: str, counts: Mapping[str, int]) -> None:
+        """Adds to the counts of a deployment, once for many jobs."""
+        self._tallies.setdefault(deployment_id, collections.Counter()).update(counts)
+
+    def deployment(self, deployment_id: str) -> Deployment:
+        return self.change_deployment(deployment_id) if deployment_id in self._tallies else super().deployment(deployment_id)
+
+    def change_deployment(self, deployment_id: str, **columns: Any) -> Deployment:
+        by = self._tallies.pop(deployment_id, NOTHING)
         sets = ", ".join([*(f"{name} = {name} + ?" for name in by), *(f"{name} = ?" for name in columns)])
         sql = f"UPDATE deployments SET {sets} WHERE id = ? RETURNING {DEPLOYMENT_COLUMNS}"
         return Deployment._make(self._do(sql, *by.values(), *columns.values(), deployment_id).fetchone())
@@ -3995,7 +4005,9 @@ class Jobs:
         return ready
 
     def hold(self, tx: Tx, job: Job, why: Hold) -> None:
-        self._announce(tx, tx.change_job(job, hold=why))
+        self._announce(tx, tx.change_job(job, hold=why), None if job.hold else job)
+        if job.hold is None:
+            tx.after(self.queue.remove, job.host, {job.id})
 
     def _remember(self, agent: Agent) -> None:
         old = self._by_host.get(agent.hostname)
@@ -4412,7 +4424,7 @@ class Deployments:
         counts[before.place()] -= 1
         if job.status == Status.FAILED and job.rolled_back_to:
             counts["rolled_back"] = 1
-        tx.change_deployment(job.deployment_id or "", counts)
+        tx.tally(job.deployment_id or "", counts)
         tx.due[job.deployment_id or ""] = self._step
 
     def _step(self, tx: Tx, deployment_id: str) -> None:
@@ -4437,7 +4449,8 @@ class Deployments:
             tx.add_deployment_event(deployment)
 
     def _measure(self, ended: Deployment, status: str) -> None:
-        app, metrics = ended.app if self._jobs.apps.named(ended.app) else "other", self._jobs.metrics
+        apps, metrics = self._jobs.apps, self._jobs.metrics
+        app = ended.app if apps.named(ended.app) and len(apps.all) <= MAX_APP_LABELS else "other"
         metrics.count("deploybot_deployments_ended_total", f'app="{app}",status="{status}"')
         seconds = max(0.0, self._clock.now() - unix_time(ended.created_at))
         metrics.observe("deploybot_deployment_duration_seconds", f'status="{status}"', seconds)
@@ -4450,9 +4463,13 @@ class Deployments:
             deployment = tx.change_deployment(deployment.id, reason=deployment.reason or why)
             self._jobs.end_pending(tx, tx.jobs_of(deployment.id, "status = 'pending'"), Reason.STOPPED, why)
             return tx.deployment(deployment.id)
+        hold, resume_at = self._why_held(tx, deployment, strategy)
+        if hold == Hold.LOCK and deployment.pending:  # what no host has taken yet waits, too
+            for job in tx.jobs_of(deployment.id, "status = 'pending' AND hold IS NULL"):
+                self._jobs.hold(tx, job, hold)
+            deployment = tx.deployment(deployment.id)
         if not deployment.held:
             return deployment
-        hold, resume_at = self._why_held(tx, deployment, strategy)
         if hold is None:
             hold = Hold.BATCH
             first = tx.jobs_of(deployment.id, HELD, 1)[0]
@@ -6000,8 +6017,9 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
     return Config.load(given, env), given.get("file", pathlib.Path())
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 refused or could not start, 2 wrong use."""
+    arguments = sys.argv[1:] if argv is None else argv
     verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else ("serve", arguments)
     try:
         return VERBS[verb][0](*parse(verb, rest))
@@ -6012,4 +6030,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

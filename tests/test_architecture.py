@@ -290,7 +290,7 @@ def shared_functions():
     return [(name, set(found.values())) for name, found in sorted(texts.items()) if len(found) > 1 and name not in OWN]
 
 
-OWN = {"main", "run", "prepare", "build_parser", "load_config"}  # the same word for what each does its own way
+OWN = {"main", "run", "prepare", "build_parser", "load_config", "status"}  # the same word for what each does its own way
 
 
 def test_what_two_programs_share_is_the_same():

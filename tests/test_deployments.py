@@ -621,6 +621,18 @@ def test_override_passes_the_lock_and_is_audited(fleet):
     assert rows[0]["detail"] == f"deploy of web {NEW} on 4 hosts, although it is locked"
 
 
+def test_a_lock_keeps_back_what_no_host_has_taken(fleet):
+    found = fleet.deploy()["deployment"]
+    running = fleet.take("web-01")["web-01"]
+    lock(fleet)
+    assert fleet.take() == {}
+    told = fleet.see(found)
+    assert (told["hold"], told["progress"]["held"], told["progress"]["running"]) == ("lock", 3, 1)
+    fleet.end(running)
+    assert unlock(fleet) == [found["id"]]
+    assert sorted(fleet.run()) == list(HOSTS[1:]) and fleet.see(found)["status"] == "success"
+
+
 def test_a_lock_keeps_the_next_batch_back(fleet):
     fleet.app(strategy=ROLLING)
     found = fleet.deploy()["deployment"]

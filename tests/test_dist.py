@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -160,8 +161,65 @@ def test_a_built_file_is_no_source_for_another(tmp_path):
     assert "exactly once" in done.stderr
 
 
+def test_all_programs_are_there_with_sums_that_hold_and_the_same_again(tmp_path):
+    def made(name):
+        copy = tmp_path / name
+        for source in [".ci/dist", "deploybot.py", "notify.py", *ASSETS]:
+            (copy / source).parent.mkdir(parents=True, exist_ok=True)
+            (copy / source).write_bytes((ROOT / source).read_bytes())
+        done = subprocess.run([sys.executable, copy / ".ci/dist"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return {path.name: path for path in (copy / "dist").iterdir()}
+
+    first, second = made("a"), made("elsewhere/b")
+    programs = ["agent.py", "ctl.py", "deploybot.py", "notify.py"]
+    assert sorted(first) == sorted(second) == sorted([*programs, "SHA256SUMS"])
+    for name, path in first.items():
+        assert path.read_bytes() == second[name].read_bytes(), name
+        assert stat.S_IMODE(path.stat().st_mode) == (0o644 if name == "SHA256SUMS" else 0o755)
+    for name in ("agent.py", "ctl.py", "notify.py"):
+        assert first[name].read_bytes() == (ROOT / name).read_bytes()
+    sums = [line.split("  ") for line in first["SHA256SUMS"].read_text().splitlines()]
+    assert sums == [[hashlib.sha256(first[name].read_bytes()).hexdigest(), name] for name in programs]
+    check = ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"]
+    assert subprocess.run(check, cwd=first["SHA256SUMS"].parent, check=False).returncode == 0
+
+
 @pytest.mark.parametrize("path, missing", SOURCES)
 def test_the_plain_file_alone_says_which_file_is_missing(bare, path, missing):
     _, _, body = get(bare, path)
     assert missing in body
     assert get(bare, "/v1/hosts")[0] == 200
+
+
+# -- the number --------------------------------------------------------------------------------------------------------
+
+
+def version_in(program):
+    (found,) = re.findall(r'^VERSION = "([0-9]+\.[0-9]+\.[0-9]+)"$', (ROOT / program).read_text(), re.M)
+    return found
+
+
+VERSION = version_in("deploybot.py")
+PROGRAMS = {"deploybot.py": "deploybot", "agent.py": "agent.py", "ctl.py": "ctl.py", "notify.py": "notify.py"}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_each_program_has_the_version_of_the_controller_and_says_it(program):
+    assert version_in(program) == VERSION
+    done = subprocess.run([sys.executable, ROOT / program, "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, f"{PROGRAMS[program]} {VERSION}\n")
+
+
+def test_the_package_reads_the_version_and_has_each_command():
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert about["project"]["dynamic"] == ["version"] and "version" not in about["project"]
+    assert about["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "deploybot.deploybot.VERSION"}
+    assert list(about["project"]["scripts"]) == ["deploybot", "deploybot-agent", "deploybot-ctl", "deploybot-notify"]
+    assert "dependencies" not in about["project"], "the standard library is enough"
+
+
+def test_the_version_is_that_of_the_api_document_and_of_the_changelog():
+    assert json.loads((ROOT / "openapi.json").read_text())["info"]["version"] == VERSION
+    entries = re.findall(r"^## \[(.+?)\] - (Unreleased|[0-9]{4}-[0-9]{2}-[0-9]{2})$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert entries[0][0] == VERSION

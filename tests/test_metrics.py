@@ -182,6 +182,17 @@ def test_an_app_that_apps_yaml_does_not_have_is_no_label(held):
     assert scraped(held)["deploybot_deployments_ended_total", 'app="other",status="cancelled"'] == 1
 
 
+def test_too_many_apps_are_not_told_apart(held, monkeypatch):
+    monkeypatch.setattr(deploybot, "MAX_APP_LABELS", 1)
+    apps = [{"name": name, "repo": f"o/{name}", "hosts": ["web-01"]} for name in ("one", "two")]
+    for known, label in ((apps[:1], "one"), (apps, "other")):
+        held.apps_file.write_text(json.dumps({"apps": known}))
+        held.daemon.apps.all = deploybot.read_apps(held.apps_file)
+        made = held.ok("POST", "/v1/deployments", {"app": "one", "ref": label})["deployment"]
+        held.ok("POST", f"/v1/deployments/{made['id']}/cancel")
+        assert scraped(held)["deploybot_deployments_ended_total", f'app="{label}",status="cancelled"'] == 1
+
+
 def test_the_oldest_job_that_waits_has_an_age_unless_its_host_is_drained(held):
     def age():
         return scraped(held)["deploybot_queue_oldest_job_age_seconds", None]

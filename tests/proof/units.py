@@ -294,15 +294,57 @@ def encrypted(machine: Machine, token: str) -> None:
     check("CapEff:\t0000000000000400" in status, "it has other capabilities than that of low ports")
 
 
-def agent_deploys(machine: Machine) -> None:
-    """The agent as README.md installs it, then with scripts as another user: that user makes the release, and reads no secret."""
-    for name in ("deploybot-agent.service", "ctl.py"):
-        shutil.copy(ROOT / name, machine.root / "root/new")
+PROGRAM = "/usr/local/lib/deploybot/agent.py"
+
+
+def agent_installed(machine: Machine) -> None:
+    """The agent as README.md installs it: what it makes, that doctor has nothing to say, that a second time does nothing."""
+    shutil.copy(ROOT / "ctl.py", machine.root / "root/new")
     secret = (machine.root / "etc/deploybot/credentials/agent_token").read_text().strip()
-    text = block("The agent on a host", "useradd").replace("https://deploy.example.com", "http://localhost:8080")
-    machine.do(re.sub("(?<=AGENT_TOKEN=')[^']+", secret, text))
+    (sum_of,) = re.findall(r'"name":"agent.py","sha256":"(\w+)"', machine.ask("/v1/programs")[1].replace(" ", ""))
+    text = block("The agent on a host", "sha256sum").replace("https://deploy.example.com", "http://localhost:8080")
+    text = text.replace("what cat /etc/deploybot/credentials/agent_token says on the controller", secret)
+    machine.do(text.replace("the SHA256 of agent.py", "0" * 64), fails=True)
+    check(not (machine.root / PROGRAM[1:]).exists(), "another agent.py than that of the checksum was installed")
+    said = machine.do("umask 077\n" + text.replace("the SHA256 of agent.py", sum_of))
+    check("run useradd" in said and "run systemctl start deploybot-agent" in said and secret not in said, "install said", said)
+    wait_for(lambda: "web-01.example.com" in machine.do("journalctl --no-pager -u deploybot-agent"), 15, "an agent that registered")
+    wait_for(lambda: "signs in with its own secret" in doctor(machine), 15, "an agent that is known")
+    said = doctor(machine)
+    check("FAIL" not in said and "warn" not in said, "doctor said", said)
+    files = f"{PROGRAM} /etc/deploybot/agent.env /etc/systemd/system/deploybot-agent.service /usr/local/lib/deploybot"
+    modes = machine.do(f"stat -c '%a %U' {files}").splitlines()
+    check(modes == ["644 root", "600 root", "644 root", "755 root"], "modes", modes)
+    pid = machine.do("systemctl show deploybot-agent --property=MainPID --value").strip()
+    check(secret not in machine.do(f"cat /proc/{pid}/cmdline; systemctl show deploybot-agent"), "the token can be seen")
+    said = machine.do(f"python3 {PROGRAM} install")
+    check("run " not in said and "write" not in said, "a second install said", said)
+    check("active (running)" in machine.do(f"python3 {PROGRAM} status"), "status")
+    machine.do("systemctl stop deploybot-agent")
+    check("the service is inactive" in machine.do(f"python3 {PROGRAM} doctor", fails=True), "a stopped service is no finding")
+    check("run systemctl start" in machine.do(f"python3 {PROGRAM} install"), "a stopped service was not started")
+
+
+def doctor(machine: Machine) -> str:
+    return machine.do(f"python3 {PROGRAM} doctor || true")
+
+
+def agent_uninstalled(machine: Machine) -> None:
+    gone = machine.root / PROGRAM[1:]
+    machine.do(f"cp {PROGRAM} agent.py; python3 {PROGRAM} uninstall")
+    check(not gone.exists() and (machine.root / "var/lib/deploybot-agent/web/current").is_symlink(), "releases went")
+    said = machine.do("systemctl status deploybot-agent", fails=True)
+    check("could not be found" in said, "the unit is still there:", said)
+    machine.do("python3 agent.py uninstall --purge")
+    check(not (machine.root / "var/lib/deploybot-agent").exists(), "the state is still there")
+    machine.do("getent passwd deploybot-agent", fails=True)
+
+
+def agent_deploys(machine: Machine) -> None:
+    """The agent with scripts as another user: that user makes the release, and reads no secret."""
     machine.do(block("The agent on a host", "scripts.env"))
-    machine.do(block("Agents", "run-as.conf", OPERATIONS))
+    said = machine.do(block("Agents", "--run-as", OPERATIONS))
+    check("write /etc/systemd/system/deploybot-agent.service.d/run-as.conf (644)" in said, "install --run-as said", said)
     (machine.root / "etc/deploybot/apps.yaml").write_text(
         "apps: [{name: web, repo: me/web, clone_url: 'file:///srv/web', hosts: [web-01.example.com], deploy: 'sh ./deploy.sh'}]\n"
     )
@@ -437,8 +479,11 @@ def prove(proof: Proof) -> None:
         machine.do("systemctl daemon-reload")
         upgraded(machine, token)
         proof.say("upgraded, and back")
+        agent_installed(machine)
         agent_deploys(machine)
-        proof.say("deployed")
+        check("FAIL" not in doctor(machine), "doctor said", doctor(machine))
+        agent_uninstalled(machine)
+        proof.say("deployed; agent installed, looked over, uninstalled")
         operated(machine, token)
         proof.say("looked over, backed up, restored")
         if proof.full:
