@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """ctl.py, the command line of DeployBot: one file, the standard library only.
 
-It asks the controller over its HTTP API, as any other client does, and keeps nothing between two calls. A token is
-never a flag (others would see it in the list of processes), and only `token create` prints one, the new one. People get tables and text, fitted to
-the terminal; programs get --json: one document as the controller answered it, and one object a line where a log is
+It asks the controller over its HTTP API, as any other client does, and keeps nothing between two calls but what `login` was given.
+A token is never a flag (others would see it in the list of processes), and only `token create` prints one, the new one. People get
+tables and text, fitted to the terminal; programs get --json: one document as the controller answered it, and one object a line where a log is
 followed. Results go to stdout, all that is said about them to stderr. `ctl.py --help` has settings and exit codes.
 """
 
@@ -52,8 +52,11 @@ TOKEN_LIFE = (60, 3650 * 86400)  # seconds that a token may last, as the control
 LOCK_LIFE = (1, 365 * 86400)  # seconds
 EVENTS_AHEAD = 1000  # read, and not yet printed
 FRAME_S = 0.05  # what comes within is drawn at once
-TICK_S = 1  # the times that run are drawn anew
+TICK_S = 0.25  # the times that run are drawn anew, and what turns
 ASK_S = 10  # what keeps pending jobs is asked again
+COMPLETE_S = 1.5  # in which the controller has to answer whoever pressed Tab
+OFFERED = 50  # ids that are offered then
+PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]*")  # a word that is nothing else to a shell, and no option
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -283,10 +286,58 @@ class Screen:
 # Owns: which controller, which token. Ignores: whether they are right.
 
 
+def kept_path():
+    """Where `login` keeps what it was given. A relative XDG_CONFIG_HOME does not count, says the XDG Base Directory Specification."""
+    home = os.environ.get("XDG_CONFIG_HOME", "")
+    return os.path.join(home if os.path.isabs(home) else os.path.expanduser("~/.config"), "deploybot", "controllers.json")
+
+
+def refuse_shared(path, stat, mode):
+    """What another user owns, or what has more than `mode`, is a Failure that says what to do."""
+    if stat.st_uid != os.geteuid() or stat.st_mode & 0o777 & ~mode:
+        found = f"{path} has owner {stat.st_uid} and mode {stat.st_mode & 0o777:o}, so that others may use its tokens"
+        raise Failure(WRONG_USE, f"{found}: `chown {os.geteuid()} {path}`, `chmod {mode:o} {path}`, or remove it and log in again")
+
+
+def kept():
+    """{"url": the controller in force or None, "tokens": {url: token}}, as `login` keeps it."""
+    path, found = kept_path(), None
+    try:
+        with open(path, encoding="utf-8") as file:
+            refuse_shared(os.path.dirname(path), os.stat(os.path.dirname(path)), 0o755)
+            refuse_shared(path, os.fstat(file.fileno()), 0o600)
+            found = json.load(file)
+        if isinstance(found["url"], str | None) and all(isinstance(one, str) for one in found["tokens"].values()):
+            return found
+    except FileNotFoundError:
+        return {"url": None, "tokens": {}}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        found = error
+    why = getattr(found, "strerror", None) or "it is not what `ctl.py login` wrote"
+    raise Failure(WRONG_USE, f"{path} cannot be read, {why}: remove it and log in again")
+
+
+def keep(found):
+    """Keeps that whole, for this user alone; without a token there is no file."""
+    from tempfile import mkstemp
+
+    path = kept_path()
+    try:
+        if not found["tokens"]:
+            return os.unlink(path)
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        descriptor, scratch = mkstemp(dir=os.path.dirname(path))  # with mode 0600
+        with open(descriptor, "w", encoding="utf-8") as file:
+            json.dump(found, file, indent=2)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise Failure(WRONG_USE, f"{path} cannot be written: {error.strerror}") from None
+
+
 def read_url(flag):
     """The controller's address: http(s), no password, no path, no query. A wrong one is not repeated: it may hold a secret."""
     source = "--url" if flag else "DEPLOYBOT_URL"
-    url = flag or os.environ.get("DEPLOYBOT_URL") or DEFAULT_URL
+    url = flag or os.environ.get("DEPLOYBOT_URL") or kept()["url"] or DEFAULT_URL
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -294,7 +345,7 @@ def read_url(flag):
         good = False
     if not good or parts.username is not None or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
         raise Failure(WRONG_USE, f"{source} is no controller's address: write it as {DEFAULT_URL}, without a password")
-    root = f"{parts.scheme}://{parts.netloc}"
+    root = f"{parts.scheme}://{parts.netloc.lower()}"
     if parts.path.strip("/"):
         raise Failure(WRONG_USE, f"{source} takes no path: {root}")
     return root
@@ -314,25 +365,32 @@ def own_file(path):
         return None
 
 
+def text_of(path, setting):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "it holds no text"
+        raise Failure(WRONG_USE, f"{setting} cannot be read, {path}: {why}") from None
+
+
 def find_token(url):
-    """(token or None, where it comes from). An admin.token is this user's own, and goes to this machine alone."""
+    """(token or None, where it comes from). A kept one goes to its controller, an admin.token, this user's own, to this machine alone."""
     if os.environ.get("DEPLOYBOT_TOKEN"):
         return os.environ["DEPLOYBOT_TOKEN"].strip(), "DEPLOYBOT_TOKEN"
     path = os.environ.get("DEPLOYBOT_TOKEN_FILE")
     if path:
-        try:
-            with open(path, encoding="utf-8") as file:
-                return file.read().strip(), f"DEPLOYBOT_TOKEN_FILE ({path})"
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or "it holds no text"
-            raise Failure(WRONG_USE, f"DEPLOYBOT_TOKEN_FILE cannot be read, {path}: {why}") from None
+        return text_of(path, "DEPLOYBOT_TOKEN_FILE"), f"DEPLOYBOT_TOKEN_FILE ({path})"
+    token = kept()["tokens"].get(url)
+    if token:
+        return token, "ctl.py login"
     text = own_file(TOKEN_FILE) if is_loopback(url) else None
     return (text.strip(), f"./{TOKEN_FILE}") if text else (None, "")
 
 
-def controller_token(url):
-    """As find_token; a token that cannot stand in a header is refused here, as http.client would print it."""
-    token, source = find_token(url)
+def controller_token(url, given=None):
+    """As find_token, or `given`; a token that cannot stand in a header is refused here, as http.client would print it."""
+    token, source = given or find_token(url)
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise Failure(WRONG_USE, f"the token from {source} is empty or has characters that no token has: write it anew")
     return token, source
@@ -498,7 +556,7 @@ class Client:
             return f"redirects are not followed, name the controller itself (this leads to {headers.get('Location')})"
         if status == 401:
             sent = f"the token from {self.token_source} is not valid here" if self.token else "no token was sent"
-            return f"{sent}, set DEPLOYBOT_TOKEN or DEPLOYBOT_TOKEN_FILE"
+            return f"{sent}, set DEPLOYBOT_TOKEN or DEPLOYBOT_TOKEN_FILE, or keep one with `ctl.py login {self.url}`"
         if status == 429 or status >= 500:
             return f"try again in {retry_after(headers) or 5} s"
         if status in (404, 409) and target.startswith(self.url + "/v1/tokens"):
@@ -1012,15 +1070,10 @@ def show_tokens(screen, tokens):
 def show_audit(screen, entries):
     """A row a deed; ids of jobs are cut to the one length that tells them apart."""
     ids = short_ids(one["target"] for one in entries if one["action"].startswith("job."))
-    rows = [
-        [
-            when(one["at"]),
-            *[one[name] for name in ("who", "address", "action")],
-            ids.get(one["target"], one["target"]),
-            one["detail"],
-        ]
-        for one in entries
-    ]
+    rows = []
+    for one in entries:
+        what = [one[name] for name in ("who", "address", "action")]
+        rows.append([when(one["at"]), *what, ids.get(one["target"], one["target"]), one["detail"]])
     screen.table(["TIME (UTC)", "WHO", "FROM", "ACTION", "TARGET", "DETAIL"], rows, shrink=("TARGET", "DETAIL"))
 
 
@@ -1140,21 +1193,21 @@ def lock_of(client, deployment):
         return next((app["lock"] for app in apps if app["name"] == deployment["app"]), None)
 
 
-def unless_absent(call, *given):
-    """What `call(*given)` answers; None for a 404, also that of a controller which does not know the call."""
+def unless(status, call, *given):
+    """What `call(*given)` answers; None where it is refused with that status: 404 also where a controller does not know the call."""
     try:
         return call(*given)
     except Failure as failure:
-        if failure.status != 404:
+        if failure.status != status:
             raise
 
 
 def find_delivery(client, text):
     """The Delivery of that id, or the only one of the newest whose id starts so; None where there is none."""
-    answer = unless_absent(client.call, "GET", f"/v1/deliveries/{quote(text, safe='')}")
+    answer = unless(404, client.call, "GET", f"/v1/deliveries/{quote(text, safe='')}")
     if answer:
         return answer["delivery"]
-    page = unless_absent(client.call, "GET", "/v1/deliveries", {"limit": PAGE_JOBS}) or {"deliveries": ()}
+    page = unless(404, client.call, "GET", "/v1/deliveries", {"limit": PAGE_JOBS}) or {"deliveries": ()}
     found = [one for one in page["deliveries"] if one["id"].startswith(text)]
     return found[0] if len(found) == 1 else None
 
@@ -1162,13 +1215,13 @@ def find_delivery(client, text):
 def named(client, prefix):
     """[(kind, Job or Deployment)] whose id is or starts with `prefix`; deployments only where it names no single job."""
     if len(prefix) == ID_LENGTH:
-        found = [("job", unless_absent(get_job, client, prefix))]
-        found = found if found[0][1] else [("deployment", unless_absent(get_deployment, client, prefix))]
+        found = [("job", unless(404, get_job, client, prefix))]
+        found = found if found[0][1] else [("deployment", unless(404, get_deployment, client, prefix))]
         return [one for one in found if one[1]]
     jobs = [("job", job) for job in client.call("GET", "/v1/jobs", {"id": prefix, "limit": CANDIDATES})["jobs"]]
     if len(jobs) == 1:
         return jobs
-    page = unless_absent(client.call, "GET", "/v1/deployments", {"id": prefix, "limit": CANDIDATES}) or {"deployments": ()}
+    page = unless(404, client.call, "GET", "/v1/deployments", {"id": prefix, "limit": CANDIDATES}) or {"deployments": ()}
     return [("deployment", one) for one in page["deployments"]] + jobs
 
 
@@ -1292,7 +1345,9 @@ def frame(screen, board, lines):
     left = count_of(jobs) - count_of(shown)
     table = screen.lines(["HOST", "STATUS", "TIME", " "], rows, shrink=("HOST", " ")) if rows else []
     others = [cut(f"and {left.total()} others: {counts(left)}", most)] if left else []
-    return [screen.paint(cut(cell(board.title() + ran), most), "bold"), *(cut(cell(text), most) for text in said), *table, *others]
+    title = "" if board.is_over() else "|/-\\"[int(time.monotonic() / TICK_S) % 4] + " "
+    title += cell(board.title() + ran)
+    return [screen.paint(cut(title, most), "bold"), *(cut(cell(text), most) for text in said), *table, *others]
 
 
 def gathered(events):
@@ -1622,7 +1677,7 @@ def why(client, screen, options):
         screen.show({"delivery": one}, lambda: show_delivery(screen, client, one))
         return DONE
     job = one if kind == "job" else None
-    above = one if kind == "deployment" else one["deployment_id"] and unless_absent(get_deployment, client, one["deployment_id"])
+    above = one if kind == "deployment" else one["deployment_id"] and unless(404, get_deployment, client, one["deployment_id"])
     delivery = find_delivery(client, above["delivery_id"]) if above and above["delivery_id"] else None
     waits = held_words(client, above, lock_of(client, above)) if above and one["hold"] else None
     if job and not waits and not screen.as_json:
@@ -1653,7 +1708,7 @@ def unlock(client, screen, options):
 
     def view():
         screen.line(f"{clean(options.app)} is unlocked, deployments that go on: {len(ids)}")
-        show_deployments(screen, list(filter(None, (unless_absent(get_deployment, client, one) for one in ids))))
+        show_deployments(screen, list(filter(None, (unless(404, get_deployment, client, one) for one in ids))))
 
     screen.show(answer, view)
     return DONE
@@ -1668,11 +1723,11 @@ HOST_ACTIONS = {
 
 
 def change_host(client, screen, options):
-    if not options.name:
+    if not options.host:
         raise Failure(WRONG_USE, f"hosts {options.action} needs a host: ctl.py hosts {options.action} web-01")
     method, end, words = HOST_ACTIONS[options.action]
-    answer = client.call(method, f"/v1/hosts/{quote(options.name, safe='')}{end}")
-    screen.show(answer, lambda: screen.line(f"{clean(options.name)} {words}"))
+    answer = client.call(method, f"/v1/hosts/{quote(options.host, safe='')}{end}")
+    screen.show(answer, lambda: screen.line(f"{clean(options.host)} {words}"))
     return DONE
 
 
@@ -1726,6 +1781,53 @@ def audit(client, screen, options):
     return listed(client, screen, options, "audit", show_audit, nothing, who=options.who, action=options.action)
 
 
+STRONGER = ("DEPLOYBOT_URL", "DEPLOYBOT_TOKEN", "DEPLOYBOT_TOKEN_FILE")  # than what is kept
+
+
+def given_token(url, options):
+    """(token, where it comes from): of a file, asked for where nobody sees it, or of a stdin that is no terminal."""
+    if options.token_file:
+        return text_of(options.token_file, "--token-file"), options.token_file
+    with suppress(OSError, ValueError, EOFError, AttributeError):  # AttributeError: there is no stdin at all
+        if sys.stdin.isatty():
+            from getpass import getpass
+
+            return getpass(f"token for {url}: ").strip(), "the terminal"
+        if options.token_stdin:
+            return sys.stdin.read().strip(), "stdin"
+    raise Failure(WRONG_USE, "no token was given: type it on a terminal, or use --token-stdin or --token-file FILE")
+
+
+def login(client, screen, options):
+    """Makes client.url the controller in force, with a token that it takes: the one kept for it, else a new one."""
+    found, me = kept(), None
+    if client.url.startswith("http:") and not is_loopback(client.url):
+        screen.note("warning: http shows the token to everyone on the way, https does not")
+    if not (options.token_file or options.token_stdin) and client.url in found["tokens"]:
+        client.token, client.token_source = controller_token(client.url, (found["tokens"][client.url], "ctl.py login"))
+        me = unless(401, client.call, "GET", "/v1/session")
+    if me is None:
+        client.token, client.token_source = controller_token(client.url, given_token(client.url, options))
+        me = client.call("GET", "/v1/session")
+    keep({"url": client.url, "tokens": {**found["tokens"], client.url: client.token}})
+    said = f"signed in to {client.url} as {me['name']}, {me['role']}: kept in {kept_path()}"
+    screen.show(me, lambda: screen.line(clean(said)))
+    for name in filter(os.environ.get, STRONGER):
+        screen.note(f"{name} is set, and stays stronger")
+    return DONE
+
+
+def logout(client, screen, options):
+    found = kept()
+    if client.url not in found["tokens"]:
+        raise Failure(WRONG_USE, f"no token is kept for {client.url}, of {len(found['tokens'])} controllers", items=found["tokens"])
+    del found["tokens"][client.url]
+    keep({**found, "url": None if found["url"] == client.url else found["url"]})
+    said = f"signed out of {client.url}: its token is kept no more; `ctl.py token revoke NAME` would end it there"
+    screen.show({"url": client.url}, lambda: screen.line(said))
+    return DONE
+
+
 # Tokens. The secret of a new one is the only thing that goes to stdout, so that a script can keep it and show it to nobody.
 
 SETTING_OF = {"agent": "DEPLOYBOT_AGENT_TOKEN of the agent"}
@@ -1738,9 +1840,8 @@ def create_token(client, screen, options):
     screen.show(answer, lambda: screen.line(clean(secret)))
     only = f" for {bound_to(token)} alone" if bound_to(token) else ""
     setting = SETTING_OF.get(token["role"], "DEPLOYBOT_TOKEN of whoever uses it")
-    screen.note(
-        f"token {token['name']}, {token['role']}{only}, ends {ends(token['expires_at'])}. It is not shown again; it goes into {setting}."
-    )
+    said = f"token {token['name']}, {token['role']}{only}, ends {ends(token['expires_at'])}"
+    screen.note(f"{said}. It is not shown again; it goes into {setting}.")
     return DONE
 
 
@@ -1777,6 +1878,46 @@ def revoke_token(client, screen, options):
     token = find_token_of(client, options.token)
     answer = client.call("DELETE", f"/v1/tokens/{quote(token['id'], safe='')}")
     screen.show(answer, lambda: screen.line(f"{clean(answer['token']['name'])} revoked: it counts no more"))
+    return DONE
+
+
+# Completion. A script asks this file for every word, so none can be forgotten; no shell evaluates an answer: bash does with compgen -W.
+
+COMPLETIONS = {
+    "bash": """_deploybot_ctl() {
+    local word
+    COMPREPLY=()
+    while IFS= read -r word; do COMPREPLY+=("$word"); done \\
+        < <(PROGRAM complete-words bash "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null)
+}
+complete -o default -F _deploybot_ctl ctl.py deploybot-ctl
+""",
+    "zsh": """_deploybot_ctl() {
+    local word said
+    local -a found shown
+    while IFS=$'\\t' read -r word said; do
+        found+=("$word") shown+=("${(r:26:)word} $said")
+    done < <(PROGRAM complete-words zsh "${(@Q)words[2,CURRENT-1]}" "${(Q)PREFIX}" 2>/dev/null)
+    if (( $#found )); then compadd -l -d shown -a found; else _files; fi
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit; }
+compdef _deploybot_ctl ctl.py deploybot-ctl
+""",
+    "fish": """function __deploybot_ctl
+    set -l given (commandline -opc)
+    set -e given[1]
+    PROGRAM complete-words fish $given (commandline -ct) 2>/dev/null
+end
+complete -c ctl.py -c deploybot-ctl -f -a '(__deploybot_ctl)'
+complete -c ctl.py -c deploybot-ctl -n 'string match -q -- --token-file (commandline -opc)[-1]' -F
+""",
+}
+
+
+def completion(client, screen, options):
+    import shlex
+
+    print(COMPLETIONS[options.shell].replace("PROGRAM", shlex.join([sys.executable, os.path.abspath(__file__)])), end="")
     return DONE
 
 
@@ -1863,10 +2004,11 @@ EXIT_CODES = """exit codes:
   141  what reads the output went away"""
 
 ENVIRONMENT = f"""environment:
-  DEPLOYBOT_URL         the controller (default {DEFAULT_URL})
+  DEPLOYBOT_URL         the controller (default: that of the last `login`, else {DEFAULT_URL})
   DEPLOYBOT_TOKEN       the token to send
-  DEPLOYBOT_TOKEN_FILE  or the file that holds it; where neither is set and the URL is a loopback one,
-                        ./{TOKEN_FILE} is read, if it is your own file
+  DEPLOYBOT_TOKEN_FILE  or the file that holds it; where neither is set, what `login` kept for the URL is sent, or,
+                        to a loopback one, what ./{TOKEN_FILE} holds, if it is your own file
+  XDG_CONFIG_HOME       where `login` keeps it, in deploybot/ (default ~/.config)
   NO_COLOR              no colour, also on a terminal
   SSL_CERT_FILE         the file (PEM) of the CA of an https controller, where the system does not know it"""
 
@@ -1961,7 +2103,7 @@ JOBS = (("--status", {"choices": ("pending", "running", *ENDED)}), NEWEST)
 DEPLOYMENTS = (("--status", {"choices": ("pending", "running", *OVER)}), NEWEST)
 HOSTS = (
     ("action", {"nargs": "?", "choices": HOST_ACTIONS, "help": "no new jobs; jobs again; forget its agent; only its secret"}),
-    ("name", {"nargs": "?", "metavar": "HOST"}),
+    ("host", {"nargs": "?", "metavar": "HOST"}),
 )
 TOKEN = (
     ("--role", {"required": True, "choices": ("admin", "operator", "viewer", "agent"), "help": "what it may do"}),
@@ -1979,6 +2121,16 @@ COMMON = (  # before or behind the verb
     ("--url", {"default": argparse.SUPPRESS, "metavar": "CONTROLLER", "help": "its address (default: DEPLOYBOT_URL)"}),
     ("--json", {"action": "store_true", "default": argparse.SUPPRESS, "help": "JSON on stdout, for programs"}),
 )
+
+LOGIN = (
+    ("url", {"nargs": "?", "default": argparse.SUPPRESS, "metavar": "URL", "help": "of the controller (default: that in force)"}),
+    ("--token-stdin", {"action": "store_true", "help": "read the token from stdin, instead of asking for it"}),
+    ("--token-file", {"metavar": "FILE", "help": "or from a file"}),
+)
+LOGOUT = LOGIN[:1]
+
+SHELL = (("shell", {"choices": ("bash", "zsh", "fish"), "help": "to be read by it: the example is for ~/.bashrc"}),)
+COMPLETION_EXAMPLE = 'bash > ~/.ctl-completion && echo ". ~/.ctl-completion" >> ~/.bashrc'
 
 LOGS_HELP = f"show a job's log, or the last lines of the {RECENT_JOBS} newest jobs, or with -f what comes"
 
@@ -2002,15 +2154,138 @@ VERBS = (
     Verb("retry", retry, (ID, *WATCH), "make an ended job again; of a deployment the hosts without success", "0199c2f0 --follow"),
     Verb("reload", reload, (), "make the controller read its apps.yaml again", ""),
     Verb("health", health, (), "ask whether the controller is well", ""),
+    Verb("login", login, LOGIN, "keep a controller and a token for the calls to come", "https://deploy.example.com"),
+    Verb("logout", logout, LOGOUT, "forget the token that is kept for a controller", "https://deploy.example.com"),
     Verb("whoami", whoami, (), "show who one is to the controller, and the role", ""),
-    Verb(
-        "token create", create_token, TOKEN, "make a token and print it: once", "--role operator --app web --expires 90d --name ci"
-    ),
+    Verb("token create", create_token, TOKEN, "make a token, print it once", "--role operator --app web --expires 90d --name ci"),
     Verb("token list", list_tokens, (), "list the tokens that were made", ""),
     Verb("token revoke", revoke_token, (("token", {"metavar": "NAME|ID"}),), "end a token, and the sign-ins made with it", "ci"),
+    Verb("completion", completion, SHELL, "print what makes a shell complete the words of ctl.py", COMPLETION_EXAMPLE),
     Verb("audit", audit, AUDIT, "list who did what, newest first", "--action token.create"),
 )
 GROUPS = {"token": "make, list and revoke tokens"}  # the first word of verbs that have two
+ANYWHERE = (("--help", "-h", {"action": "help", "help": "show what there is"}), *COMMON)  # argparse adds the first
+VERSION_OPTION = ("--version", {"action": "version", "version": f"ctl.py {VERSION}"})
+
+
+def following(path):
+    """{word: help} of the verbs that go on from the words of `path`."""
+    named, at = [(verb.name.split(), verb.help) for verb in VERBS], len(path)
+    return {words[at]: GROUPS.get(words[at], said) for words, said in named if words[:at] == path and len(words) > at}
+
+
+class Place:
+    """Where a command line is after `words`: the verb so far, options and arguments that may come, the option whose value `waits`.
+
+    It reads the tables that the parser is made of. `wrong`: the first word that is in none; `url`: of --url.
+    """
+
+    def __init__(self, words):
+        self.path, self.arguments, self.options = [], [], [VERSION_OPTION, *ANYWHERE]
+        self.waits = self.wrong = self.url = None
+        for word in words:
+            if self.waits:
+                self.url, self.waits = word if "--url" in self.waits else self.url, None
+            elif self.wrong is None:
+                (self.option if word.startswith("-") else self.word)(word)
+
+    def option(self, word):
+        name, sign, value = word.partition("=")
+        found = next((one for one in self.options if name in one), None)
+        if found is None and name[:2] == "--" != name:
+            self.wrong = name
+        elif found and found[-1].get("action", "append") == "append":  # it takes a value
+            self.url, self.waits = value if sign and name == "--url" else self.url, None if sign else found
+
+    def word(self, word):
+        if word in following(self.path):
+            self.path.append(word)
+            given = next((verb.options for verb in VERBS if verb.name.split() == self.path), ())
+            self.arguments = [one for one in given if not one[0].startswith("-")]
+            self.options = [*(one for one in given if one[0].startswith("-")), *ANYWHERE]
+        elif following(self.path):
+            self.wrong = word
+        else:
+            self.arguments = self.arguments[1:]
+
+
+def mistyped(argv):
+    """What is said of the first word that is no verb or no option, with what it may have been; None where there is none."""
+    from difflib import get_close_matches
+
+    place = Place(argv)
+    if place.wrong is None:
+        return None
+    is_option = place.wrong.startswith("-")
+    known = [one[0] for one in place.options] if is_option else list(following(place.path))
+    meant = [one for one in known if one.startswith(place.wrong)] or get_close_matches(place.wrong, known, 2)
+    asked = f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(known)}"
+    kind = "option" if is_option else " ".join(["verb", *place.path])
+    return f"no {kind} {clean(place.wrong)}: {asked} (see {' '.join(['ctl.py', *place.path])} --help)"
+
+
+def ids_of(client, path, start):
+    """[(id, what it is)] of the newest of jobs or deployments whose id starts so."""
+    page = client.call("GET", f"/v1/{path}", {"id": start.lower() or None, "limit": OFFERED})
+    on = "host" if path == "jobs" else "ref"
+    return [(one["id"], f"{one['status']}, {one['app']} {one[on]}, {ago(one['created_at'])}") for one in page[path]]
+
+
+NAMES = {  # of an argument: (client, its start) to [(name, what it is)]
+    "app": lambda client, start: [(one["name"], one["repo"]) for one in list_apps(client)["apps"]],
+    "host": lambda client, start: [(one["hostname"], one["agent_status"]) for one in list_hosts(client)["hosts"]],
+    "job": lambda client, start: ids_of(client, "jobs", start),
+    "id": lambda client, start: ids_of(client, "deployments", start) + ids_of(client, "jobs", start),
+    "url": lambda client, start: [(url, "") for url in kept()["tokens"]],
+}
+
+
+def values(argument, start, url):
+    """[(word, what it is)] for the value of an option or argument. A name that a shell or ctl.py would take for more is left out."""
+    if "choices" in argument[-1]:
+        return [(one, "") for one in argument[-1]["choices"]]
+    names = NAMES.get(argument[0].lstrip("-"))
+    if names is None:
+        return []
+    url = read_url(url)
+    client = Client(url, *controller_token(url))
+    return [(name, clean(said)) for name, said in names(client, start) if PLAIN.fullmatch(name)]
+
+
+def offers(words):
+    """[(word, what it is)] that may stand where the last of `words` is."""
+    *before, last = words or [""]
+    place = Place(before)
+    if place.wrong:
+        return []
+    if place.waits:
+        found = values(place.waits, last, place.url)
+    elif following(place.path) and not last.startswith("-"):
+        found = list(following(place.path).items())
+    elif place.arguments and not last.startswith("-"):
+        found = values(place.arguments[0], last, place.url)
+    else:
+        again = [one for one in place.options if one[0] not in before or one[-1].get("action") == "append"]
+        found = [(name, settings.get("help", "")) for name, *_, settings in again]
+    return [one for one in found if one[0].startswith(last)]
+
+
+def complete_words(shell, *words):
+    """Prints a line for each word that may come: the word and, but for bash, a tab and what it is. Is silent about failures."""
+    from threading import Thread
+
+    found = []
+
+    def look():
+        with suppress(Exception):
+            found.extend(offers(list(words)))
+
+    thread = Thread(target=look, daemon=True)  # ends with this process, wherever it hangs
+    thread.start()
+    thread.join(COMPLETE_S)
+    for word, said in list(found):
+        print(word if shell == "bash" else f"{word}\t{said}")
+    return DONE
 
 
 def add_options(parser, options):
@@ -2018,7 +2293,8 @@ def add_options(parser, options):
         parser.add_argument(*names, **settings)
 
 
-def make_parser():
+def make_parser(argv=None):
+    """The parser; for `argv`, options of the verbs that it does not name are left out, as they take half of the time to start."""
     examples = {verb.name: f"ctl.py {verb.name} {verb.example}".rstrip() for verb in VERBS}
     listed = "\n  ".join(examples.values())
     parser = Parser(
@@ -2026,19 +2302,18 @@ def make_parser():
         description="The command line of DeployBot.",
         epilog=f"examples:\n  {listed}\n\n{EXIT_CODES}\n\n{ENVIRONMENT}",
     )
-    parser.add_argument("--version", action="version", version=f"ctl.py {VERSION}")
-    add_options(parser, COMMON)
+    add_options(parser, (VERSION_OPTION, *COMMON))
     verbs = {"": parser.add_subparsers(title="verbs (each has its own --help)", metavar="VERB", dest="verb")}
     for verb in VERBS:
         group, _, name = verb.name.rpartition(" ")
         if group not in verbs:
             two = verbs[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
-            names = [one.name.split()[1] for one in VERBS if one.name.startswith(group + " ")]
-            verbs[group] = two.add_subparsers(metavar="|".join(names), required=True)
+            verbs[group] = two.add_subparsers(metavar="|".join(following([group])), required=True)
         words = {"help": verb.help, "description": verb.help, "epilog": f"example:\n  {examples[verb.name]}"}
         one = verbs[group].add_parser(name, **words)
         one.set_defaults(run=verb.run)
-        add_options(one, verb.options + COMMON)
+        if argv is None or verb.name.split()[0] in argv:
+            add_options(one, verb.options + COMMON)
     return parser
 
 
@@ -2048,14 +2323,20 @@ def make_parser():
 
 
 def run(argv):
-    options = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["complete-words"]:  # for the scripts of `completion` alone
+        return complete_words(*argv[1:])
+    try:
+        options = make_parser(argv).parse_args(argv)
+    except Failure as failure:
+        failure.text = mistyped(argv) or failure.text
+        raise
     if options.verb is None:
-        raise Failure(
-            WRONG_USE, "name a verb: " + ", ".join(dict.fromkeys(verb.name.split()[0] for verb in VERBS)) + " (see ctl.py --help)"
-        )
+        raise Failure(WRONG_USE, f"name a verb: {', '.join(following([]))} (see ctl.py --help)")
     flag = getattr(options, "url", None)
-    url = read_url(flag)
-    client = Client(url, *controller_token(url), flagged=bool(flag))
+    url = DEFAULT_URL if options.run is completion else read_url(flag)
+    given = (None, "") if options.run in (login, logout, completion) else controller_token(url)
+    client = Client(url, *given, flagged=bool(flag))
     screen = Screen(getattr(options, "json", False), getattr(options, "raw", False))
     try:
         return options.run(client, screen, options)
