@@ -135,16 +135,18 @@ def closed(make_controller):
     return controller
 
 
-def shell(script, folder, **environment):
+def shell(script, folder, said="", **environment):
     plain = {name: value for name, value in os.environ.items() if not name.startswith("DEPLOYBOT_")}
     command = ["sh", "-euc", script]
-    return subprocess.run(command, cwd=folder, env=plain | environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=plain | environment, input=said, capture_output=True, text=True, check=False)
 
 
 def test_ctl_is_fetched_and_used_as_the_readme_says(closed, tmp_path):
     (script,) = [text for _, text in shell_of("README.md") if "curl -fsSO" in text]
     script = script.replace("https://deploy.example.com", closed.url)
-    done = shell(re.sub("TOKEN='[^']*'", "TOKEN='dbt_admin'", script), tmp_path)
+    signed_in = f"login {closed.url} --token-stdin"
+    assert f"login {closed.url}" in script
+    done = shell(script.replace(f"login {closed.url}", signed_in), tmp_path, said="dbt_admin\n", HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ctl.py").read_bytes() == (ROOT / "ctl.py").read_bytes()
 

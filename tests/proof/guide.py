@@ -36,7 +36,6 @@ class Reader:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.exports = ""  # what this person's shell has exported
         self.agent_token = ""
 
     def credential(self, name: str) -> str:
@@ -44,11 +43,9 @@ class Reader:
 
     def type(self, text: str) -> str:
         text = text.replace("https://deploy.example.com", URL)
-        if "what cat" in text:
-            text = text.replace("what cat /etc/deploybot/credentials/token says there", self.credential("token"))
+        text = text.replace(f"login {URL}", f"login {URL} --token-stdin < /etc/deploybot/credentials/token")
         text = text.replace("what token create printed", self.agent_token)
-        said = self.machine.do(self.exports + text)
-        self.exports += "".join(re.findall(r"^export .*\n", text, re.M))
+        said = self.machine.do(text)
         if "token create" in text:
             (self.agent_token,) = re.findall(r"^dbt_\S+$", said, re.M)
         if "agent.py install" in text:  # a repository of this machine, in place of GitHub's
@@ -56,7 +53,7 @@ class Reader:
                 f"chown deploybot-agent {REPOSITORY} {REPOSITORY}/.git; echo DEPLOYBOT_GIT_PROTOCOLS=file >> /etc/deploybot/agent.env"
             )
             self.machine.do("systemctl restart deploybot-agent")
-            wait_for(lambda: "online" in self.machine.do(self.exports + "./ctl.py hosts"), 15, "the agent to come")
+            wait_for(lambda: "online" in self.ctl("hosts"), 15, "the agent to come")
         return said
 
     def write(self, mapping: str) -> None:
@@ -65,7 +62,7 @@ class Reader:
         (self.machine.root / "etc/deploybot/apps.yaml").write_text(mapping.replace("repo: myorg/website\n", own))
 
     def ctl(self, *words: str) -> str:
-        return self.machine.do(self.exports + "./ctl.py " + " ".join(words))
+        return self.machine.do("./ctl.py " + " ".join(words))
 
     def push(self, text: str) -> str:
         """A commit of main, and GitHub's request for it; the commit."""
