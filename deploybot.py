@@ -1885,7 +1885,7 @@ class Queries:
     def releases(self, pairs: list[tuple[str, str]]) -> Iterator[dict[str, str | None]]:
         """What each (app, host) of these runs, and is to run by the newest of the last jobs of the host, in their order."""
         newest = """SELECT coalesce(job."commit", job.ref) FROM (SELECT id, ref, "commit", app, status FROM jobs
-            WHERE host = json_extract(value, '$[1]') ORDER BY id DESC LIMIT 100) AS job
+            WHERE host = json_extract(value, '$[1]') ORDER BY id DESC LIMIT 16) AS job
             WHERE job.app = json_extract(value, '$[0]') AND job.status != 'cancelled' ORDER BY job.id DESC LIMIT 1"""
         sql = f"""SELECT json_extract(value, '$[1]'), "commit", job_id, deployed_at, coalesce(({newest}), "commit") FROM json_each(?)
             LEFT JOIN releases ON app = json_extract(value, '$[0]') AND host = json_extract(value, '$[1]') ORDER BY key"""
