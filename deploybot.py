@@ -1885,7 +1885,7 @@ class Queries:
     def releases(self, pairs: list[tuple[str, str]]) -> Iterator[dict[str, str | None]]:
         """What each (app, host) of these runs, and is to run by the newest of the last jobs of the host, in their order."""
         newest = """SELECT coalesce(job."commit", job.ref) FROM (SELECT id, ref, "commit", app, status FROM jobs
-            WHERE host = json_extract(value, '$[1]') ORDER BY id DESC LIMIT 100) AS job
+            WHERE host = json_extract(value, '$[1]') ORDER BY id DESC LIMIT 16) AS job
             WHERE job.app = json_extract(value, '$[0]') AND job.status != 'cancelled' ORDER BY job.id DESC LIMIT 1"""
         sql = f"""SELECT json_extract(value, '$[1]'), "commit", job_id, deployed_at, coalesce(({newest}), "commit") FROM json_each(?)
             LEFT JOIN releases ON app = json_extract(value, '$[0]') AND host = json_extract(value, '$[1]') ORDER BY key"""
@@ -2530,8 +2530,8 @@ class JobQueue:
     def oldest(self, drained: Set[str]) -> str | None:
         """Of all jobs that wait, but for these hosts, the id of the one made first."""
         with self._lock:
-            lanes = ((host, lane.waiting) for host, lane in self._lanes.items())
-            return min((waiting[0][0] for host, waiting in lanes if waiting and host not in drained), default=None)
+            first = [lane.waiting[0][0] for host, lane in self._lanes.items() if lane.waiting and host not in drained]
+        return min(first, default=None)
 
     def take(self, host: str, busy: frozenset[str] | None, ticket: int, deadline: float) -> tuple[str, str] | None:
         """The oldest (job id, app) whose app is not busy; None at the deadline (monotonic), after a wake() or at the end.
@@ -2656,13 +2656,15 @@ Labels = str | tuple[str, str, int]  # as they stand in the text; of a request, 
 
 def samples(name: str, labels: str, value: Any) -> Iterator[str]:
     """Of a histogram `value` is a list: how many in each bucket, how many beyond, and the sum of all."""
-    if isinstance(value, list):
-        counts, comma = list(itertools.accumulate(value[:-1])), "," if labels else ""
-        for end, count in zip([*map("{:g}".format, BUCKETS[name]), "+Inf"], counts, strict=True):
-            yield from samples(f"{name}_bucket", f'{labels}{comma}le="{end}"', count)
-        yield from (*samples(f"{name}_sum", labels, value[-1]), *samples(f"{name}_count", labels, counts[-1]))
-    else:
-        yield f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}"
+    words = f"{{{labels}}}" if labels else ""
+    if not isinstance(value, list):
+        yield f"{name}{words} {value:.15g}"
+        return
+    begin, count = f"{name}_bucket{{{labels}{',' if labels else ''}le=", 0
+    for end, more in zip((*BUCKETS[name], "+Inf"), value, strict=False):
+        count += more
+        yield f'{begin}"{end}"}} {count}'
+    yield from (f"{name}_sum{words} {value[-1]:.15g}", f"{name}_count{words} {count}")
 
 
 class Metrics:
@@ -4049,7 +4051,8 @@ class Jobs:
     def gauges(self) -> dict[str, float]:
         """What is so now. Of a drained host nobody expects anything."""
         now, agents = self.clock.monotonic(), list(self._agents.values())
-        last = min((agent.contact for agent in agents if not agent.drained), default=now)
+        in_time = now - self.config.agent_timeout
+        last = min([agent.contact for agent in agents if not agent.drained], default=now)
         oldest = self.queue.oldest({agent.hostname for agent in agents if agent.drained})
         made = int(oldest.replace("-", "")[:12], 16) if oldest else self.clock.ms()  # ids begin with the time
         free, database, wal = self.store.space()
@@ -4057,7 +4060,7 @@ class Jobs:
             "deploybot_queue_jobs": self.queue.depth,
             "deploybot_queue_oldest_job_age_seconds": max(0, self.clock.ms() - made) / 1000,
             "deploybot_running_jobs": sum(map(len, list(self._leases.values()))),
-            "deploybot_agents_online": sum(agent.online and agent.contact >= now - self.config.agent_timeout for agent in agents),
+            "deploybot_agents_online": sum([agent.online and agent.contact >= in_time for agent in agents]),
             "deploybot_agents_registered": len(agents),
             "deploybot_agents_oldest_contact_age_seconds": now - last,
             "deploybot_disk_free_bytes": free,

@@ -255,20 +255,6 @@ def test_most_functions_of_the_controller_are_short():
 # -- what two programs share -------------------------------------------------------------------------------------------
 
 
-def test_every_program_has_the_same_version():
-    versions = {}
-    for name in PROGRAMS:
-        values = [
-            node.value.value
-            for node in tree(name).body
-            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "VERSION"
-        ]
-        assert len(values) == 1, name
-        versions[name] = values[0]
-    assert len(set(versions.values())) == 1, versions
-    assert f'version = "{versions["ctl"]}"' in (ROOT / "pyproject.toml").read_text()
-
-
 SHARING = ("agent", "ctl", "notify")
 
 

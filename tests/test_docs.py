@@ -17,6 +17,8 @@ from conftest import wait_for
 from test_end_to_end import LIMIT, Site
 from test_readme import DOCUMENTS, ROOT, blocks, program, section, table
 
+import deploybot
+
 SECRET = "It's a Secret to Everybody"
 PROTOCOL = (ROOT / "docs/agent-protocol.md").read_text()
 RECIPES = (ROOT / "docs/recipes.md").read_text()
@@ -36,7 +38,7 @@ RUN_BY = {
         "install -D --mode=644 deploybot.service": f"{UNITS}::installed",
         "for name in token": f"{README_TESTS}::test_the_lines_that_make_the_credentials_make_files_that_only_root_can_read",
         "enable --now deploybot\n": f"{UNITS}::installed",
-        "useradd --system": f"{UNITS}::agent_deploys",
+        "sha256sum --check": f"{UNITS}::agent_installed",
         "scripts.env": f"{UNITS}::agent_deploys",
         "'the database moves' --for 2h\n./ctl.py apps": f"{README_TESTS}::test_the_evening_with_deployments",
         "deploybot-notify.service": f"{UNITS}::notified",
@@ -67,10 +69,10 @@ RUN_BY = {
         "cron.daily": f"{UNITS}::operated",
         "restore --db /var/lib/deploybot/deploybot.db /var/backups": f"{UNITS}::operated",
         "deploybot.py doctor": f"{UNITS}::operated",
-        "agent.py.new": f"{GUIDE}::prove",
         "disable --now": f"{GUIDE}::moved",
         "tar -C / -xzf": f"{GUIDE}::moved",
-        "run-as.conf": f"{UNITS}::agent_deploys",
+        "--run-as": f"{UNITS}::agent_deploys",
+        "no-sudo.conf": f"{GUIDE}::hardened",
         "shared/.env": "tests/test_docs.py::test_a_shared_file_can_be_written_before_the_first_deployment",
     },
     "docs/recipes.md": {"orders get a new index": "tests/test_docs.py::test_an_app_is_locked_while_somebody_migrates"},
@@ -114,6 +116,14 @@ def test_the_readme_lists_every_document_once():
     assert sorted(linked) == [name for name in DOCUMENTS if name.startswith("docs/")]
 
 
+def test_what_the_guide_quotes_is_what_the_programs_say():
+    (text,) = re.findall(r"^## When it does not work\n(.*?)^## ", (ROOT / "docs/guide.md").read_text(), re.M | re.S)
+    quoted = [words for row in table(text, "look at") for words in re.findall(r"`([^`]+)`", row[1])]
+    said = "".join((ROOT / name).read_text() for name in ("deploybot.py", "agent.py"))
+    known = {*deploybot.RULES, *SCHEMAS["Reason"]["enum"]}
+    assert len(quoted) > 12 and [words for words in quoted if words not in known and words not in said] == []
+
+
 # ------------------------------------------------------------------------------------------------------------------------
 # ctl.py
 
@@ -125,16 +135,18 @@ def closed(make_controller):
     return controller
 
 
-def shell(script, folder, **environment):
+def shell(script, folder, said="", **environment):
     plain = {name: value for name, value in os.environ.items() if not name.startswith("DEPLOYBOT_")}
     command = ["sh", "-euc", script]
-    return subprocess.run(command, cwd=folder, env=plain | environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=folder, env=plain | environment, input=said, capture_output=True, text=True, check=False)
 
 
 def test_ctl_is_fetched_and_used_as_the_readme_says(closed, tmp_path):
     (script,) = [text for _, text in shell_of("README.md") if "curl -fsSO" in text]
     script = script.replace("https://deploy.example.com", closed.url)
-    done = shell(re.sub("TOKEN='[^']*'", "TOKEN='dbt_admin'", script), tmp_path)
+    signed_in = f"login {closed.url} --token-stdin"
+    assert f"login {closed.url}" in script
+    done = shell(script.replace(f"login {closed.url}", signed_in), tmp_path, said="dbt_admin\n", HOME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ctl.py").read_bytes() == (ROOT / "ctl.py").read_bytes()
 

@@ -25,12 +25,13 @@ class Commands:
 
     def __init__(self):
         self.users, self.enabled, self.active, self.failing, self.old_python = {"root"}, False, False, "", False
+        self.uid = os.geteuid()  # of every user
         self.changes = []  # what was run that is more than a question
 
     def __call__(self, *command):
         name, *words = command
         answer = {
-            "getent": lambda: words[1] in self.users and f"{words[1]}:x:{os.geteuid()}:1:::",
+            "getent": lambda: words[1] in self.users and f"{words[1]}:x:{self.uid}:1:::",
             "git": lambda: "git version 2.39.5",
             "/usr/bin/python3": lambda: not self.old_python and "agent.py 0.0.9",
         }.get(name)
@@ -386,6 +387,12 @@ def test_doctor_names_what_is_wrong_and_what_to_do(patient, capsys, monkeypatch,
     said = patient.says(capsys)
     assert line in said and "\nFAIL" in said
     assert said.count("\nFAIL") == 1, said
+
+
+def test_doctor_names_what_belongs_to_another_than_the_agent(patient, capsys):
+    patient.run.uid = 4711
+    said = patient.says(capsys)
+    assert said.count(f"belongs to user {os.geteuid()}: the agent is 4711: chown 4711 ") == said.count("\nFAIL") == 3
 
 
 def test_doctor_warns_of_what_works_all_the_same(patient, capsys, monkeypatch):

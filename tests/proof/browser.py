@@ -15,7 +15,6 @@ import re
 import shutil
 import sqlite3
 import sys
-import time
 import urllib.parse
 from collections.abc import Iterator
 from typing import Any
@@ -24,13 +23,20 @@ import common
 from common import READ_TOKEN, TOKEN, Controller, LightAgent, Proof, check, run, wait_for
 
 AXE = pathlib.Path("node_modules", "axe-core", "axe.min.js")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+]
 WIDE, PHONE = {"width": 1360, "height": 900}, {"width": 390, "height": 844}
-FIRST_PAINT = 100  # ms, on an idle machine; five times that where others use it too
-HITCH = 250  # ms that the page may at most keep a key press waiting; likewise
+FIRST_PAINT, HITCH = 100, 100  # ms on an idle machine: until something is seen; for which a key press may have to wait
+BUSY = 5  # times as long where others use the machine too: what fails then is slow everywhere
 HOSTILE = [
     "<img src=x onerror=\"document.title='owned'\">",
     "</div><script>document.title='owned'</script>",
@@ -101,7 +107,10 @@ class Fleet:
 
 
 def mapping(hosts: list[str], **apps: Any) -> dict[str, Any]:
-    shown = [{"name": name, "repo": f"acme/{name}", "hosts": hosts, "deploy_on_push": True, "branches": ["main"], **more} for name, more in apps.items()]
+    shown = [
+        {"name": name, "repo": f"acme/{name}", "hosts": hosts, "deploy_on_push": True, "branches": ["main"], **more}
+        for name, more in apps.items()
+    ]
     return {"apps": shown}
 
 
@@ -133,7 +142,9 @@ class Browser:
         page = context.new_page()
         page.on("console", lambda message: self.said.append(message.text) if message.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: self.said.append(str(error)))
-        page.on("request", lambda request: self.asked.add(urllib.parse.urlsplit(request.url).netloc) if ":" in request.url[:6] else None)
+        page.on(
+            "request", lambda request: self.asked.add(urllib.parse.urlsplit(request.url).netloc) if ":" in request.url[:6] else None
+        )
         page.goto(url)
         if token:
             page.get_by_label("Token").fill(token)
@@ -209,18 +220,24 @@ def furnish(controller: Controller) -> tuple[Fleet, dict[str, str]]:
     with contextlib.closing(sqlite3.connect(controller.db)) as db, db:
         ids = [row[0] for row in db.execute("SELECT id FROM deployments ORDER BY id")]
         for n, one in enumerate(ids):
-            begun = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=13.4 * (1 - ((n + 1) / len(ids)) ** 0.8), minutes=7 + n % 5)
+            begun = datetime.datetime.now(datetime.UTC) - datetime.timedelta(
+                days=13.4 * (1 - ((n + 1) / len(ids)) ** 0.8), minutes=7 + n % 5
+            )
             ends = begun + datetime.timedelta(seconds=40 + (n * 37) % 90)
             times = [moment.strftime("%Y-%m-%dT%H:%M:%S.000Z") for moment in (begun, begun, ends)]
             db.execute("UPDATE deployments SET created_at = ?, started_at = ?, completed_at = ? WHERE id = ?", (*times, one))
             db.execute("UPDATE jobs SET created_at = ?, started_at = ?, completed_at = ? WHERE deployment_id = ?", (*times, one))
-            db.execute("UPDATE releases SET deployed_at = ? WHERE job_id IN (SELECT id FROM jobs WHERE deployment_id = ?)", (times[2], one))
+            db.execute(
+                "UPDATE releases SET deployed_at = ? WHERE job_id IN (SELECT id FROM jobs WHERE deployment_id = ?)", (times[2], one)
+            )
     controller.start()
     for agent in fleet.agents.values():
         agent.close()
         agent.register(capabilities={"labels": {"role": "web", "zone": "eu"}, "version": "0.1.0"})
     fleet.client.close()
-    fleet.client.ok("PUT", "/v1/apps/billing-worker/lock", {"reason": "month-end close, ask Ada before anything goes out", "for": 14400})
+    fleet.client.ok(
+        "PUT", "/v1/apps/billing-worker/lock", {"reason": "month-end close, ask Ada before anything goes out", "for": 14400}
+    )
     message = {"commit_message": "Charge the right account when two orders come at once", "branch": "main"}
     open_one = fleet.deploy("web", commit(77), metadata=message)
     first, second, *_ = (job["host"] for job in reversed(list(fleet.client.jobs(deployment_id=open_one["id"]))))
@@ -304,15 +321,17 @@ def sign_in(browser: Browser, proof: Proof, controller: Controller) -> Any:
     quiet(browser, *AWAY)
     cookies = page.context.cookies()
     check([(one["httpOnly"], one["sameSite"]) for one in cookies] == [(True, "Strict")], "cookies:", cookies)
-    kept = page.evaluate("() => [document.cookie, localStorage.length, sessionStorage.length, document.body.innerText.includes('dbt_proof')]")
+    kept = page.evaluate(
+        "() => [document.cookie, localStorage.length, sessionStorage.length, document.body.innerText.includes('dbt_proof')]"
+    )
     check(kept == ["", 0, 0, False], "the page can read", kept)
     paints = []
-    for _ in range(5):
+    for _ in range(3):
         page.reload()
         page.get_by_role("status").get_by_text("live", exact=True).wait_for()
         paints.append(page.evaluate("() => performance.getEntriesByName('first-contentful-paint')[0].startTime"))
-    check(min(paints) < FIRST_PAINT * 5, "first paint after", paints, "ms")
-    proof.figure("first paint, best and worst of 5, ms", f"{min(paints):.0f}, {max(paints):.0f}")
+    check(min(paints) < FIRST_PAINT * BUSY, "first paint after", paints, "ms")
+    proof.figure("first paint, best and worst of 3, ms", f"{min(paints):.0f}, {max(paints):.0f}")
     return page
 
 
@@ -379,7 +398,10 @@ def read_log(page: Any, fleet: Fleet) -> None:
     page.locator(".title").get_by_text("success").wait_for()
     for other in HOSTS[1:]:
         fleet.end(other, fleet.take(other), commit=commit(2))
-    wait_for(lambda: fleet.client.ok("GET", f"/v1/deployments/{made['id']}")["deployment"]["status"] == "success", what="the deployment's end")
+    wait_for(
+        lambda: fleet.client.ok("GET", f"/v1/deployments/{made['id']}")["deployment"]["status"] == "success",
+        what="the deployment's end",
+    )
 
 
 def change(page: Any, fleet: Fleet) -> None:
@@ -445,7 +467,7 @@ def lose(page: Any, fleet: Fleet, browser: Browser) -> None:
 
 def look_only(browser: Browser, fleet: Fleet) -> None:
     """A viewer sees all of it and no button that is not for viewers."""
-    fleet.run("web", commit(6), failing=HOSTS[:1])
+    fleet.run("web", commit(6), failing=HOSTS[2:])
     page = browser.page(fleet.controller.url, READ_TOKEN)
     for fields in ("overview", "app=web", "apps", "hosts", "deployments"):
         visit(page, fields)
@@ -463,7 +485,16 @@ def judge(browser: Browser, proof: Proof, fleet: Fleet) -> None:
     """axe-core on every view, in light and dark, wide and on a phone."""
     source, job = axe_source(), next(fleet.client.jobs())["id"]
     passed = 0
-    views = ["overview", "deployments", f"deployment={next(fleet.client.jobs())['deployment_id']}", "jobs", f"job={job}", "apps", "app=api", "hosts"]
+    views = [
+        "overview",
+        "deployments",
+        f"deployment={next(fleet.client.jobs())['deployment_id']}",
+        "jobs",
+        f"job={job}",
+        "apps",
+        "app=api",
+        "hosts",
+    ]
     for dark, size in ((False, WIDE), (True, PHONE)):
         page = browser.page(fleet.controller.url, TOKEN, size, dark)
         for fields in views:
@@ -491,7 +522,9 @@ def crowd(browser: Browser, proof: Proof) -> None:
     one = fleet.deploy("web")
     fleet.deploy("api")
     page = browser.page(controller.url)
-    page.evaluate("""() => { window.longest = 0; new PerformanceObserver(list => { for (const one of list.getEntries()) longest = Math.max(longest, one.duration); }).observe({type: "longtask", buffered: true}); }""")
+    page.evaluate(
+        """() => { window.longest = 0; new PerformanceObserver(list => { for (const one of list.getEntries()) longest = Math.max(longest, one.duration); }).observe({type: "longtask", buffered: true}); }"""
+    )
     for fields in ("hosts", "jobs", "apps", "app=web", f"deployment={one['id']}"):
         visit(page, fields)
         page.locator(".rows > li").first.wait_for()
@@ -500,7 +533,7 @@ def crowd(browser: Browser, proof: Proof) -> None:
     see(page, "100 success")
     check(page.locator(".rows > li").count() <= 200, "the list has", page.locator(".rows > li").count())
     longest = page.evaluate("() => longest")
-    check(longest < HITCH, "it stood still for", longest, "ms")
+    check(longest < HITCH * BUSY, "it stood still for", longest, "ms")
     proof.figure("longest task with 500 hosts and 1,000 jobs, ms", int(longest))
     page.context.close()
     fleet.close()
@@ -533,4 +566,10 @@ def prove(proof: Proof) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(prove, __doc__, ("--screenshots", {"type": pathlib.Path, "metavar": "FOLDER", "help": "pictures of every view, instead of the proof"})))
+    sys.exit(
+        run(
+            prove,
+            __doc__,
+            ("--screenshots", {"type": pathlib.Path, "metavar": "FOLDER", "help": "pictures of every view, instead of the proof"}),
+        )
+    )

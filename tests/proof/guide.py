@@ -1,9 +1,9 @@
-"""docs/guide.md typed as it stands, under a real systemd: from nothing to a push that is live; then an upgrade and a move.
+"""docs/guide.md typed as it stands, under a real systemd: from nothing to a push that is live; then a move.
 
 A systemd of this machine is PID 1 of namespaces of its own (units.py has it), and is both machines of the guide. All blocks that
 the guide does not mark as not run are run in their order; a signed push stands for GitHub's. Not here: TLS, so the controller is called
-by http; GitHub, so the repository is a local one. Then the lines of docs/operations.md for an agent's upgrade, and for a move to another
-machine: this one, after the controller was wiped from it. Nothing in it is random.
+by http; GitHub, so the repository is a local one. Then the lines of docs/operations.md for an agent without sudo, and for a move to
+another machine: this one, after the controller was wiped from it. Nothing in it is random.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ class Reader:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.exports = ""  # what this person's shell has exported
         self.agent_token = ""
 
     def credential(self, name: str) -> str:
@@ -44,19 +43,17 @@ class Reader:
 
     def type(self, text: str) -> str:
         text = text.replace("https://deploy.example.com", URL)
-        if "what cat" in text:
-            text = text.replace("what cat /etc/deploybot/credentials/token says there", self.credential("token"))
+        text = text.replace(f"login {URL}", f"login {URL} --token-stdin < /etc/deploybot/credentials/token")
         text = text.replace("what token create printed", self.agent_token)
-        said = self.machine.do(self.exports + text)
-        self.exports += "".join(re.findall(r"^export .*\n", text, re.M))
+        said = self.machine.do(text)
         if "token create" in text:
             (self.agent_token,) = re.findall(r"^dbt_\S+$", said, re.M)
-        if "agent.env" in text:  # a repository of this machine, in place of GitHub's
+        if "agent.py install" in text:  # a repository of this machine, in place of GitHub's
             self.machine.do(
                 f"chown deploybot-agent {REPOSITORY} {REPOSITORY}/.git; echo DEPLOYBOT_GIT_PROTOCOLS=file >> /etc/deploybot/agent.env"
             )
             self.machine.do("systemctl restart deploybot-agent")
-            wait_for(lambda: "online" in self.machine.do(self.exports + "./ctl.py hosts"), 15, "the agent to come")
+            wait_for(lambda: "online" in self.ctl("hosts"), 15, "the agent to come")
         return said
 
     def write(self, mapping: str) -> None:
@@ -65,7 +62,7 @@ class Reader:
         (self.machine.root / "etc/deploybot/apps.yaml").write_text(mapping.replace("repo: myorg/website\n", own))
 
     def ctl(self, *words: str) -> str:
-        return self.machine.do(self.exports + "./ctl.py " + " ".join(words))
+        return self.machine.do("./ctl.py " + " ".join(words))
 
     def push(self, text: str) -> str:
         """A commit of main, and GitHub's request for it; the commit."""
@@ -114,6 +111,16 @@ def followed(reader: Reader, proof: Proof) -> None:
     check("deployed" in said and said.count("\n") == 2, "deliveries:", said)
 
 
+def hardened(reader: Reader) -> None:
+    """The drop-in of docs/operations.md for hosts without sudo: the agent has no rights left, and deploys."""
+    reader.machine.do(block("Agents", "no-sudo.conf", OPERATIONS))
+    reader.push("<h1>Hardened</h1>\n")
+    reader.serves("<h1>Hardened</h1>\n")
+    pid = reader.machine.do("systemctl show deploybot-agent --property=MainPID --value").strip()
+    status = reader.machine.do(f"cat /proc/{pid}/status")
+    check("CapBnd:\t0000000000000000" in status and "NoNewPrivs:\t1" in status, "the agent has rights left:", status)
+
+
 def moved(reader: Reader) -> None:
     """The controller leaves the machine, and comes back from the archive alone."""
     machine, title = reader.machine, "Move to another machine"
@@ -127,7 +134,7 @@ def moved(reader: Reader) -> None:
     check((machine.root / "var/lib/deploybot-agent/.agent/secret").read_text() == secret, "the agent has another secret")
     reader.push("<h1>Moved</h1>\n")
     reader.serves("<h1>Moved</h1>\n")
-    check("Hello" not in reader.ctl("deployments") and reader.ctl("deployments").count("success") == 3, "history is lost")
+    check("Hello" not in reader.ctl("deployments") and reader.ctl("deployments").count("success") == 4, "history is lost")
 
 
 def prove(proof: Proof) -> None:
@@ -148,17 +155,15 @@ def prove(proof: Proof) -> None:
         new = machine.root / "root/new"
         new.mkdir(parents=True)
         subprocess.run([sys.executable, ROOT / ".ci/dist", new / "deploybot.py"], check=True, stdout=subprocess.DEVNULL)
-        for name in ("deploybot.service", "agent.py", "deploybot-agent.service"):
-            shutil.copy(ROOT / name, new)
+        shutil.copy(ROOT / "deploybot.service", new)
         (machine.root / REPOSITORY[1:]).mkdir(parents=True)
         (machine.root / REPOSITORY[1:] / "index.html").write_text("<p>by hand</p>\n")
         machine.do(f"{GIT} init -q && {GIT} add . && {GIT} commit -qm one")
         reader = Reader(machine)
         followed(reader, proof)
         proof.say("followed, live")
-        reader.type(block("Upgrade", "agent.py.new", OPERATIONS))
-        wait_for(lambda: "online" in reader.ctl("hosts"), 15, "the upgraded agent")
-        proof.say("upgraded")
+        hardened(reader)
+        proof.say("hardened")
         moved(reader)
         proof.say("moved")
     except BaseException:
