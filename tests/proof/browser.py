@@ -35,8 +35,13 @@ FLAGS = [
     "--disable-dev-shm-usage",
 ]
 WIDE, PHONE = {"width": 1360, "height": 900}, {"width": 390, "height": 844}
-FIRST_PAINT, HITCH = 100, 100  # ms on an idle machine: until something is seen; for which a key press may have to wait
-BUSY = 5  # times as long where others use the machine too: what fails then is slow everywhere
+FIRST_PAINT, HITCH = 100, 100  # ms until something is seen, on an idle machine; for which a key press may have to wait
+BUSY = 5  # times as long where others use the machine too
+DRAWING = """() => { // ms of the quickest of 5: others may hold the processor, and none of them makes it quicker
+    const time = action => { const start = performance.now(); action(); document.body.offsetHeight; return performance.now() - start; };
+    const best = action => Math.min(...Array.from({length: 5}, () => time(action)));
+    return [best(() => { document.getElementById("main").replaceChildren(); draw(); }), best(draw)];
+}"""
 HOSTILE = [
     "<img src=x onerror=\"document.title='owned'\">",
     "</div><script>document.title='owned'</script>",
@@ -356,6 +361,10 @@ def watch(page: Any, fleet: Fleet) -> None:
             check(cancel.evaluate("node => node === document.activeElement"), "the focus was lost when the list changed")
     page.locator(".title").get_by_text("success").wait_for()
     check(page.title().startswith("success: web"), "the title is", page.title())
+    late = "id => { const one = store.deployments.get(id); keep('deployments', {...one, status: 'running', completed_at: null}); }"
+    page.evaluate(late, page.url.split("=")[-1])
+    page.wait_for_timeout(300)
+    check(page.title().startswith("success: web"), "an older answer undid the end:", page.title())
 
 
 def read_log(page: Any, fleet: Fleet) -> None:
@@ -390,6 +399,10 @@ def read_log(page: Any, fleet: Fleet) -> None:
     agent.logs(job, len(HOSTILE) + 300, ["one more"])
     page.reload()
     page.locator(".at", has_text="line number 77").wait_for()
+    page.wait_for_function("""() => {
+        const node = document.querySelector(".at"), list = node.parentNode, top = node.offsetTop - list.offsetTop - list.scrollTop;
+        return top >= 0 && top < list.clientHeight;
+    }""")
     with page.expect_download() as download:
         page.get_by_role("button", name="Download").click()
     text = pathlib.Path(download.value.path()).read_text()
@@ -521,20 +534,19 @@ def crowd(browser: Browser, proof: Proof) -> None:
     fleet = Fleet(controller, hosts)
     one = fleet.deploy("web")
     fleet.deploy("api")
-    page = browser.page(controller.url)
-    page.evaluate(
-        """() => { window.longest = 0; new PerformanceObserver(list => { for (const one of list.getEntries()) longest = Math.max(longest, one.duration); }).observe({type: "longtask", buffered: true}); }"""
-    )
+    page, times = browser.page(controller.url), []
     for fields in ("hosts", "jobs", "apps", "app=web", f"deployment={one['id']}"):
         visit(page, fields)
         page.locator(".rows > li").first.wait_for()
+        page.wait_for_timeout(300)  # what the view reads
+        times += [page.evaluate(DRAWING)]
     for host in hosts[:100]:
         fleet.end(host, fleet.take(host), commit=commit(9))
     see(page, "100 success")
-    check(page.locator(".rows > li").count() <= 200, "the list has", page.locator(".rows > li").count())
-    longest = page.evaluate("() => longest")
-    check(longest < HITCH * BUSY, "it stood still for", longest, "ms")
-    proof.figure("longest task with 500 hosts and 1,000 jobs, ms", int(longest))
+    check(page.locator(".rows > li").count() <= 100, "the list has", page.locator(".rows > li").count())
+    built, drawn = (max(column) for column in zip(*times, strict=True))
+    check(max(built, drawn) < HITCH * BUSY, "it stands still for", times, "ms")
+    proof.figure("500 hosts, 1,000 jobs: a view made anew, and drawn again, ms", f"{built:.0f}, {drawn:.0f}")
     page.context.close()
     fleet.close()
 
@@ -560,7 +572,7 @@ def prove(proof: Proof) -> None:
         proof.say("judged")
         check(browser.asked == {f"127.0.0.1:{controller.port}"}, "asked", browser.asked)
         crowd(browser, proof)
-        quiet(browser)
+        quiet(browser, *AWAY)
     fleet.close()
     proof.figure("bytes of the page", (common.ROOT / "www" / "dashboard.html").stat().st_size)
 
