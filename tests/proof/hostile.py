@@ -8,7 +8,7 @@ taken comes back as it was.
     .venv-check/bin/python tests/proof/hostile.py [--seed N] [--full]
 
 Short: every string through the API, the log, the stream and ctl.py; every one as a ref, straight into the agent's git; a sample
-deployed by agent.py. Full: all deployed, as branch, as full ref, as tag and by a signed push. tests/test_hostile.py is the part for
+deployed by agent.py. Full: all deployed, as branch, as full ref, as tag and by a signed push. tests/check/test_hostile.py is the part for
 `make test`.
 """
 

@@ -15,7 +15,7 @@ from conftest import SECRET, Controller
 
 import deploybot
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent / "proof"))
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "proof"))
 import common
 import hostile
 

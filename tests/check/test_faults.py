@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "proof"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "proof"))
 
 import fault_points
 

@@ -31,7 +31,7 @@ SCHEMAS = json.loads((ROOT / "openapi.json").read_text())["components"]["schemas
 # or puts `<!-- not run: WHY -->` on the line above it. The whole of a document: what a function runs block by block.
 
 UNITS, LITESTREAM, GUIDE = "tests/proof/units.py", "tests/proof/litestream_units.py", "tests/proof/guide.py"
-README_TESTS, CAPACITY = "tests/test_readme.py", "tests/test_capacity_docs.py"
+README_TESTS, CAPACITY = "tests/test_readme.py", "tests/check/test_capacity_docs.py"
 WHOLE = {"docs/guide.md": f"{GUIDE}::followed"}
 RUN_BY = {
     "README.md": {
@@ -42,8 +42,8 @@ RUN_BY = {
         "scripts.env": f"{UNITS}::agent_deploys",
         "'the database moves' --for 2h\n./ctl.py apps": f"{README_TESTS}::test_the_evening_with_deployments",
         "deploybot-notify.service": f"{UNITS}::notified",
-        "curl -fsSO": "tests/test_docs.py::test_ctl_is_fetched_and_used_as_the_readme_says",
-        "retry 01a2088a": "tests/test_docs.py::test_each_call_in_the_list_is_one_that_ctl_takes",
+        "curl -fsSO": "tests/check/test_docs.py::test_ctl_is_fetched_and_used_as_the_readme_says",
+        "retry 01a2088a": "tests/check/test_docs.py::test_each_call_in_the_list_is_one_that_ctl_takes",
         "An agent in four calls": "tests/test_agent.py::test_the_shell_agent_does_it_with_four_calls",
         "token create --role operator --app": f"{README_TESTS}::test_the_lines_about_tokens_do_what_they_say",
         "/v1/hooks/web-frontend": f"{README_TESTS}::test_each_ci_deploys_with_the_token_of_one_app",
@@ -62,7 +62,7 @@ RUN_BY = {
         "on() {": f"{CAPACITY}::test_ctl_speaks_to_each",
         "everywhere() {": f"{CAPACITY}::test_everywhere_is_one_controller_after_the_other",
     },
-    "docs/monitoring.md": {"--name prometheus": "tests/test_docs.py::test_a_token_for_prometheus_reads_metrics_and_deploys_nothing"},
+    "docs/monitoring.md": {"--name prometheus": "tests/check/test_docs.py::test_a_token_for_prometheus_reads_metrics_and_deploys_nothing"},
     "docs/operations.md": {
         "renewal-hooks": f"{UNITS}::encrypted",
         "CAP_NET_BIND_SERVICE": f"{UNITS}::encrypted",
@@ -73,9 +73,9 @@ RUN_BY = {
         "tar -C / -xzf": f"{GUIDE}::moved",
         "--run-as": f"{UNITS}::agent_deploys",
         "no-sudo.conf": f"{GUIDE}::hardened",
-        "shared/.env": "tests/test_docs.py::test_a_shared_file_can_be_written_before_the_first_deployment",
+        "shared/.env": "tests/check/test_docs.py::test_a_shared_file_can_be_written_before_the_first_deployment",
     },
-    "docs/recipes.md": {"orders get a new index": "tests/test_docs.py::test_an_app_is_locked_while_somebody_migrates"},
+    "docs/recipes.md": {"orders get a new index": "tests/check/test_docs.py::test_an_app_is_locked_while_somebody_migrates"},
 }  # fmt: skip
 
 

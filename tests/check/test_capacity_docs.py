@@ -16,7 +16,7 @@ import pytest
 
 import deploybot
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 TEXT = (ROOT / "docs/capacity.md").read_text()
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 
