@@ -4464,7 +4464,7 @@ class Deployments:
         if limit is not None and without > limit:
             why = f"stopped: {outcome(deployment)}"
             deployment = tx.change_deployment(deployment.id, reason=deployment.reason or why)
-            self._jobs.end_pending(tx, tx.jobs_of(deployment.id, "status = 'pending'"), Reason.STOPPED, why)
+            self._jobs.end_pending(tx, tx.jobs_of(deployment.id, "status = 'pending'"), Reason.STOPPED, outcome(deployment))
             return tx.deployment(deployment.id)
         hold, resume_at = self._why_held(tx, deployment, strategy)
         if hold == Hold.LOCK and deployment.pending:  # what no host has taken yet waits, too

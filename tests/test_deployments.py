@@ -272,7 +272,7 @@ def test_a_failure_stops_the_rest(fleet):
     ended = fleet.see(found)
     assert (ended["status"], ended["reason"], ended["hold"]) == ("partial", "stopped: 1 failed of 4", None)
     stopped = fleet.jobs(found, "status", "reason", "error")
-    assert stopped["web-03"] == stopped["web-04"] == ("cancelled", "stopped", "stopped: 1 failed of 4")
+    assert stopped["web-03"] == stopped["web-04"] == ("cancelled", "stopped", "1 failed of 4")
     assert fleet.take() == {}
 
 
