@@ -1738,10 +1738,13 @@ class Watch:
         begun = at = clock()
         end = begun + check.timeout
         mine = Limits(self._limits.stop, min(end, self._limits.deadline), clock)
-        passed = 0
+        passed, before = 0, Verdict(None)
         while True:
             verdict = self._ask(mine)
             self._limits.check()
+            if verdict.cause and before.cause and clock() >= end:
+                verdict = before  # the last question was cut short: that is not what is wrong
+            before = verdict
             passed = 0 if verdict.cause else passed + 1
             if passed >= check.success:
                 return self._spool.say(f"health check: passed after {clock() - begun:.1f} s")

@@ -2337,6 +2337,34 @@ def test_a_way_back_that_fails_too_names_both_causes(host, spec, error):
     assert result["error"] == error.format(where) and f"going back to {where} failed too" in host.said
 
 
+def test_a_last_question_that_was_cut_short_is_not_the_cause(host):
+    """It had what was left of the time, not what it takes."""
+    now, asked = [0.0], []
+
+    def ask(limits):
+        asked.append(now[0])
+        now[0] += 0.8
+        return agent.Verdict("exit code 1" if now[0] < 2 else "its command did not end in time")
+
+    check = agent.HealthCheck(command="x", timeout=2, interval=0.1, success=1)
+    limits = agent.Limits(agent.Stop(), float("inf"), lambda: now[0])
+    watch = agent.Watch(check, ask, Lines(), limits)
+    watch._wait = lambda until: now.__setitem__(0, max(now[0], until))
+    with pytest.raises(agent.StepFailed, match=r"did not pass within 2 s: exit code 1$"):
+        watch.run()
+    assert len(asked) == 3
+
+
+class Lines:
+    """A spool of which nothing is asked but to take lines."""
+
+    def say(self, text, level="info"):
+        pass
+
+    def masked(self, text):
+        return text
+
+
 def test_a_way_back_that_the_disk_refuses_says_so(host, monkeypatch):
     host.deploy()
     switch, calls = agent.AppFolder.switch, []
