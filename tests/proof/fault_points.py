@@ -233,7 +233,7 @@ def push_halfway(stage: Stage) -> None:
 
 @point()
 def push_and_not_answered(stage: Stage) -> None:
-    c = stage.controller("after(program.Jobs, 'push')")
+    c = stage.controller("after(program.Deployments, 'push')")
     no_answer(lambda: push(c))
     stage.again(c)
     made = {job["id"] for job in all_jobs(c)}

@@ -539,7 +539,8 @@ class Machine(RuleBasedStateMachine):
         def settle(commits: int | None) -> int:
             """The closings that have happened; how many COMMITs are left to explain."""
             host = self.hosts[agent.host]
-            host.contact, host.online = self.now, status == "online"
+            # What comes when its client has gone brings back nobody who has said farewell.
+            host.contact, host.online = self.now, status == "online" and (host.online is not False or connected)
             if not says_running:
                 return commits or 0
             closings = self.to_close(agent.host, running)
