@@ -129,6 +129,7 @@ ASSETS: dict[str, str] = {}
 
 log = logging.getLogger("deploybot")
 T = TypeVar("T")
+NOTHING: Mapping[str, Any] = {}  # a default that nobody changes
 
 
 # == Errors ============================================================================================================
@@ -1824,7 +1825,7 @@ class Queries:
         columns = ", ".join(f'"{name}"' for name in DELIVERY_COLUMNS)
         sql = f"SELECT {columns} FROM deliveries WHERE {where} ORDER BY rowid DESC LIMIT ?"
         rows = self.rows(sql, *(value for _, value in parts if value), limit)
-        names = ("id", *DELIVERY_COLUMNS[1:-1], "outcomes")
+        names = ("id", *DELIVERY_COLUMNS[1:])
         return [dict(zip(names, (*row[:-1], json.loads(row[-1])), strict=True)) for row in rows]
 
     def running_apps(self, host: str) -> list[str]:
@@ -1925,9 +1926,6 @@ class Queries:
 def insert(into: str, columns: int, rows: int) -> str:
     row = f"({', '.join('?' * columns)})"
     return f"{into} VALUES {', '.join([row] * rows)}"
-
-
-NOTHING: Mapping[str, int] = {}
 
 
 class TryAlone(Exception):
@@ -3166,7 +3164,6 @@ def push_payload(body: bytes, content_type: str) -> Any:
 # Owns the use cases of jobs and agents; joins Store, JobQueue and EventHub. Ignores HTTP and argv.
 
 Connected = Callable[[], bool]  # whether the client is still there
-NO_JOBS: Mapping[str, str] = {}
 ALTHOUGH = ", although it is locked"  # of what the audit says
 NOTHING_YET = (None,) * (Job._fields.index("retry_of") - Job._fields.index("started_at"))  # of a job that has not run
 
@@ -3175,6 +3172,14 @@ def release(version: Any) -> tuple[int, ...]:
     """(1, 2, 3) of 1.2.3, () of what is no such version."""
     found = re.fullmatch(r"([0-9]{1,6})\.([0-9]{1,6})\.([0-9]{1,6})", version) if isinstance(version, str) else None
     return tuple(map(int, found.groups())) if found else ()
+
+
+class Draft(NamedTuple):
+    """A job that is asked for, without its id: made by each caller before the commit that all share."""
+
+    job: Job
+    text: str  # its public JSON
+    key: int  # key_of() it
 
 
 class Terms(NamedTuple):
@@ -3207,6 +3212,12 @@ class Lease:
 def key_of(repo: str, ref: str, host: str, app: str) -> int:
     """The same for the same deployment; two others may, rarely, share one."""
     return hash((repo.lower(), ref, host, app))
+
+
+def check_unlocked(tx: Tx, app: str) -> None:
+    """Raises Conflict."""
+    if lock := tx.lock_of(app):
+        raise Conflict(f"{lock}: unlock it first (ctl.py unlock --app {lock.app})")
 
 
 def what_of(job: Job) -> str:
@@ -3575,10 +3586,8 @@ class Jobs:
         draft, more = self.draft(asked, app, principal), ALTHOUGH if lock else ""
 
         def do(tx: Tx) -> tuple[Job, bool]:
-            job, created = self.add(tx, draft, asked.force, principal, "job.create", more)
-            if not created and asked.override and job.hold == Hold.LOCK:  # it would wait for the lock
-                return self.add(tx, draft, True, principal, "job.create", more)
-            return job, created
+            same = None if asked.force else self.same(tx, draft, asked.override)
+            return (same, False) if same else (self.add(tx, draft, principal, "job.create", more), True)
 
         job, created = self.store.write(do)
         return job, created, self._warning(job, asked)
@@ -3611,29 +3620,24 @@ class Jobs:
             raise ValidationError([("app", f"{app.name} belongs to {app.repo}")])
         return app
 
-    def draft(self, asked: JobRequest, app: App, by: Principal, retry_of: str | None = None, of: Terms = ALONE) -> tuple[Job, str]:
-        """The job that is asked for, without its id, and its public JSON. Made by each caller before the commit that all share."""
+    def draft(self, asked: JobRequest, app: App, by: Principal, retry_of: str | None = None, of: Terms = ALONE) -> Draft:
         now, metadata = self.clock.stamp(), dump(asked.metadata) if asked.metadata else "{}"
         timeout, retries = asked.timeout or app.timeout, app.retries if asked.retries is None else asked.retries
         what = ("", asked.repo, asked.ref, asked.host, app.name, Status.PENDING, None, of.hold, metadata)
         spec = app.spec[:-1] + REUSES if of.reuses else app.spec
         job = Job._make((*what, 0, retries, timeout, now, by.name, *NOTHING_YET, retry_of, of.deployment_id, spec, None, now))
-        return job, dump(job.public())
+        return Draft(job, dump(job.public()), key_of(job.repo, job.ref, job.host, job.app))
 
-    def add(self, tx: Tx, draft: tuple[Job, str], force: bool, by: Principal, action: str = "", more: str = "") -> tuple[Job, bool]:
-        """(job, whether it was made now); `action`: of the audit row, where that is not the caller's; `more`: what it says beside."""
-        wanted, text = draft
-        existing = None if force else self.same(tx, draft)
-        if existing:
-            return existing, False
-        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
+    def add(self, tx: Tx, draft: Draft, by: Principal, action: str = "", more: str = "") -> Job:
+        """Makes the job. `action`: of the audit row, where that is not the caller's; `more`: what it says beside."""
+        wanted, text, key = draft
         job = Job(self._new_id(), *wanted[1:])
         text = text.replace('""', f'"{job.id}"', 1)
         tx.learn(job.id, (job, text))
         tx.opened.setdefault(key, []).append(job.id)
         tx.add_job(job, text, by.address, action, what_of(job) + more)
         tx.after(self._made, key, job)
-        return job, True
+        return job
 
     def _made(self, key: int, job: Job) -> None:
         self._opened(key, job.host, job.id)
@@ -3641,15 +3645,15 @@ class Jobs:
             self.queue.put(job.host, job.id, job.app)
         self.metrics.count("deploybot_jobs_created_total")
 
-    def same(self, tx: Tx, draft: tuple[Job, str]) -> Job | None:
-        """The pending or running job of exactly this, if there is one that nobody wants to end."""
-        wanted = draft[0]
-        key = key_of(wanted.repo, wanted.ref, wanted.host, wanted.app)
-        for job_id in (*self._open.get(key, ()), *tx.opened.get(key, ())):
+    def same(self, tx: Tx, draft: Draft, override: bool = False) -> Job | None:
+        """The pending or running job of exactly this, if there is one that nobody wants to end; `override`: and that no lock holds."""
+        wanted = draft.job
+        for job_id in (*self._open.get(draft.key, ()), *tx.opened.get(draft.key, ())):
             with contextlib.suppress(NotFound):  # what would have made it has failed
                 job = tx.job(job_id)
                 is_same = (job.repo.lower(), job.ref, job.host, job.app) == (wanted.repo.lower(), *wanted[2:5])
-                if is_same and job.status not in ENDED and job.cancel_requested_at is None:
+                is_held = override and job.hold == Hold.LOCK
+                if is_same and not is_held and job.status not in ENDED and job.cancel_requested_at is None:
                     return job
         return None
 
@@ -3717,12 +3721,12 @@ class Jobs:
             if job.status not in ENDED:
                 raise Conflict(f"job {job.id} cannot be retried: {in_words(job)}")
             goes_back = job.spec.endswith(REUSES)
-            lock = None if goes_back else tx.lock_of(job.app)
-            if lock:
-                raise Conflict(f"{lock}: unlock it first (ctl.py unlock --app {lock.app})")
+            if not goes_back:
+                check_unlocked(tx, job.app)
             asked = JobRequest(job.repo, job.ref, job.host, job.app, json.loads(job.metadata), False, job.timeout, job.retries)
             draft = self.draft(asked, self.app_of(asked), principal, job.id, Terms(reuses=goes_back))
-            return self.add(tx, draft, False, principal, "job.retry")
+            same = self.same(tx, draft)
+            return (same, False) if same else (self.add(tx, draft, principal, "job.retry"), True)
 
         return self.store.write(do)
 
@@ -3990,7 +3994,7 @@ class Jobs:
         tx.after(self._tell_cancel, asked)
         return asked
 
-    def end_pending(self, tx: Tx, jobs: list[Job], why: Reason, error: str | None = None, by: Mapping[str, str] = NO_JOBS) -> None:
+    def end_pending(self, tx: Tx, jobs: list[Job], why: Reason, error: str | None = None, by: Mapping[str, str] = NOTHING) -> None:
         """Ends many that wait; `by`: host to the job that takes its place."""
         waited: dict[str, set[str]] = collections.defaultdict(set)
         for job in jobs:
@@ -4086,6 +4090,11 @@ def outcome(deployment: Deployment) -> str | None:
     return f"{', '.join(parts)} of {deployment.hosts}" if parts else None
 
 
+def in_turn(app: App, hosts: Iterable[str]) -> list[str]:
+    """By name, but for the canary, which comes first."""
+    return sorted(hosts, key=lambda host: (host != app.strategy.canary, host))
+
+
 def batch_size(strategy: Mapping[str, Any], hosts: int) -> int:
     return Strategy(strategy["type"], strategy["batch"]).size(hosts)
 
@@ -4109,11 +4118,11 @@ class Plan(NamedTuple):
     targets: list[tuple[str, str]]  # (host, ref), in their turn
     skipped: Sequence[dict[str, str]] = ()
     branch: str | None = None
-    metadata: Mapping[str, Any] = NO_JOBS
+    metadata: Mapping[str, Any] = NOTHING
     override: bool = False
     force: bool = False
     retry_of: str | None = None
-    retries: Mapping[str, Job] = {}  # host to the job that is tried again
+    retries: Mapping[str, Job] = NOTHING  # host to the job that is tried again
 
     def steps(self) -> list[list[tuple[str, str]]]:
         """The batches, the canary's first."""
@@ -4140,10 +4149,9 @@ class Plan(NamedTuple):
         return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
 
 
-def held(draft: Job, hold: Hold | None) -> tuple[Job, str]:
-    """As Jobs.draft() makes it."""
-    job = draft._replace(hold=hold)
-    return job, dump(job.public())
+def held(draft: Draft, hold: Hold | None) -> Draft:
+    job = draft.job._replace(hold=hold)
+    return draft._replace(job=job, text=dump(job.public()))
 
 
 class Made(NamedTuple):
@@ -4213,7 +4221,7 @@ class Deployments:
         errors = [("hosts", f"{host} is no host of {app.name}{nearest(host, known)}") for host in strangers]
         if errors or not known:
             raise ValidationError(errors or [("app", f"no agent has a label of {app.name}: it has no hosts now")])
-        return sorted(asked or known, key=lambda host: (host != app.strategy.canary, host))
+        return in_turn(app, asked or known)
 
     def _ways_back(self, app: App, hosts: list[str], to: str | None) -> tuple[list[tuple[str, str]], list[dict[str, str]]]:
         """(host and commit of those that can go back, why the others cannot)."""
@@ -4246,7 +4254,7 @@ class Deployments:
         if not hosts:
             why = "none is the app's now" if refs else "all succeeded"
             raise Conflict(f"deployment {old.id} has no host to try again: {why}")
-        targets = [(host, refs[host].ref) for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
+        targets = [(host, refs[host].ref) for host in in_turn(app, hosts)]
         skipped = [{"host": host, "reason": f"is no host of {app.name} now"} for host in refs if host not in known]
         told = {"app": app.name, "trigger": "retry"}
         plan = Plan(app, Kind.RETRY, old.ref, targets, skipped, old.branch, told, bool(old.override), retry_of=old.id)
@@ -4254,9 +4262,8 @@ class Deployments:
         make = self._maker(plan, by, "deployment.retry")
 
         def do(tx: Tx) -> Made:
-            lock = None if plan.override else tx.lock_of(app.name)
-            if lock:
-                raise Conflict(f"{lock}: unlock it first (ctl.py unlock --app {lock.app})")
+            if not plan.override:
+                check_unlocked(tx, app.name)
             return make(tx)
 
         return plan, self._logged(self._store.write(do))
@@ -4328,8 +4335,7 @@ class Deployments:
         """The rule by which the push does not count for that app, or what makes its deployment: (rule, its id, ids of its jobs)."""
         if rule := push.rule(app):
             return rule
-        hosts = self._jobs.hosts_of(app)
-        targets = [(host, push.commit or "") for host in sorted(hosts, key=lambda host: (host != app.strategy.canary, host))]
+        targets = [(host, push.commit or "") for host in in_turn(app, self._jobs.hosts_of(app))]
         plan = Plan(app, Kind.PUSH, push.commit or "", targets, branch=push.branch or push.tag, metadata=push.metadata(app))
         make = self._maker(plan, github, "", guid)
 
@@ -4362,7 +4368,7 @@ class Deployments:
         def do(tx: Tx) -> Made:
             is_locked = not plan.override and tx.lock_of(plan.app.name) is not None  # by now: the drafts may be older
             first = hold or (Hold.LOCK if is_locked else None)
-            found = self._add(tx, plan, [draft if hold == first else held(draft[0], first) for draft in drafts], by)
+            found = self._add(tx, plan, [draft if hold == first else held(draft, first) for draft in drafts], by)
             jobs, there = [job for job, created in found if created], [job for job, created in found if not created]
             if not jobs:
                 known = next((job.deployment_id for job in there if job.deployment_id), None)
@@ -4394,15 +4400,15 @@ class Deployments:
         row = row._replace(override=int(plan.override), retry_of=plan.retry_of, delivery_id=delivery)
         return row._replace(created_at=now, created_by=by.name)
 
-    def _add(self, tx: Tx, plan: Plan, drafts: list[tuple[Job, str]], by: Principal) -> list[tuple[Job, bool]]:
-        """As Jobs.add() each. What passes the lock does not wait for the same that is held. What goes back is the same as a whole or
-        not at all, as all else that waits is ended for it."""
-        same = [None if plan.force else self._jobs.same(tx, draft) for draft in drafts]
+    def _add(self, tx: Tx, plan: Plan, drafts: list[Draft], by: Principal) -> list[tuple[Job, bool]]:
+        """(job, whether it was made now) of each. What goes back is the same as a whole or not at all, as all else that waits is ended
+        for it."""
+        same = [None if plan.force else self._jobs.same(tx, draft, plan.override) for draft in drafts]
         is_new = plan.kind is Kind.ROLLBACK and not all(job and job.spec.endswith(REUSES) for job in same)
         found = []
         for draft, job in zip(drafts, same, strict=True):
-            waits = job and job.status == Status.PENDING and (is_new or (plan.override and job.hold == Hold.LOCK))
-            found.append((job, False) if job and not waits else self._jobs.add(tx, draft, True, by))
+            waits = is_new and job is not None and job.status == Status.PENDING
+            found.append((job, False) if job and not waits else (self._jobs.add(tx, draft, by), True))
         return found
 
     def _supersede(self, tx: Tx, plan: Plan, new: str | None, jobs: list[Job], there: list[Job]) -> None:
@@ -4420,7 +4426,7 @@ class Deployments:
             pending = [job for job in tx.jobs_of(old.id, "status = 'pending'") if goes_back or job.host not in others]
             if pending:
                 tx.change_deployment(old.id, superseded_by=new, reason=f"superseded by {new or plan.ref}")
-                self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"superseded by {new or plan.ref}", places)
+                self._jobs.end_pending(tx, pending, Reason.SUPERSEDED, f"by {new or plan.ref}", places)
 
     def _moved(self, tx: Tx, before: Job, job: Job) -> None:
         counts = collections.Counter({job.place(): 1})

@@ -428,6 +428,7 @@ def test_a_newer_push_ends_what_an_older_one_has_not_begun(fleet):
     jobs, by = fleet.jobs(older, "status", "reason", "superseded_by"), fleet.jobs(newer, "id")
     assert jobs["web-01"] == ("running", None, None)
     assert jobs["web-02"] == ("cancelled", "superseded", by["web-02"][0])
+    assert fleet.jobs(older, "error")["web-02"] == (f"by {newer['id']}",)
     fleet.end(running)
     ended = fleet.see(older)
     assert (ended["status"], ended["superseded_by"], ended["reason"]) == ("partial", newer["id"], f"superseded by {newer['id']}")

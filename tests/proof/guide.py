@@ -8,7 +8,6 @@ another machine: this one, after the controller was wiped from it. Nothing in it
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import hmac
 import json
@@ -18,7 +17,7 @@ import subprocess
 import sys
 
 from common import ROOT, Proof, check, run, wait_for
-from units import OPERATIONS, Machine, block
+from units import OPERATIONS, Machine, block, booted
 
 GUIDE = (ROOT / "docs/guide.md").read_text()
 URL = "http://127.0.0.1:8080"
@@ -138,40 +137,26 @@ def moved(reader: Reader) -> None:
 
 
 def prove(proof: Proof) -> None:
-    folder = proof.folder / "machine"
-    folder.mkdir()
-    try:
-        machine = Machine(folder)
-        try:
-            machine.start()
-        except BaseException:
-            with contextlib.suppress(AttributeError):
-                machine.end()
-            raise
-    except OSError as error:
-        proof.figure("not run", f"this machine allows no systemd of its own: {error}")
-        return
-    try:
-        new = machine.root / "root/new"
-        new.mkdir(parents=True)
-        subprocess.run([sys.executable, ROOT / ".ci/dist", new / "deploybot.py"], check=True, stdout=subprocess.DEVNULL)
-        shutil.copy(ROOT / "deploybot.service", new)
-        (machine.root / REPOSITORY[1:]).mkdir(parents=True)
-        (machine.root / REPOSITORY[1:] / "index.html").write_text("<p>by hand</p>\n")
-        machine.do(f"{GIT} init -q && {GIT} add . && {GIT} commit -qm one")
-        reader = Reader(machine)
-        followed(reader, proof)
-        proof.say("followed, live")
-        hardened(reader)
-        proof.say("hardened")
-        moved(reader)
-        proof.say("moved")
-    except BaseException:
-        with contextlib.suppress(Exception):
-            print(machine.do("journalctl --no-pager | tail -n 60"))
-        raise
-    finally:
-        machine.end()
+    with booted(proof) as machine:
+        if machine is not None:
+            read(machine, proof)
+
+
+def read(machine: Machine, proof: Proof) -> None:
+    new = machine.root / "root/new"
+    new.mkdir(parents=True)
+    subprocess.run([sys.executable, ROOT / ".ci/dist", new / "deploybot.py"], check=True, stdout=subprocess.DEVNULL)
+    shutil.copy(ROOT / "deploybot.service", new)
+    (machine.root / REPOSITORY[1:]).mkdir(parents=True)
+    (machine.root / REPOSITORY[1:] / "index.html").write_text("<p>by hand</p>\n")
+    machine.do(f"{GIT} init -q && {GIT} add . && {GIT} commit -qm one")
+    reader = Reader(machine)
+    followed(reader, proof)
+    proof.say("followed, live")
+    hardened(reader)
+    proof.say("hardened")
+    moved(reader)
+    proof.say("moved")
 
 
 if __name__ == "__main__":

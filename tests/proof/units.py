@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 from common import ROOT, Proof, check, run, wait_for
 
@@ -444,7 +445,9 @@ def crowded(machine: Machine, proof: Proof) -> None:
     check(crowd.wait(60) == 0, "the crowd failed:", crowd.stdout.read())
 
 
-def prove(proof: Proof) -> None:
+@contextlib.contextmanager
+def booted(proof: Proof) -> Iterator[Machine | None]:
+    """A machine of its own, whose journal is shown where the proof fails; None, and a figure that says why, where there can be none."""
     folder = proof.folder / "machine"
     folder.mkdir()
     try:
@@ -457,49 +460,60 @@ def prove(proof: Proof) -> None:
             raise
     except OSError as error:
         proof.figure("not run", f"this machine allows no systemd of its own: {error}")
+        yield None
         return
     try:
-        token = installed(machine)
-        proof.say("installed, active")
-        check(machine.ask("/health")[0] == 200, "not healthy")
-        check(machine.ask("/v1/hosts", token)[0] == 200, "the credential does not count")
-        check(machine.ask("/v1/hosts", "dbt_other")[0] == 401, "another token counts")
-        rights(machine, token)
-        reloaded(machine, token)
-        notified(machine, token)
-        proof.say("notified")
-        dropin = machine.root / "etc/systemd/system/deploybot.service.d/proof.conf"
-        dropin.parent.mkdir()
-        dropin.write_text("[Service]\nWatchdogSec=3\nRestartSec=1\n")
-        machine.do("systemctl daemon-reload; systemctl restart deploybot")
-        proof.figure("again after kill -9, RestartSec=1", restarted(machine, "kill -KILL", 30))
-        proof.figure("again after kill -STOP, WatchdogSec=3", restarted(machine, "kill -STOP", 60))
-        proof.say("killed, stopped, back each time")
-        dropin.unlink()
-        machine.do("systemctl daemon-reload")
-        upgraded(machine, token)
-        proof.say("upgraded, and back")
-        agent_installed(machine)
-        agent_deploys(machine)
-        check("FAIL" not in doctor(machine), "doctor said", doctor(machine))
-        agent_uninstalled(machine)
-        proof.say("deployed; agent installed, looked over, uninstalled")
-        operated(machine, token)
-        proof.say("looked over, backed up, restored")
-        if proof.full:
-            crowded(machine, proof)
-        encrypted(machine, token)
-        proof.say("encrypted, on port 443")
-        machine.do("systemctl stop deploybot")
-        check(machine.show("Result") == "success", "the stop ended as", machine.show("Result"))
-        proof.figure("systemd", machine.do("systemctl --version").split("\n", 1)[0])
-        proof.figure("lines of the journal", len(machine.do("journalctl --no-pager -u deploybot").splitlines()))
+        yield machine
     except BaseException:
         with contextlib.suppress(Exception):
             print(machine.do("journalctl --no-pager | grep -v registered | tail -n 60"))
         raise
     finally:
         machine.end()
+
+
+def prove(proof: Proof) -> None:
+    with booted(proof) as machine:
+        if machine is not None:
+            used(machine, proof)
+
+
+def used(machine: Machine, proof: Proof) -> None:
+    token = installed(machine)
+    proof.say("installed, active")
+    check(machine.ask("/health")[0] == 200, "not healthy")
+    check(machine.ask("/v1/hosts", token)[0] == 200, "the credential does not count")
+    check(machine.ask("/v1/hosts", "dbt_other")[0] == 401, "another token counts")
+    rights(machine, token)
+    reloaded(machine, token)
+    notified(machine, token)
+    proof.say("notified")
+    dropin = machine.root / "etc/systemd/system/deploybot.service.d/proof.conf"
+    dropin.parent.mkdir()
+    dropin.write_text("[Service]\nWatchdogSec=3\nRestartSec=1\n")
+    machine.do("systemctl daemon-reload; systemctl restart deploybot")
+    proof.figure("again after kill -9, RestartSec=1", restarted(machine, "kill -KILL", 30))
+    proof.figure("again after kill -STOP, WatchdogSec=3", restarted(machine, "kill -STOP", 60))
+    proof.say("killed, stopped, back each time")
+    dropin.unlink()
+    machine.do("systemctl daemon-reload")
+    upgraded(machine, token)
+    proof.say("upgraded, and back")
+    agent_installed(machine)
+    agent_deploys(machine)
+    check("FAIL" not in doctor(machine), "doctor said", doctor(machine))
+    agent_uninstalled(machine)
+    proof.say("deployed; agent installed, looked over, uninstalled")
+    operated(machine, token)
+    proof.say("looked over, backed up, restored")
+    if proof.full:
+        crowded(machine, proof)
+    encrypted(machine, token)
+    proof.say("encrypted, on port 443")
+    machine.do("systemctl stop deploybot")
+    check(machine.show("Result") == "success", "the stop ended as", machine.show("Result"))
+    proof.figure("systemd", machine.do("systemctl --version").split("\n", 1)[0])
+    proof.figure("lines of the journal", len(machine.do("journalctl --no-pager -u deploybot").splitlines()))
 
 
 if __name__ == "__main__":
