@@ -68,7 +68,7 @@ bench: python ## the benchmark: one table, each figure beside its yardstick; 20 
 demo: python ## a push, deployed and watched, in a temporary folder: ten seconds
 	@exec $(PYTHON) examples/demo.py $(ARGS)
 
-# Two of them stand in the README; the others are to be looked at, and stay out of the repository.
+# Two of them stand in README.md; the others are to be looked at, and stay out of the repository.
 screenshots: python ## pictures of each view of the dashboard into docs/img/screenshots, with chromium
 	@$(call make_venv,$(VENV)-check,$(CHECKS))
 	@$(VENV)-check/bin/python tests/proof/browser.py --screenshots docs/img/screenshots

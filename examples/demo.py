@@ -337,7 +337,7 @@ def show_result(demo, commit):
 NEXT = """
 Nothing of this is left on your machine. Where to go from here:
    make run                a controller on port 8080; then open http://localhost:8080/docs
-   README.md               "On a real server": one file, a unit, a token, a webhook, an agent
+   docs/guide.md           a real server: one file, a unit, a token, a webhook, an agent
    examples/apps.yaml      a static site, a systemd service, a docker compose project
    examples/agent.sh       an agent of your own, in four calls"""
 

@@ -10,6 +10,7 @@ import sys
 import tracemalloc
 
 import pytest
+from conftest import command
 
 import deploybot
 from deploybot import Apps, AppsError, read_apps
@@ -668,9 +669,7 @@ def test_a_mistake_in_the_defaults_is_told_once_for_many_apps(refused):
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, deploybot.__file__, *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False
-    )
+    return subprocess.run([*command("deploybot.py"), *map(str, arguments)], capture_output=True, text=True, timeout=30, check=False)
 
 
 def test_check_apps_says_what_would_be_taken(tmp_path):

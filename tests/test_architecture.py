@@ -38,14 +38,16 @@ def length(function):
     return function.end_lineno - first + 1
 
 
+@functools.cache
+def sections():
+    """(line of its banner, section) of deploybot.py, the last one first."""
+    text = source("deploybot")
+    return [(text.count("\n", 0, match.start()) + 1, match[1]) for match in BANNER.finditer(text)][::-1]
+
+
 def section_of(line):
     """The section of deploybot.py in which that line stands."""
-    found = "Header"
-    for match in BANNER.finditer(source("deploybot")):
-        if source("deploybot").count("\n", 0, match.start()) + 1 > line:
-            break
-        found = match[1]
-    return found
+    return next((name for first, name in sections() if first <= line), "Header")
 
 
 def sections_naming(*names):

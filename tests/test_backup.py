@@ -15,12 +15,11 @@ import shutil
 import sqlite3
 import stat
 import subprocess
-import sys
 import threading
 
 import pytest
-from conftest import EventStream, failing_at, wait_for
-from test_main import PROGRAM, deploybot_py, environment
+from conftest import EventStream, command, failing_at, wait_for
+from test_main import deploybot_py, environment
 from test_main import run as run
 from test_migrations import make as make_old
 
@@ -196,7 +195,7 @@ def test_a_backup_without_room(db, tmp_path):
     """The limit on the size of files is what a disk of that size would be."""
     fill(db.parent / "big.db", 3000)
     done = subprocess.run(
-        ["bash", "-c", 'ulimit -f 64; exec "$@"', "-", sys.executable, PROGRAM, "backup", tmp_path / "b.db", "--db", db.parent / "big.db"],
+        ["bash", "-c", 'ulimit -f 64; exec "$@"', "-", *command("deploybot.py"), "backup", tmp_path / "b.db", "--db", db.parent / "big.db"],
         env=environment(), capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (1, "", 1), done

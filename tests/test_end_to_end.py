@@ -4,12 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
-from conftest import SECRET, Controller, EventStream, wait_for
+from conftest import SECRET, Controller, EventStream, command, wait_for
 
 import deploybot
 
@@ -67,7 +66,7 @@ class Site:
     def start(self, program, *arguments, **more):
         with open(self.folder / f"log-{len(self.processes)}", "wb") as log:
             process = subprocess.Popen(
-                [sys.executable, ROOT / program, *arguments], cwd=self.folder, env={**self.env, **more}, stdout=log, stderr=log
+                [*command(program), *arguments], cwd=self.folder, env={**self.env, **more}, stdout=log, stderr=log
             )
         self.processes.append(process)
         return process
@@ -120,7 +119,7 @@ class Site:
     def ctl(self, *arguments):
         """(exit code, output, errors)."""
         done = subprocess.run(
-            [sys.executable, ROOT / "ctl.py", *arguments],
+            [*command("ctl.py"), *arguments],
             cwd=self.folder,
             env={**self.env, "DEPLOYBOT_URL": self.api.url},
             capture_output=True,
@@ -190,7 +189,7 @@ def test_a_push_deploys_on_both_hosts_and_a_bad_one_changes_nothing(site):
         wait_for(lambda: said in messages(seen, host), LIMIT)  # noqa: B023
     assert all(site.api.job(job)["status"] == "running" and site.api.job(job)["commit"] == first for job in jobs.values())
     following = subprocess.Popen(
-        [sys.executable, ROOT / "ctl.py", "logs", "-f", "--job", jobs["web-01"][:30]],
+        [*command("ctl.py"), "logs", "-f", "--job", jobs["web-01"][:30]],
         env={**site.env, "DEPLOYBOT_URL": site.api.url, "PYTHONUNBUFFERED": "1"},
         cwd=site.folder,
         stdout=subprocess.PIPE,
@@ -253,7 +252,7 @@ def check_ctl(site, first, second, failed):
     assert code == 3 and len(errors.splitlines()) == 1 and "http://127.0.0.1:1" in errors
 
 
-# As in apps.yaml of the README, with a check of health that looks at the release that is current.
+# As in docs/apps.md, with a check of health that looks at the release that is current.
 ROLLING = {
     "strategy": {"type": "rolling", "batch": 1},
     "activate": "cat page > started.txt",

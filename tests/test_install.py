@@ -1,6 +1,6 @@
 """agent.py install, uninstall, status and doctor, on a root of their own with commands that are kept and not run.
 
-tests/proof/units.py does the same with a real systemd, useradd and the lines of README.md.
+tests/proof/units.py does the same with a real systemd, useradd and the lines of docs/install.md.
 """
 
 import hashlib

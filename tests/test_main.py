@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import SECRET, TOKENS, Controller, wait_for
+from conftest import SECRET, TOKENS, Controller, command, wait_for
 
 import deploybot
 
-PROGRAM = Path(deploybot.__file__).resolve()
+PROGRAM = command("deploybot.py")
 START_LIMIT = 30  # seconds
 STOP_LIMIT = 5  # seconds: what is promised; the tests add the load of the machine
 GOOD = {"apps": [{"name": "app", "repo": "myorg/app", "hosts": ["web-01"]}]}
@@ -48,7 +48,7 @@ class Process(Controller):
         before = len(self.said())
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, PROGRAM, "--host", "127.0.0.1", "--port", str(self.port), *self.flags],
+                [*PROGRAM, "--host", "127.0.0.1", "--port", str(self.port), *self.flags],
                 cwd=self.folder,
                 env=environment(**self.settings),
                 stdout=log,
@@ -104,13 +104,7 @@ def run(tmp_path):
 def deploybot_py(folder, *arguments, **settings):
     """One that ends by itself: (exit code, output, lines of errors)."""
     done = subprocess.run(
-        [sys.executable, PROGRAM, *arguments],
-        cwd=folder,
-        env=environment(**settings),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
+        [*PROGRAM, *arguments], cwd=folder, env=environment(**settings), capture_output=True, text=True, timeout=60, check=False
     )
     return done.returncode, done.stdout, done.stderr.splitlines()
 
@@ -172,8 +166,7 @@ def test_who_waits_for_the_interpreter_looks_up_rarely_at_the_end(run, tmp_path,
     """What that is worth with ten thousand agents is a row of the benchmark: the end after 4 s or after 10, and more on a busy machine."""
     script = tmp_path / "told.py"
     script.write_text(
-        f"""import sys
-sys.path.insert(0, {str(PROGRAM.parent)!r})
+        """import sys
 import deploybot
 stop = deploybot.Daemon.stop
 def told(daemon):
@@ -183,7 +176,7 @@ deploybot.Daemon.stop = told
 sys.exit(deploybot.main(sys.argv[1:]))
 """
     )
-    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", script)
+    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", [sys.executable, script])
     c = run()
     assert c.stop() == 0
     assert "looks up every 1.0 s" in c.said()

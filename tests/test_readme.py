@@ -1,4 +1,4 @@
-"""README.md says what is so: its tables against the programs, its examples run, its demo as printed."""
+"""README.md and docs/ say what is so: their tables against the programs, their examples run, the demo as printed."""
 
 import json
 import os
@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import command
 
 import deploybot
 import notify
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
 DOCUMENTS = sorted(["README.md", "SECURITY.md", *(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))])
 PROGRAMS = ("deploybot.py", "agent.py", "ctl.py", "notify.py")
 LEAVE_LIMIT_S = 30
 
 
-def headings(text=README):
+def headings(text):
     """(line number, level, title) of each; a # in a block of code is none."""
     fenced = False
     for number, line in enumerate(text.splitlines()):
@@ -33,13 +33,14 @@ def headings(text=README):
             yield number, len(found[1]), found[2]
 
 
-def section(title):
-    """The text under that heading, up to the next one of its level or above."""
-    found = [(number, level) for number, level, text in headings() if text == title]
-    assert len(found) == 1, f"README.md has {len(found)} sections {title!r}"
+def section(name, title):
+    """The text of that document under that heading, up to the next one of its level or above."""
+    text = (ROOT / name).read_text()
+    found = [(number, level) for number, level, heading in headings(text) if heading == title]
+    assert len(found) == 1, f"{name} has {len(found)} sections {title!r}"
     ((start, own),) = found
-    end = next((number for number, level, _ in headings() if number > start and level <= own), None)
-    return "\n".join(README.splitlines()[start + 1 : end]) + "\n"
+    end = next((number for number, level, _ in headings(text) if number > start and level <= own), None)
+    return "\n".join(text.splitlines()[start + 1 : end]) + "\n"
 
 
 def blocks(text, language):
@@ -64,8 +65,9 @@ def table(text, heading):
 
 def program(name, *arguments, **options):
     plain = {k: v for k, v in os.environ.items() if not k.startswith("DEPLOYBOT_")}
-    command = [sys.executable, ROOT / name, *arguments]
-    return subprocess.run(command, env=plain | {"COLUMNS": "200"}, capture_output=True, text=True, check=False, **options)
+    return subprocess.run(
+        [*command(name), *arguments], env=plain | {"COLUMNS": "200"}, capture_output=True, text=True, check=False, **options
+    )
 
 
 def help_of(name, *verb):
@@ -88,7 +90,7 @@ def variables(text):
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_configuration_table_has_each_flag_and_variable_of_help_and_no_other(name):
-    rows = table(section(f"Configuration of {name}"), "flag")
+    rows = table(section("docs/configuration.md", f"Configuration of {name}"), "flag")
     text, said = "\n".join(" ".join(row[:2]) for row in rows), help_of(name)
     options = said.partition("\nexamples:")[0] if name == "ctl.py" else said
     assert flags(text) == flags(options)
@@ -96,7 +98,10 @@ def test_the_configuration_table_has_each_flag_and_variable_of_help_and_no_other
 
 
 def test_each_verb_of_ctl_is_in_its_table_with_its_flags():
-    rows = {re.match(r"`(\w+(?: (?:create|list|revoke))?)", row[0])[1]: row[0] for row in table(section("ctl.py"), "call")}
+    rows = {
+        re.match(r"`(\w+(?: (?:create|list|revoke))?)", row[0])[1]: row[0]
+        for row in table(section("docs/ctl.md", "ctl.py"), "call")
+    }
     assert {verb.split()[0] for verb in rows} == set(re.findall(r"^    (\w+)  ", help_of("ctl.py"), re.M))
     assert {verb.split()[1] for verb in rows if " " in verb} == set(re.findall(r"^    (\w+)  ", help_of("ctl.py", "token"), re.M))
     for verb, shown in rows.items():
@@ -104,15 +109,23 @@ def test_each_verb_of_ctl_is_in_its_table_with_its_flags():
 
 
 def test_the_verbs_of_the_controller_are_those_that_help_names():
-    rows = {re.match(r"`([a-z-]+)", row[0])[1] for row in table(section("Configuration of deploybot.py"), "verb")}
+    rows = {
+        re.match(r"`([a-z-]+)", row[0])[1]
+        for row in table(section("docs/configuration.md", "Configuration of deploybot.py"), "verb")
+    }
     assert rows == set(re.findall(r"^  ([a-z-]+)(?: FILE)?  ", help_of("deploybot.py").partition("Other verbs:")[2], re.M))
 
 
 @pytest.mark.parametrize(
-    "name, title", [("ctl.py", "ctl.py"), ("agent.py", "The agent on a host"), ("notify.py", "Configuration of notify.py")]
+    "name, document, title",
+    [
+        ("ctl.py", "docs/ctl.md", "ctl.py"),
+        ("agent.py", "docs/install.md", "The agent on a host"),
+        ("notify.py", "docs/configuration.md", "Configuration of notify.py"),
+    ],
 )
-def test_the_exit_codes_are_those_that_help_names(name, title):
-    codes = {row[0] for row in table(section(title), "exit code")}
+def test_the_exit_codes_are_those_that_help_names(name, document, title):
+    codes = {row[0] for row in table(section(document, title), "exit code")}
     said = help_of(name)
     listed = re.findall(r"^  (\d+) {2,}", said, re.M) or re.findall(r"(?:codes:|,)\s+(\d+) ", said[said.index("Exit codes") :])
     assert codes == set(listed)
@@ -126,19 +139,27 @@ def test_the_api_overview_has_each_call_of_openapi_with_its_role_and_no_other():
         for method in item
         if method != "parameters"
     }
-    named = {(re.match(r"`([A-Z]+ [^`?]+)", row[0])[1], row[1]) for row in table(section("HTTP API"), "call")}
+    named = {(re.match(r"`([A-Z]+ [^`?]+)", row[0])[1], row[1]) for row in table(section("docs/api.md", "HTTP API"), "call")}
     assert named == calls
 
 
 def test_the_roles_are_those_of_ctl():
     (roles,) = set(re.findall(r"--role \{([a-z,]+)\}", help_of("ctl.py", "token", "create")))
-    assert {row[0] for row in table(section("Who may call"), "role")} == set(roles.split(","))
+    assert {row[0] for row in table(section("docs/api.md", "Who may call"), "role")} == set(roles.split(","))
 
 
 def test_make_targets_are_those_of_the_makefile():
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M))
-    assert {row[0].strip("`").removeprefix("make ") for row in table(README, "target")} == targets
-    assert set(re.findall(r"\bmake ([a-z-]+)", "\n".join(re.findall(r"`[^`]+`|^```.*?^```", README, re.M | re.S)))) <= targets
+    assert {
+        row[0].strip("`").removeprefix("make ") for row in table(section("docs/development.md", "Targets"), "target")
+    } == targets
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_it_names_no_other_target(name):
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.M))
+    code = "\n".join(re.findall(r"`[^`]+`|^```.*?^```", (ROOT / name).read_text(), re.M | re.S))
+    assert set(re.findall(r"\bmake ([a-z-]+)", code)) <= targets
 
 
 def anchors(text):
@@ -162,7 +183,7 @@ def test_what_it_links_to_is_there(name):
 
 
 def test_the_shell_agent_is_the_one_in_examples():
-    assert (ROOT / "examples/agent.sh").read_text() in blocks(section("Write your own agent"), "sh")
+    assert (ROOT / "examples/agent.sh").read_text() in blocks(section("docs/api.md", "Write your own agent"), "sh")
 
 
 @pytest.mark.parametrize("name", ["apps.yaml", "examples/apps.yaml"])
@@ -171,8 +192,8 @@ def test_the_shipped_mappings_are_taken(name):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_mapping_of_the_readme_is_taken(tmp_path):
-    (text,) = blocks(section("apps.yaml"), "yaml")
+def test_the_mapping_with_every_key_is_taken(tmp_path):
+    (text,) = blocks(section("docs/apps.md", "apps.yaml"), "yaml")
     (tmp_path / "apps.yaml").write_text(text)
     done = program("deploybot.py", "check-apps", tmp_path / "apps.yaml")
     assert done.returncode == 0, done.stderr
@@ -180,9 +201,9 @@ def test_the_mapping_of_the_readme_is_taken(tmp_path):
     assert program("deploybot.py", "check-apps", tmp_path / "apps.yaml").returncode != 0
 
 
-def test_what_the_readme_says_of_notifications_is_so(tmp_path, monkeypatch):
+def test_what_is_said_of_notifications_is_so(tmp_path, monkeypatch):
     """Its mapping is taken, its table has each event, its JSON has the fields, its check takes the signature."""
-    text = section("Tell GitHub and people")
+    text = section("docs/notify.md", "Tell GitHub and people")
     (mapping,), (shown,), (code,) = blocks(text, "yaml"), blocks(text, "json"), blocks(text, "python")
     (tmp_path / "apps.yaml").write_text(mapping)
     config = notify.load_config(["--apps", str(tmp_path / "apps.yaml")], {"DEPLOYBOT_NOTIFY_SECRET": "s3cret"})
@@ -202,7 +223,7 @@ def test_what_the_readme_says_of_notifications_is_so(tmp_path, monkeypatch):
 
 
 def test_the_table_of_github_says_what_github_is_told():
-    rows = table(section("Tell GitHub and people"), "status")
+    rows = table(section("docs/notify.md", "Tell GitHub and people"), "status")
     told = {}
     for names, state, phase in rows:
         for name in re.findall(r"`(\w+)`", names):
@@ -211,7 +232,7 @@ def test_the_table_of_github_says_what_github_is_told():
 
 
 def test_the_lines_that_make_the_credentials_make_files_that_only_root_can_read(tmp_path):
-    (script,) = [b for b in blocks(section("On a real server"), "sh") if "secrets." in b]
+    (script,) = [b for b in blocks(section("docs/install.md", "On a real server"), "sh") if "secrets." in b]
     subprocess.run(["sh", "-euc", script.replace("/etc/deploybot", str(tmp_path))], check=True, capture_output=True)
     made = tmp_path / "credentials"
     assert made.stat().st_mode & 0o777 == 0o700
@@ -225,7 +246,7 @@ def test_the_lines_that_make_the_credentials_make_files_that_only_root_can_read(
 def test_the_lines_about_tokens_do_what_they_say(make_controller):
     controller = make_controller(open=False, token="dbt_admin")
     controller.set_app(name="web-frontend", repo="myorg/web-frontend", hosts=["web-01.example.com"])
-    (script,) = [b for b in blocks(section("Who may call"), "sh") if "token create" in b]
+    (script,) = [b for b in blocks(section("docs/api.md", "Who may call"), "sh") if "token create" in b]
     environment = os.environ | {"DEPLOYBOT_URL": controller.url, "DEPLOYBOT_TOKEN": "dbt_admin"}
     done = subprocess.run(["sh", "-euc", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -239,7 +260,7 @@ def test_the_evening_with_deployments(make_controller):
     controller = make_controller(open=False, token="dbt_admin")
     controller.token = "dbt_admin"
     controller.set_app(name="web-frontend", repo="myorg/web-frontend", hosts=["web-01", "web-02"], strategy={"type": "rolling"})
-    (script,) = blocks(section("Deployments"), "sh")
+    (script,) = blocks(section("docs/apps.md", "Deployments"), "sh")
     environment = os.environ | {"DEPLOYBOT_URL": controller.url, "DEPLOYBOT_TOKEN": "dbt_admin"}
     done = subprocess.run(["sh", "-euc", script], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -252,7 +273,7 @@ def test_the_evening_with_deployments(make_controller):
 
 def scripts_of_ci():
     """The shell of each example: the block itself, the step of GitHub Actions, the script of GitLab CI."""
-    text = section("From any CI")
+    text = section("docs/apps.md", "From any CI")
     actions, gitlab = (yaml.safe_load(block) for block in blocks(text, "yaml"))
     return blocks(text, "sh")[:1] + [actions["jobs"]["deploy"]["steps"][0]["run"], "\n".join(gitlab["deploy"]["script"])]
 
@@ -275,7 +296,7 @@ def test_each_ci_deploys_with_the_token_of_one_app(make_controller, number):
 
 @pytest.mark.parametrize("name, language", [("nginx.conf", "nginx"), ("Caddyfile", "text")])
 def test_the_proxies_are_those_in_examples(name, language):
-    assert (ROOT / "examples" / name).read_text() in blocks(section("Behind a proxy"), language)
+    assert (ROOT / "examples" / name).read_text() in blocks(section("docs/install.md", "Behind a proxy"), language)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
@@ -348,11 +369,11 @@ def steady(text):
     return text.rstrip("\n")
 
 
-def test_the_demo_prints_what_the_readme_says_and_leaves_nothing(folder):
+def test_the_demo_prints_what_the_page_says_and_leaves_nothing(folder):
     demo = start_demo(folder)
     out, err = demo.communicate(timeout=120)
     assert (demo.returncode, err) == (0, "")
-    (shown,) = blocks(section("Try it"), "text")
+    (shown,) = blocks(section("docs/development.md", "The demo"), "text")
     assert steady(out) == steady(shown.removeprefix("$ make demo\n"))
     assert "\x1b" not in out
     assert list(folder.iterdir()) == []
@@ -360,7 +381,7 @@ def test_the_demo_prints_what_the_readme_says_and_leaves_nothing(folder):
 
 
 @pytest.mark.parametrize(
-    "moment, number", zip(["DeployBot:", "1.", "2.", "3.", "page index"], [signal.SIGINT, signal.SIGTERM] * 3, strict=False)
+    "moment, number", list(zip(["DeployBot:", "1.", "2.", "3.", "page index"], [signal.SIGINT, signal.SIGTERM] * 3, strict=False))
 )
 def test_an_interrupted_demo_leaves_nothing(folder, moment, number):
     demo = start_demo(folder)

@@ -7,11 +7,10 @@ import contextlib
 import gc
 import sqlite3
 import subprocess
-import sys
 import threading
 
 import pytest
-from conftest import failing_at, wait_for
+from conftest import command, failing_at, wait_for
 
 import deploybot
 from deploybot import EventFilter, Job, NotFound, Principal, Queries, Scope, StartError, Store, Unavailable
@@ -585,8 +584,8 @@ def test_a_second_daemon_on_the_same_database_is_refused(store, path):
 
 
 def test_a_second_process_is_refused_in_one_line(store, path):
-    command = [sys.executable, deploybot.__file__, "--port", "0", "--db", str(path), "--apps", str(path) + ".none"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    start = [*command("deploybot.py"), "--port", "0", "--db", str(path), "--apps", str(path) + ".none"]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"deploybot.py: database {path}: another deploybot.py uses it"
     assert "Traceback" not in done.stderr

@@ -6,23 +6,20 @@ import http.client
 import json
 import logging
 import os
-import pathlib
 import pty
 import re
 import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
-from conftest import TOKENS, Controller, wait_for
+from conftest import TOKENS, Controller, command, wait_for
 
 import deploybot
 
-PROGRAM = pathlib.Path(deploybot.__file__).resolve()
 HOST = b"Host: localhost\r\n"
 BEARER = b"Authorization: Bearer dbt_admin\r\n"
 GET = b"GET /health HTTP/1.1\r\n" + HOST + b"\r\n"
@@ -285,9 +282,19 @@ def test_an_encrypted_key_asks_nobody(pairs, tmp_path):
     openssl("ec", "-in", pairs[0].key, "-aes256", "-passout", "pass:hunter22", "-out", key)
     ours, its = pty.openpty()
     with open(ours, "rb", closefd=True):
-        command = ["setsid", "--ctty", "--wait", sys.executable, PROGRAM]
-        flags = ("--port", "0", "--tls-cert", pairs[0].cert, "--tls-key", key)
-        process = subprocess.Popen([*command, *flags], cwd=tmp_path, stdin=its, stdout=its, stderr=its)
+        start = [
+            "setsid",
+            "--ctty",
+            "--wait",
+            *command("deploybot.py"),
+            "--port",
+            "0",
+            "--tls-cert",
+            pairs[0].cert,
+            "--tls-key",
+            key,
+        ]
+        process = subprocess.Popen(start, cwd=tmp_path, stdin=its, stdout=its, stderr=its)
         try:
             assert process.wait(20) == 1
             os.close(its)
@@ -450,7 +457,7 @@ def test_signals_of_a_process(tmp_path, pairs):
     env = {**os.environ, **{"DEPLOYBOT_" + name.upper(): value for name, value in TOKENS.items()}}
     with open(log, "wb") as file:
         process = subprocess.Popen(
-            [sys.executable, PROGRAM, "--host", "127.0.0.1", "--port", "0", "--tls-cert", cert, "--tls-key", key],
+            [*command("deploybot.py"), "--host", "127.0.0.1", "--port", "0", "--tls-cert", cert, "--tls-key", key],
             cwd=tmp_path, env=env, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     try:

@@ -217,8 +217,9 @@ class Service:
     def nobody_writes(self):
         """Where this machine lets us: all is read-only but the state folder, as ProtectSystem=strict has it."""
         mounts = (
-            'mount --bind / /mnt && mount -o remount,bind,ro /mnt && mount --bind "$1" "/mnt$1" && '
-            'mount -t proc proc /mnt/proc && mount --rbind /dev /mnt/dev && shift && exec chroot /mnt sh -c "$@"'
+            "mount --bind / /mnt && mount -o remount,bind,ro /mnt && mount -t proc proc /mnt/proc && mount --rbind /dev /mnt/dev && "
+            "{ mount -o remount,bind,ro /mnt/dev/shm; :; } 2>/dev/null && "  # the folders of a test may be there
+            'mount --bind "$1" "/mnt$1" && shift && exec chroot /mnt sh -c "$@"'
         )
         inside = ['cd "$1" && shift && exec "$@"', "sh", str(self.folder / "cwd")]
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", mounts, "sh", str(self.folder / "state")]

@@ -32,26 +32,35 @@ SCHEMAS = json.loads((ROOT / "openapi.json").read_text())["components"]["schemas
 
 UNITS, LITESTREAM, GUIDE = "tests/proof/units.py", "tests/proof/litestream_units.py", "tests/proof/guide.py"
 README_TESTS, CAPACITY = "tests/test_readme.py", "tests/check/test_capacity_docs.py"
+FIRST = "tests/check/test_first_deployment.py"
 WHOLE = {"docs/guide.md": f"{GUIDE}::followed"}
 RUN_BY = {
     "README.md": {
+        "git init": f"{FIRST}::test_the_first_deployment_of_the_readme",
+        "deploy --app hello": f"{FIRST}::test_the_first_deployment_of_the_readme",
+        "/v1/hooks/hello": f"{FIRST}::test_the_first_deployment_of_the_readme",
+        "rollback --app hello": f"{FIRST}::test_the_first_deployment_of_the_readme",
+    },
+    "docs/install.md": {
         "install -D --mode=644 deploybot.service": f"{UNITS}::installed",
         "for name in token": f"{README_TESTS}::test_the_lines_that_make_the_credentials_make_files_that_only_root_can_read",
         "enable --now deploybot\n": f"{UNITS}::installed",
         "sha256sum --check": f"{UNITS}::agent_installed",
         "scripts.env": f"{UNITS}::agent_deploys",
-        "'the database moves' --for 2h\n./ctl.py apps": f"{README_TESTS}::test_the_evening_with_deployments",
-        "deploybot-notify.service": f"{UNITS}::notified",
-        "curl -fsSO": "tests/check/test_docs.py::test_ctl_is_fetched_and_used_as_the_readme_says",
-        "retry 01a2088a": "tests/check/test_docs.py::test_each_call_in_the_list_is_one_that_ctl_takes",
-        "An agent in four calls": "tests/test_agent.py::test_the_shell_agent_does_it_with_four_calls",
-        "token create --role operator --app": f"{README_TESTS}::test_the_lines_about_tokens_do_what_they_say",
-        "/v1/hooks/web-frontend": f"{README_TESTS}::test_each_ci_deploys_with_the_token_of_one_app",
         "tls_cert": f"{UNITS}::encrypted",
-        "deploybot.py backup": f"{UNITS}::upgraded",
-        "deploybot.service.old\n": f"{UNITS}::upgraded",
-        "cp --archive /usr/local/lib/deploybot/deploybot.py.old": f"{UNITS}::upgraded",
-        "deploybot.py restore": f"{UNITS}::upgraded",
+    },
+    "docs/apps.md": {
+        "'the database moves' --for 2h\n./ctl.py apps": f"{README_TESTS}::test_the_evening_with_deployments",
+        "/v1/hooks/web-frontend": f"{README_TESTS}::test_each_ci_deploys_with_the_token_of_one_app",
+    },
+    "docs/notify.md": {"deploybot-notify.service": f"{UNITS}::notified"},
+    "docs/ctl.md": {
+        "curl -fsSO": "tests/check/test_docs.py::test_ctl_is_fetched_and_used_as_the_page_says",
+        "retry 01a2088a": "tests/check/test_docs.py::test_each_call_in_the_list_is_one_that_ctl_takes",
+    },
+    "docs/api.md": {
+        "An agent in four calls": "tests/test_agent_controller.py::test_the_shell_agent_does_it_with_four_calls",
+        "token create --role operator --app": f"{README_TESTS}::test_the_lines_about_tokens_do_what_they_say",
     },
     "docs/capacity.md": {
         "install -D --mode=755 litestream": f"{LITESTREAM}::prepared",
@@ -73,6 +82,10 @@ RUN_BY = {
         "tar -C / -xzf": f"{GUIDE}::moved",
         "--run-as": f"{UNITS}::agent_deploys",
         "no-sudo.conf": f"{GUIDE}::hardened",
+        "backup --db /var/lib/deploybot/deploybot.db /root/deploybot.db.old": f"{UNITS}::upgraded",
+        "deploybot.service.old\n": f"{UNITS}::upgraded",
+        "cp --archive /usr/local/lib/deploybot/deploybot.py.old": f"{UNITS}::upgraded",
+        "deploybot.db /root/deploybot.db.old\nsystemctl start": f"{UNITS}::upgraded",
         "shared/.env": "tests/check/test_docs.py::test_a_shared_file_can_be_written_before_the_first_deployment",
     },
     "docs/recipes.md": {"orders get a new index": "tests/check/test_docs.py::test_an_app_is_locked_while_somebody_migrates"},
@@ -112,7 +125,7 @@ def test_the_proofs_that_run_them_are_in_the_list():
 
 
 def test_the_readme_lists_every_document_once():
-    linked = re.findall(r"\]\((docs/[^)#]+)\)", section("Documents"))
+    linked = re.findall(r"\]\((docs/[^)#]+)\)", section("README.md", "Where to go from here"))
     assert sorted(linked) == [name for name in DOCUMENTS if name.startswith("docs/")]
 
 
@@ -141,8 +154,8 @@ def shell(script, folder, said="", **environment):
     return subprocess.run(command, cwd=folder, env=plain | environment, input=said, capture_output=True, text=True, check=False)
 
 
-def test_ctl_is_fetched_and_used_as_the_readme_says(closed, tmp_path):
-    (script,) = [text for _, text in shell_of("README.md") if "curl -fsSO" in text]
+def test_ctl_is_fetched_and_used_as_the_page_says(closed, tmp_path):
+    (script,) = [text for _, text in shell_of("docs/ctl.md") if "curl -fsSO" in text]
     script = script.replace("https://deploy.example.com", closed.url)
     signed_in = f"login {closed.url} --token-stdin"
     assert f"login {closed.url}" in script
@@ -153,7 +166,7 @@ def test_ctl_is_fetched_and_used_as_the_readme_says(closed, tmp_path):
 
 def test_each_call_in_the_list_is_one_that_ctl_takes(tmp_path):
     """With nobody at the other end each of them ends with 3, and not with 2."""
-    (script,) = [text for _, text in shell_of("README.md") if "retry 01a2088a" in text]
+    (script,) = [text for _, text in shell_of("docs/ctl.md") if "retry 01a2088a" in text]
     for line in script.splitlines():
         done = shell(line, ROOT, DEPLOYBOT_URL="http://127.0.0.1:1", DEPLOYBOT_TOKEN="dbt_admin")
         assert done.returncode == 3, (line, done.stderr)

@@ -1,6 +1,6 @@
 """The take-over of docs/capacity.md under two real systemds: every line of it, with the units as they are shipped.
 
-The first machine is installed by the lines of README.md and docs/capacity.md, gets jobs, and is gone. The second one, whose
+The first machine is installed by the lines of docs/install.md and docs/capacity.md, gets jobs, and is gone. The second one, whose
 controller never ran, takes over by the lines of "Take over" and goes on replicating. Held: both units are active and of one user,
 Litestream starts ahead of the controller and stops after it, what was replicated is there, and belongs to the controller; what the
 controller wrote while it stopped is in the replica. Changed in the lines: the replica is a folder, not a bucket. Where this
@@ -27,7 +27,7 @@ REPLICA = "/srv/replica"
 
 
 def prepared(machine: Machine, program: pathlib.Path) -> str:
-    """The controller as README.md installs it, Litestream as docs/capacity.md does; the admin's token."""
+    """The controller as docs/install.md installs it, Litestream as docs/capacity.md does; the admin's token."""
     token = installed(machine)
     shutil.copy(program, machine.root / "root/new/litestream")
     for name in ("litestream.yml", "litestream.service"):

@@ -1,7 +1,7 @@
-"""The controller's unit under a real systemd: installed by the lines of README.md, it starts, reloads, is watched and stops.
+"""The controller's unit under a real systemd: installed by the lines of docs/install.md, it starts, reloads, is watched and stops.
 
 A systemd of this machine is PID 1 of namespaces of its own, on an overlay of this machine's root: nothing of it stays. There the
-README's lines are run as they stand. Short: install, credentials, rights, reload, watchdog, kill, backup, upgrade and back; full:
+The page's lines are run as they stand. Short: install, credentials, rights, reload, watchdog, kill, backup, upgrade and back; full:
 also 10,000 agents that park. Where this machine allows no mounts (not root, a container without rights), it says so and ends.
 """
 
@@ -170,10 +170,12 @@ class Machine:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What README.md says
+# What the pages say
+
+INSTALL, OPERATIONS = "docs/install.md", "docs/operations.md"
 
 
-def blocks(title: str, document: str = "README.md") -> list[str]:
+def blocks(title: str, document: str = INSTALL) -> list[str]:
     """The shell blocks under that heading, without their lines that install packages."""
     text = (ROOT / document).read_text()
     found = re.search(rf"^(#+) {re.escape(title)}\n(.*?)(?=^\1 |\Z)", text, re.M | re.S)
@@ -183,7 +185,7 @@ def blocks(title: str, document: str = "README.md") -> list[str]:
     return [re.sub(r"^apt .*\n", "", block, flags=re.M) for block in shown]
 
 
-def block(title: str, mark: str, document: str = "README.md") -> str:
+def block(title: str, mark: str, document: str = INSTALL) -> str:
     """The only one that holds `mark`."""
     found = [text for text in blocks(title, document) if mark in text]
     check(len(found) == 1, f"{len(found)} blocks with {mark!r} under {title!r}")
@@ -195,7 +197,7 @@ def block(title: str, mark: str, document: str = "README.md") -> str:
 
 
 def installed(machine: Machine) -> str:
-    """Runs the README's lines; the admin's token."""
+    """Runs the page's lines; the admin's token."""
     new = machine.root / "root/new"
     new.mkdir(parents=True)
     sh(sys.executable, ROOT / ".ci/dist", new / "deploybot.py", stdout=subprocess.DEVNULL)
@@ -253,17 +255,14 @@ def restarted(machine: Machine, what: str, limit: float) -> float:
 
 
 def upgraded(machine: Machine, token: str) -> None:
-    """The lines of "Backup, upgrade, and go back", one after the other."""
+    """The lines of "The controller, and back", one after the other."""
     for name in ("deploybot.py", "deploybot.service"):
         shutil.copy(machine.root / "root/new" / name, machine.root / "root")
-    for text in blocks("Backup, upgrade, and go back"):
+    for text in blocks("The controller, and back", OPERATIONS):
         if "agent" not in text:
             machine.do(text)
             check(machine.show("ActiveState") == "active", "not active after", text)
             check(machine.ask("/v1/hosts", token)[0] == 200, "does not answer after", text)
-
-
-OPERATIONS = "docs/operations.md"
 
 
 def operated(machine: Machine, token: str) -> None:
@@ -279,7 +278,7 @@ def operated(machine: Machine, token: str) -> None:
 
 
 def encrypted(machine: Machine, token: str) -> None:
-    """A certificate of its own as README.md installs it, a renewal by the hook, and port 443."""
+    """A certificate of its own as docs/install.md installs it, a renewal by the hook, and port 443."""
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 9 -subj /CN=localhost -addext subjectAltName=DNS:localhost"
     machine.do(f"{make} -keyout privkey.pem -out fullchain.pem 2>&1")
     machine.do(block("A certificate of its own", "tls_cert"))
@@ -299,7 +298,7 @@ PROGRAM = "/usr/local/lib/deploybot/agent.py"
 
 
 def agent_installed(machine: Machine) -> None:
-    """The agent as README.md installs it: what it makes, that doctor has nothing to say, that a second time does nothing."""
+    """The agent as docs/install.md installs it: what it makes, that doctor has nothing to say, that a second time does nothing."""
     shutil.copy(ROOT / "ctl.py", machine.root / "root/new")
     secret = (machine.root / "etc/deploybot/credentials/agent_token").read_text().strip()
     (sum_of,) = re.findall(r'"name":"agent.py","sha256":"(\w+)"', machine.ask("/v1/programs")[1].replace(" ", ""))
@@ -361,11 +360,11 @@ def agent_deploys(machine: Machine) -> None:
 
 
 def notified(machine: Machine, token: str) -> None:
-    """notify.py as README.md installs it: it follows the stream with a viewer's token, reads apps.yaml again, and comes back."""
+    """notify.py as docs/notify.md installs it: it follows the stream with a viewer's token, reads apps.yaml again, and comes back."""
     title = "Tell GitHub and people"
     for name in ("deploybot-notify.service", "notify.py", "ctl.py"):
         shutil.copy(ROOT / name, machine.root / "root/new")
-    machine.do(block(title, "deploybot-notify.service /etc"))
+    machine.do(block(title, "deploybot-notify.service /etc", "docs/notify.md"))
     cursor = "cat /var/lib/private/deploybot-notify/cursor || true"
     wait_for(lambda: re.search(r"^[0-9a-f]{8}-[0-9]+$", machine.do(cursor)), 15, "the cursor of notify.py")
     pid = machine.do("systemctl show deploybot-notify --property=MainPID --value").strip()
