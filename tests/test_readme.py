@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from conftest import command
 
+import ctl
 import deploybot
 import notify
 
@@ -106,6 +108,20 @@ def test_each_verb_of_ctl_is_in_its_table_with_its_flags():
     assert {verb.split()[1] for verb in rows if " " in verb} == set(re.findall(r"^    (\w+)  ", help_of("ctl.py", "token"), re.M))
     for verb, shown in rows.items():
         assert flags(shown) == flags(help_of("ctl.py", *verb.split()).partition("\nexample:")[0]) - {"--url", "--json"}, verb
+
+
+NAMED = {"token create", "token list", "token revoke", "deploy --app"}  # of these a text speaks without telling anybody to type them
+
+
+@pytest.mark.parametrize("name", [*DOCUMENTS, "www/dashboard.html"])
+def test_what_people_are_told_to_type_is_taken_by_ctl(name, monkeypatch, capsys, tmp_path):
+    """With nobody at the other end each of them ends with 3, and not with 2."""
+    monkeypatch.setattr(os, "environ", {"DEPLOYBOT_URL": "http://127.0.0.1:1", "DEPLOYBOT_TOKEN": "dbt_x", "HOME": str(tmp_path)})
+    text = (ROOT / name).read_text()
+    calls = re.findall(r"`(?:\./)?ctl\.py ([a-z]+ [^`|#\n]+)`", text) + re.findall(r'"python3 ctl\.py ([^"]+)"', text)
+    for call in [re.sub(r"\b(ID|JOB)\b", "01a2088a", call) for call in calls]:
+        if call.strip() not in NAMED and not call.startswith("completion "):
+            assert ctl.main(shlex.split(call)) == 3, (call, capsys.readouterr().err)
 
 
 def test_the_verbs_of_the_controller_are_those_that_help_names():
