@@ -31,7 +31,9 @@ help: ## list the targets
 # A python3 that has PyYAML is used as it is; else PyYAML goes into .venv.
 run: python ## start the controller on 0.0.0.0:8080 in open mode, with ./apps.yaml and .env
 	@if $(PYTHON) -c 'import yaml' 2>/dev/null; then python=$(PYTHON); \
-	else python=$(VENV)/bin/python; $(call make_venv,$(VENV),$(PYYAML)); fi; \
+	else python=$(VENV)/bin/python; \
+		grep -qs PyYAML $(VENV)/packages || echo "make: $(PYTHON) has no PyYAML, it goes into $(VENV)" >&2; \
+		$(call make_venv,$(VENV),$(PYYAML)); fi; \
 	$(load_env); exec $$python -m deploybot --open $(ARGS)
 
 dist: python ## write dist/: the programs, one file each (the controller with its pages inside), and SHA256SUMS

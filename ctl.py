@@ -455,6 +455,19 @@ def problem_of(response):
         return response.reason
 
 
+def own_call():
+    """How it is called here, so that a hint can be copied: by its name where it is in the PATH, else by its place."""
+    name = os.path.basename(sys.argv[0])
+    if name not in ("ctl.py", "deploybot-ctl"):
+        return "ctl.py"
+    import shutil
+
+    if shutil.which(name):
+        return name
+    place = sys.argv[0] if os.path.dirname(sys.argv[0]) else f"./{name}"
+    return place if os.access(place, os.X_OK) else f"python3 {place}"
+
+
 class Client:
     """Calls to one controller. Every failure to get a good answer is a Failure that names the call's URL."""
 
@@ -482,7 +495,7 @@ class Client:
 
     def command(self, words):
         """A ctl.py command that reaches the same controller."""
-        return clean(f"ctl.py {words} --url {self.url}" if self.flagged else f"ctl.py {words}")
+        return clean(f"{own_call()} {words} --url {self.url}" if self.flagged else f"{own_call()} {words}")
 
     def target(self, path, query=None):
         asked = {name: value for name, value in (query or {}).items() if value is not None}
@@ -547,7 +560,8 @@ class Client:
     def _refused(self, response, method, target):
         status, said = response.status, clean(problem_of(response)).rstrip(".")
         code = REFUSED if 400 <= status < 500 else NOT_REACHED
-        text = f"{status} from {method} {target}: {said}: {self._hint(status, response.headers, target)}"
+        hint = self._hint(status, response.headers, target)
+        text = f"{said}{' ' if said.endswith('?') else ': '}{hint} ({status} from {method} {target})"
         again = f"{status} {said}" if status == 429 or status >= 500 else ""
         return Failure(code, text, again, after=retry_after(response.headers) if again else None, status=status)
 
@@ -750,7 +764,7 @@ def why_waits(client, host):
     if host["agent_status"] == "unknown":
         return f"no agent has registered as {name}"
     if host["agent_status"] != "online":
-        return f"{name} is offline since {span(time.time() - seconds(host['last_seen']), 1)}"
+        return f"{name} is offline since {span(time.time() - seconds(host['last_seen']), 1)}: is its agent running?"
     if host["drained"]:
         return f"{name} is drained ({client.command('hosts resume ' + name)})"
     if not running or not pending:  # it is about to take one, or has just taken the last
@@ -1717,7 +1731,8 @@ def unlock(client, screen, options):
     ids = answer["deployments"]
 
     def view():
-        screen.line(f"{clean(options.app)} is unlocked, deployments that go on: {len(ids)}")
+        waited = f"deployments that waited and go on: {len(ids)}" if ids else "nothing waited; the next push is deployed"
+        screen.line(f"{clean(options.app)} is unlocked: {waited}")
         show_deployments(screen, list(filter(None, (unless(404, get_deployment, client, one) for one in ids))))
 
     screen.show(answer, view)

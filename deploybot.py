@@ -2706,7 +2706,7 @@ class Metrics:
 # == Auth ==============================================================================================================
 # Owns who a token is. Ignores what a principal then does.
 
-NO_TOKEN = "this call needs a token: Authorization: Bearer TOKEN (ctl.py and agents read it from the environment)"
+NO_TOKEN = "this call needs a token: Authorization: Bearer TOKEN (ctl.py login, or DEPLOYBOT_TOKEN in its environment; with --open, calls to localhost need none)"
 COOKIE = "deploybot_session"
 COOKIE_VALUE = re.compile(rf"(?:\A|;)[ \t]*{COOKIE}=([\w-]{{1,128}})(?:;|\Z)", re.ASCII)
 TAKEN_NAMES = ("admin", "agents", "reader", "local", "github", "controller")

@@ -454,7 +454,7 @@ def test_a_host_that_is_offline_is_waited_for(monkeypatch):
     host |= {"running": 2, "pending": 1}
     monkeypatch.setattr(time, "time", lambda: ctl.seconds(JOB["created_at"]) + 310)
     client = ctl.Client("http://h", None, "")
-    assert ctl.why_waits(client, host) == "web-01 is offline since 5m"
+    assert ctl.why_waits(client, host) == "web-01 is offline since 5m: is its agent running?"
     online = {**host, "agent_status": "online", "drained": False}
     assert ctl.why_waits(client, online) == "web-01 runs 2 jobs, 1 waits there"
     assert ctl.why_waits(client, {**online, "pending": 0}) is None, "it has taken the job meanwhile"
@@ -912,7 +912,38 @@ def test_a_refusal_is_4_and_says_why(here, scripted, status):
     server = scripted(problem(status, "because of this"))
     result = here(*DEPLOY, "--url", server.url)
     assert (result.code, result.out) == (ctl.REFUSED, "")
-    assert f"{status} from POST {server.url}/v1/jobs: because of this: " in result.err and result.err.count("\n") == 1
+    assert result.err.startswith("ctl.py: because of this: ") and result.err.count("\n") == 1
+    assert result.err.endswith(f" ({status} from POST {server.url}/v1/jobs)\n")
+
+
+def test_an_answer_that_asks_is_not_followed_by_a_colon(here, scripted):
+    server = scripted(problem(404, "apps.yaml has no app helo; did you mean hello?"))
+    said = here(*DEPLOY, "--url", server.url).err
+    assert said.startswith("ctl.py: apps.yaml has no app helo; did you mean hello? `"), said
+
+
+@pytest.mark.parametrize(
+    "called, path, expected",
+    [
+        ("./ctl.py", "/usr/bin", "./ctl.py"),
+        ("ctl.py", "/usr/bin", "./ctl.py"),
+        ("plain/ctl.py", "/usr/bin", "python3 plain/ctl.py"),
+        ("{here}/ctl.py", "/usr/bin", "{here}/ctl.py"),
+        ("{here}/ctl.py", "{here}", "ctl.py"),
+        ("/opt/bin/deploybot-ctl", "{here}", "deploybot-ctl"),
+        ("/usr/bin/pytest", "/usr/bin", "ctl.py"),
+        ("-c", "/usr/bin", "ctl.py"),
+    ],
+)
+def test_a_hint_can_be_copied(monkeypatch, tmp_path, called, path, expected):
+    (tmp_path / "plain").mkdir()
+    for name, mode in (("ctl.py", 0o755), ("deploybot-ctl", 0o755), ("plain/ctl.py", 0o644)):
+        (tmp_path / name).touch(mode)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", path.format(here=tmp_path))
+    monkeypatch.setattr(sys, "argv", [called.format(here=tmp_path)])
+    client = ctl.Client("http://h", None, "")
+    assert client.command("apps") == f"{expected.format(here=tmp_path)} apps"
 
 
 def test_the_real_controller_names_each_wrong_field(run, controller):

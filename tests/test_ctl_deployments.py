@@ -573,10 +573,10 @@ def test_lock_and_unlock_say_what_follows(here, fake):
     one = fake.deployment()
     fake.resumed = [one["id"]]
     said, _, row = here("unlock", "--app", "web").out.splitlines()
-    assert said == "web is unlocked, deployments that go on: 1" and row.split()[0] == one["id"][:18]
+    assert said == "web is unlocked: deployments that waited and go on: 1" and row.split()[0] == one["id"][:18]
     assert json.loads(here("unlock", "--app", "web", "--json").out)["deployments"] == [one["id"]]
     fake.resumed = []
-    assert here("unlock", "--app", "web").out == "web is unlocked, deployments that go on: 0\n"
+    assert here("unlock", "--app", "web").out == "web is unlocked: nothing waited; the next push is deployed\n"
 
 
 def test_a_lock_without_an_end_and_an_unlock_of_nothing(here, fake):
@@ -743,8 +743,8 @@ def test_following_is_a_line_a_change_and_ends_with_the_outcome(follower, fake):
         "13:15:43Z deployment: partial",
         "partial: web main, 1 of 3 succeeded, 1 failed, 1 stopped, took 2m5s",
         "  reason: 1 of 1 failed",
-        f"  web-02: exit_code: npm ci ended with 3, back on bbbbbbbb (ctl.py logs --job {job['id']})",
-        f"  once more where it did not succeed: ctl.py retry {one['id']}",
+        f"  web-02: exit_code: npm ci ended with 3, back on bbbbbbbb ({ctl.__file__} logs --job {job['id']})",
+        f"  once more where it did not succeed: {ctl.__file__} retry {one['id']}",
     ]
 
 
@@ -913,7 +913,7 @@ def test_ctrl_c_says_how_to_go_on_and_how_to_end_it(follower, fake):
     one = next(iter(fake.deployments))
     assert (code, out) == (130, "")
     assert err == (
-        f"no longer watched, the deployment goes on; to follow it again: ctl.py follow {one}; to end it: ctl.py cancel {one}\n"
+        f"no longer watched, the deployment goes on; to follow it again: {ctl.__file__} follow {one}; to end it: {ctl.__file__} cancel {one}\n"
     )
     assert not any("cancel" in path for _, path, *_ in fake.requests)
 

@@ -110,7 +110,12 @@ def test_each_verb_of_ctl_is_in_its_table_with_its_flags():
         assert flags(shown) == flags(help_of("ctl.py", *verb.split()).partition("\nexample:")[0]) - {"--url", "--json"}, verb
 
 
-NAMED = {"token create", "token list", "token revoke", "deploy --app"}  # of these a text speaks without telling anybody to type them
+NAMED = {
+    "token create",
+    "token list",
+    "token revoke",
+    "deploy --app",
+}  # of these a text speaks without telling anybody to type them
 
 
 @pytest.mark.parametrize("name", [*DOCUMENTS, "www/dashboard.html"])

@@ -8,7 +8,6 @@ import json
 import os
 import pty
 import re
-import resource
 import shutil
 import stat
 import subprocess
@@ -406,19 +405,27 @@ def test_whatever_goes_wrong_is_silent(scripted, monkeypatch, answer):
 # Its start
 
 
-def cpu_of(*argv):
-    """The least seconds of processor that a Python takes for it: how busy the machine is matters less to that."""
-    least = 99
-    for _ in range(5):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-I", "-S", *argv], stdout=subprocess.DEVNULL, check=True)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        least = min(least, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return least
+HEAVY = {
+    "ssl",
+    "socket",
+    "http.client",
+    "urllib.request",
+    "email",
+    "subprocess",
+    "threading",
+    "logging",
+    "typing",
+    "dataclasses",
+    "datetime",
+}
 
 
-def test_it_starts_in_a_few_times_what_python_takes():
-    assert cpu_of(str(CTL), "--version") < 10 * cpu_of("-c", "pass")
+def test_it_starts_without_what_only_a_call_needs():
+    """Most of a start is the import of the standard library; the rest is the compiling of the one file."""
+    command = [sys.executable, "-I", "-S", "-X", "importtime", str(CTL), "--version"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    imported = {line.rpartition("|")[2].strip() for line in told.splitlines()}
+    assert "argparse" in imported and imported & HEAVY == set()
 
 
 def test_options_of_other_verbs_are_not_made():

@@ -44,6 +44,7 @@ class Reader:
         text = text.replace("https://deploy.example.com", URL)
         text = text.replace(f"login {URL}", f"login {URL} --token-stdin < /etc/deploybot/credentials/token")
         text = text.replace("what token create printed", self.agent_token)
+        text = text.replace("repo: myorg/website\n", f"repo: myorg/website\n    clone_url: file://{REPOSITORY}\n")
         said = self.machine.do(text)
         if "token create" in text:
             (self.agent_token,) = re.findall(r"^dbt_\S+$", said, re.M)
@@ -54,11 +55,6 @@ class Reader:
             self.machine.do("systemctl restart deploybot-agent")
             wait_for(lambda: "online" in self.ctl("hosts"), 15, "the agent to come")
         return said
-
-    def write(self, mapping: str) -> None:
-        check(mapping.count("repo: myorg/website\n") == 1, "another mapping")
-        own = f"repo: myorg/website\n    clone_url: file://{REPOSITORY}\n"
-        (self.machine.root / "etc/deploybot/apps.yaml").write_text(mapping.replace("repo: myorg/website\n", own))
 
     def ctl(self, *words: str) -> str:
         return self.machine.do("./ctl.py " + " ".join(words))
@@ -87,7 +83,7 @@ class Reader:
 
 
 def steps() -> list[tuple[str, str]]:
-    """(language, text) of each block of the guide that is for typing or writing, `push` for the one that pushes."""
+    """(language, text) of each block of the guide that is for typing, `push` for the one that pushes."""
     found = re.findall(r"^(?:<!-- not run: ([^\n]*) -->\n)?```(\w+)\n(.*?)^```$", GUIDE, re.M | re.S)
     return [("push" if "git push" in text else language, text) for why, language, text in found if not why or "git push" in text]
 
@@ -99,8 +95,6 @@ def followed(reader: Reader, proof: Proof) -> None:
             reader.serves("<p>by hand</p>\n")  # what step 6 deployed
             reader.push("<h1>Hello</h1>\n")
             reader.serves("<h1>Hello</h1>\n")
-        elif language == "yaml":
-            reader.write(text)
         else:
             reader.type(text)
             typed += 1
