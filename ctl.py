@@ -1118,12 +1118,13 @@ class LogView:
         elif event.kind == "gap":
             self.screen.note(f"lines are missing here: {event.data['detail']}")
         elif event.kind == "job" and self.events:
-            job = event.data
-            where = f"{job['app']} on {job['host']}"
-            said = f"-- {where}: {state(job)} (attempt {job['attempt']} of job {job['id']})"
-            if self.last.get(job["id"]) != said:  # an event may tell of the commit alone
-                self.screen.note(said)
-            self.last[job["id"]] = said
+            self.job(event.data)
+
+    def job(self, job):
+        said = f"-- {job['app']} on {job['host']}: {state(job)} (attempt {job['attempt']} of job {job['id']})"
+        if self.last.get(job["id"]) != said:  # an event may tell of the commit alone
+            self.screen.note(said)
+        self.last[job["id"]] = said
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1967,14 +1968,14 @@ def last_lines(client, job, tail):
 
 
 def newest_lines(client, options):
-    """The last lines of the newest jobs that match, each job's lines together, older jobs first."""
+    """(job, its last lines) of the newest jobs that match, older ones first."""
     left = DEFAULT_TAIL if options.tail is None else options.tail
     found = []
     for job in list_jobs(client, RECENT_JOBS, host=options.host, app=options.app)["jobs"]:
         if left > 0 and job["attempt"]:
-            found.append(last_lines(client, job, left))
-            left -= len(found[-1])
-    return [line for lines in reversed(found) for line in lines]
+            found.append((job, last_lines(client, job, left)))
+            left -= len(found[-1][1])
+    return found[::-1]
 
 
 def follow_logs(client, screen, options, job, view):
@@ -2007,10 +2008,16 @@ def logs(client, screen, options):
     view = LogView(screen, () if job else [name for name in ("host", "app") if not getattr(options, name)])
     if options.follow:
         return follow_logs(client, screen, options, job, view)
-    lines = last_lines(client, job, options.tail) if job else newest_lines(client, options)
-    if screen.as_json:
-        lines = list(lines)
-    screen.show({"lines": lines}, lambda: [view.line(line) for line in lines])
+    found = [(job, last_lines(client, job, options.tail))] if job else newest_lines(client, options)
+
+    def show():
+        for one, lines in found:
+            if len(found) > 1:
+                view.job(one)
+            for line in lines:
+                view.line(line)
+
+    screen.show({"lines": [line for _, lines in found for line in lines]} if screen.as_json else None, show)
     return DONE
 
 

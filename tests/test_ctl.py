@@ -583,7 +583,10 @@ def test_logs_without_a_job_are_the_last_lines_of_the_newest_jobs(run, controlle
     make(controller, "d")
     every = ["web-01 myorg--web | a2", "web-02 myorg--web | b1", "web-01 myorg--web | c1", "web-01 myorg--web | c2"]
     assert run("logs", "--tail", "4").out.splitlines() == every
-    assert run("logs", "--host", "web-02").out == "myorg--web | b1\n"
+    told = [line.partition(" of job ")[0] for line in run("logs", "--tail", "4").err.splitlines()]
+    assert told == [f"-- myorg--web on {host}: success (attempt 1" for host in ("web-01", "web-02", "web-01")]
+    alone = run("logs", "--host", "web-02")
+    assert (alone.out, alone.err) == ("myorg--web | b1\n", "")
     assert run("logs", "--host", "web-01", "--app", "myorg--web", "--tail", "3").out.split() == ["a2", "c1", "c2"]
     assert json.loads(run("logs", "--tail", "1", "--json").out)["lines"][0]["message"] == "c2"
 
