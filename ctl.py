@@ -539,9 +539,13 @@ class Client:
         if self._opener is None:
             from urllib.request import HTTPHandler, HTTPSHandler, OpenerDirector, ProxyHandler
 
-            self._opener = OpenerDirector()
-            for handler in (HTTPHandler(), HTTPSHandler(), ProxyHandler({} if is_loopback(self.url) else None)):
+            self._opener, is_local = OpenerDirector(), is_loopback(self.url)
+            for handler in (HTTPHandler(), ProxyHandler({} if is_local else None)):
                 self._opener.add_handler(handler)
+            if not is_local or self.url.startswith(
+                "https:"
+            ):  # else it is not worth reading all that the system trusts; a proxy may speak TLS
+                self._opener.add_handler(HTTPSHandler())
         return self._opener
 
     def _unreached(self, target, error):

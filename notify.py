@@ -18,6 +18,7 @@ folder; 2 wrong use.
 import argparse
 import contextlib
 import fcntl
+import functools
 import hashlib
 import hmac
 import json
@@ -26,6 +27,7 @@ import os
 import re
 import shutil
 import signal
+import ssl
 import sys
 import threading
 import time
@@ -473,11 +475,21 @@ def retry_after(headers):
     return int(text) if re.fullmatch(r"[0-9]{1,6}", text) else None
 
 
+@functools.cache
+def tls_context():
+    """Made once: to read all that the system trusts takes as long as the rest of a call."""
+    context = ssl.create_default_context()
+    context.set_alpn_protocols(["http/1.1"])
+    return context
+
+
 def open_url(url, headers, data=None, timeout=ANSWER_TIMEOUT_S):
     """An open answer, whatever its status. The opener has no handler for redirects: they would carry secrets elsewhere."""
-    opener = OpenerDirector()
-    for handler in (HTTPHandler(), HTTPSHandler(), ProxyHandler({} if is_loopback(url) else None)):
+    opener, is_local = OpenerDirector(), is_loopback(url)
+    for handler in (HTTPHandler(), ProxyHandler({} if is_local else None)):
         opener.add_handler(handler)
+    if not is_local or url.startswith("https:"):  # a proxy may speak TLS, too
+        opener.add_handler(HTTPSHandler(context=tls_context()))
     try:
         return opener.open(Request(url, data, {"User-Agent": f"deploybot-notify/{VERSION}", **headers}), timeout=timeout)
     except (OSError, HTTPException, UnicodeError) as error:  # UnicodeError: a host that is no name for IDNA
