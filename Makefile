@@ -31,9 +31,7 @@ help: ## list the targets
 # A python3 that has PyYAML is used as it is; else PyYAML goes into .venv.
 run: python ## start the controller on 0.0.0.0:8080 in open mode, with ./apps.yaml and .env
 	@if $(PYTHON) -c 'import yaml' 2>/dev/null; then python=$(PYTHON); \
-	else python=$(VENV)/bin/python; \
-		grep -qs PyYAML $(VENV)/packages || echo "make: $(PYTHON) has no PyYAML, it goes into $(VENV)" >&2; \
-		$(call make_venv,$(VENV),$(PYYAML)); fi; \
+	else python=$(VENV)/bin/python; $(call make_venv,$(VENV),$(PYYAML)); fi; \
 	$(load_env); exec $$python -m deploybot --open $(ARGS)
 
 dist: python ## write dist/: the programs, one file each (the controller with its pages inside), and SHA256SUMS
@@ -97,7 +95,7 @@ define make_venv
 		{ echo "make: $(PYTHON) -m venv failed. On Debian and Ubuntu: apt install python3-venv python3-yaml" >&2; exit 1; }; \
 	fi; \
 	for package in $(2); do grep -qxF "$$package" $(1)/packages 2>/dev/null || missing=1; done; \
-	if [ "$${missing:-}" ]; then $(1)/bin/python $(PIP) $(2) && printf '%s\n' $(2) > $(1)/packages || \
+	if [ "$${missing:-}" ]; then echo "make: $(2) into $(1), once" >&2; $(1)/bin/python $(PIP) $(2) && printf '%s\n' $(2) > $(1)/packages || \
 		{ echo "make: could not install $(2) into $(1)" >&2; exit 1; }; fi
 endef
 

@@ -495,7 +495,7 @@ class Client:
 
     def command(self, words):
         """A ctl.py command that reaches the same controller."""
-        return clean(f"{own_call()} {words} --url {self.url}" if self.flagged else f"{own_call()} {words}")
+        return clean(f"{own_call()} {words}{f' --url {self.url}' if self.flagged else ''}")
 
     def target(self, path, query=None):
         asked = {name: value for name, value in (query or {}).items() if value is not None}
@@ -542,9 +542,8 @@ class Client:
             self._opener, is_local = OpenerDirector(), is_loopback(self.url)
             for handler in (HTTPHandler(), ProxyHandler({} if is_local else None)):
                 self._opener.add_handler(handler)
-            if not is_local or self.url.startswith(
-                "https:"
-            ):  # else it is not worth reading all that the system trusts; a proxy may speak TLS
+            # It reads all that the system trusts, which a call to this machine can do without; a proxy may speak TLS, too.
+            if not is_local or self.url.startswith("https:"):
                 self._opener.add_handler(HTTPSHandler())
         return self._opener
 
