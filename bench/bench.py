@@ -60,7 +60,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--controller", type=pathlib.Path, default=ROOT / "deploybot.py", help="the program that is measured")
     parser.add_argument("--agent", type=pathlib.Path, default=ROOT / "agent.py", help="the agent that is measured")
     parser.add_argument("--only", type=names, default=list(MEASUREMENTS), metavar="NAME", help=", ".join(MEASUREMENTS))
-    parser.add_argument("--json", type=pathlib.Path, default=ROOT / "bench" / "results.json", metavar="FILE")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="where the figures go; of a whole run bench/results.json")
     parser.add_argument("--short", action="store_true", help="everything in small: whether it works, and no speeds")
     parser.add_argument("--seconds", type=int, default=4, metavar="N", help="of each measurement [4]")
     parser.add_argument("--line-size", type=int, default=1000, metavar="BYTES", help="of the agent's 1 GB of output [1000]")
@@ -108,7 +108,9 @@ def main() -> int:
         end_all()
         shutil.rmtree(folder, ignore_errors=True)
     show(setting, machine)
-    figures.write(options.json, machine, setting.rows, setting.series, setting.wrong)
+    is_whole = options.only == list(MEASUREMENTS) and not options.short and not setting.wrong
+    if kept := options.json or (ROOT / "bench" / "results.json" if is_whole else None):  # a part does not take its place
+        figures.write(kept, machine, setting.rows, setting.series, setting.wrong)
     return int(bool(setting.wrong))
 
 
