@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import socket
+import sys
 import threading
 import time
 
@@ -248,6 +249,18 @@ def test_who_connects_without_end_does_not_keep_the_others_out(controller, monke
             client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert client.recv(12) == b"HTTP/1.1 200"
         assert held.pop() is expected and not held
+
+
+def test_the_more_are_connected_the_rarer_a_thread_looks_up_whether_it_may_go_on(controller):
+    """At 5 ms ten thousand threads that all want the GIL keep a core busy with looking, and it never ends."""
+    with contextlib.ExitStack() as stack:
+        stack.callback(sys.setswitchinterval, sys.getswitchinterval())
+        for connections, seconds in ((1, 0.005), (120, 0.012)):
+            while len(controller.daemon.server.open) < connections:
+                client = stack.enter_context(socket.create_connection(("127.0.0.1", controller.port), 20))
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert client.recv(12) == b"HTTP/1.1 200"  # so it is counted
+            assert sys.getswitchinterval() == pytest.approx(seconds)
 
 
 def test_who_is_connected_stands_still_while_others_are_accepted(controller, monkeypatch):
