@@ -2585,13 +2585,20 @@ class EventHub:
     """A window on the end of `events`: positions after `floor` up to `head`."""
 
     def __init__(self, position: int, max_events: int = HUB_EVENTS, max_bytes: int = HUB_BYTES):
-        # Guards all below. Readers wait on it; publish() and close() wake them all.
+        # Guards all below. Readers wait on it; publish(), touch() and close() wake them all.
         self._cond = threading.Condition()
         self._recent: collections.deque[Event] = collections.deque()
         self._bytes = 0
         self._max_events, self._max_bytes = max_events, max_bytes
         self.floor = self.head = position
+        self.changes = 0  # how often touch() was called
         self.closed = False
+
+    def touch(self) -> None:
+        """Hosts, apps or locks have changed: what has no event, and is read anew."""
+        with self._cond:
+            self.changes += 1
+            self._cond.notify_all()
 
     def publish(self, events: Iterable[Event]) -> None:
         """Those of one commit, in their order."""
@@ -2606,11 +2613,11 @@ class EventHub:
                 self.floor = old.position
             self._cond.notify_all()
 
-    def since(self, position: int, timeout: float) -> list[Event] | None:
-        """Some events after the position, waiting for the first; [] after `timeout` seconds or at the end; None for a reader that is
-        behind the window and has to ask the database."""
+    def since(self, position: int, timeout: float, changes: int | None = None) -> list[Event] | None:
+        """Some events after the position, waiting for the first; [] after `timeout` seconds, once there are other than so many
+        `changes`, or at the end; None for a reader that is behind the window and has to ask the database."""
         with self._cond:
-            self._cond.wait_for(lambda: self.head > position or self.closed, timeout)
+            self._cond.wait_for(lambda: self.head > position or changes not in (None, self.changes) or self.closed, timeout)
             if position < self.floor:
                 return None
             newer = list(itertools.takewhile(lambda event: event.position > position, reversed(self._recent)))
@@ -3329,6 +3336,7 @@ class Jobs:
             if old is None or agent.token_sha256 != bound:
                 tx.audited(now, principal, "host.enrol", agent.hostname)
             tx.after(self._remember, agent)
+            tx.after(self.hub.touch)
             tx.after(self.queue.wake, agent.hostname)  # a parked heartbeat of the older session learns of the newer
             return agent
 
@@ -3780,6 +3788,7 @@ class Jobs:
             tx.audited(self.clock.stamp(), by, action, hostname)
             tx.after(self._remember, agent)
             tx.after(self.queue.wake, hostname)
+            tx.after(self.hub.touch)
 
         self.store.write(do)
         return self.host(hostname)
@@ -3794,6 +3803,7 @@ class Jobs:
             tx.remove("agents", "hostname", hostname)
             tx.audited(self.clock.stamp(), principal, "host.remove", hostname)
             tx.after(self._forget, hostname)
+            tx.after(self.hub.touch)
 
         self.store.write(do)
         return {"hostname": hostname, "removed": True}
@@ -3939,12 +3949,14 @@ class Jobs:
             return None, "some events since then were removed by retention: this goes on with the newest"
         return position, None
 
-    def follow(self, wanted: EventFilter, position: int, pulse: float) -> Iterator[tuple[int, list[Event]]]:
-        """(position reached, wanted events up to there), for ever; no events after `pulse` seconds of silence.
-        Reads the hub, and the database, about READ_BYTES at once, where it is behind the hub. Ends when the controller stops."""
+    def follow(self, wanted: EventFilter, position: int, changes: int, pulse: float) -> Iterator[tuple[int, list[Event], bool]]:
+        """(position reached, wanted events up to there, whether hosts, apps or locks changed), for ever; no events after `pulse`
+        seconds of silence. Reads the hub, and the database, about READ_BYTES at once, where it is behind the hub. Ends when the
+        controller stops."""
         told = time.monotonic()
         while True:
-            events, head = self.hub.since(position, max(0.0, told + pulse - time.monotonic())), self.hub.head
+            events, head = self.hub.since(position, max(0.0, told + pulse - time.monotonic()), changes), self.hub.head
+            known, changes = changes, self.hub.changes
             if events is None:
                 with self.store.read() as db:
                     events, more = first_of(db.events(wanted, position, head))
@@ -3953,8 +3965,9 @@ class Jobs:
                 reached = events[-1].position if events else position
             events = [event.after(position) for event in events if wanted.wants(event)]
             position = reached
-            if events or time.monotonic() >= told + pulse:
-                yield reached, events
+            is_changed = changes != known
+            if events or is_changed or time.monotonic() >= told + pulse:
+                yield reached, events, is_changed
                 told = time.monotonic()
             if self.hub.closed and position >= self.hub.head:
                 return
@@ -4521,6 +4534,7 @@ class Deployments:
         tx.put("locks", *lock)
         tx.audited(lock.at, by, "app.lock", lock.app, lock.reason)
         tx.after(self._jobs.locks.__setitem__, lock.app, lock)
+        tx.after(self._jobs.hub.touch)
         tx.due.update((deployment.id, self._step) for deployment in tx.open_deployments(lock.app))
 
     def unlock(self, name: str, by: Principal, over: Lock | None = None) -> list[str]:
@@ -4533,6 +4547,7 @@ class Deployments:
                 raise NotFound(f"{name[:100]} is not locked")
             tx.audited(self._clock.stamp(), by, "app.unlock", name)
             tx.after(self._jobs.locks.pop, name, None)
+            tx.after(self._jobs.hub.touch)
             held = [deployment.id for deployment in tx.open_deployments(name) if deployment.hold == Hold.LOCK]
             tx.due.update((deployment_id, self._step) for deployment_id in held)
             return held
@@ -5482,20 +5497,23 @@ class Controller:
         def do(tx: Tx) -> None:
             tx.audited(self.clock.stamp(), request.principal, "reload", str(self.apps.path), f"{len(found)} apps")
             tx.after(setattr, self.apps, "all", found)
+            tx.after(self.hub.touch)
 
         self.store.write(do)
         return {"apps": len(found), "message": f"{self.apps.path} is in force"}
 
-    def sse(self, wanted: EventFilter, position: int, gap: str | None, principal: Principal) -> Iterator[bytes]:
+    def sse(self, wanted: EventFilter, position: int, changes: int, gap: str | None, principal: Principal) -> Iterator[bytes]:
         """The body of a stream: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
         yield f"retry: 2000\nid: {self.jobs.epoch}-{position}\n\n".encode()  # who loses us before the first event comes back here
         if gap:
             yield f"event: gap\ndata: {dump({'detail': gap})}\n\n".encode()
-        for reached, events in self.jobs.follow(wanted, position, self.pulse):
+        for reached, events, is_changed in self.jobs.follow(wanted, position, changes, self.pulse):
             if not self.auth.still(principal):  # revoked meanwhile
                 return
             frames = b"".join(frame(event, self.jobs.epoch) for event in events)
             yield frames or f": nothing new\nid: {self.jobs.epoch}-{reached}\n\n".encode()
+            if is_changed and wanted.host is wanted.job_id is None:
+                yield b"event: change\ndata: {}\n\n"
             for event in events if wanted.job_id is not None else ():
                 status = json.loads(event.data)["status"] if event.kind == "job" else None
                 if status in ENDED:
@@ -5509,10 +5527,11 @@ class Controller:
         tail = f.done(f.integer("tail", 0, 1000))
         if wanted.job_id is not None:
             request.principal.sees(self.jobs.shown(wanted.job_id)[0])
+        changes = self.hub.changes  # before the head is sent: who has it reads hosts and apps, and is to miss nothing after
         position, gap = self.jobs.stream_start(wanted, request.headers.get("last-event-id"), 50 if tail is None else tail)
         if position is None:
             return Response(204)
-        chunks = self.sse(wanted, position, gap, request.principal)
+        chunks = self.sse(wanted, position, changes, gap, request.principal)
         return Response(200, chunks, "text/event-stream", (("X-Accel-Buffering", "no"),))  # nginx would gather it in its buffer
 
     def webhook_secrets(self) -> set[str]:
@@ -5731,6 +5750,7 @@ class Daemon(Controller):
             log.error("%s: the certificate in force stays", error)
         try:
             self.apps.all = apps_of(self.config.apps)
+            self.hub.touch()
             log.info("%s is in force: %d apps", self.config.apps, len(self.apps.all))
         except StartError as error:
             for problem in error.problems:

@@ -256,6 +256,40 @@ def test_a_reader_without_progress_is_sent_away(controller, monkeypatch):
         wait_for(lambda: controller.daemon.server.connections() == 0, 30)
 
 
+def test_what_no_event_tells_of_is_said_to_whoever_may_show_it(make_controller):
+    c = make_controller(
+        apps="apps:\n- {name: web, repo: myorg/web, hosts: [web-01]}\n- {name: other, repo: myorg/other, hosts: [db-01]}\n"
+    )
+    changes = (
+        lambda: c.register("web-01"),
+        lambda: c.ok("POST", "/v1/hosts/web-01/drain"),
+        lambda: c.ok("POST", "/v1/hosts/web-01/resume"),
+        lambda: c.ok("PUT", "/v1/apps/web/lock", {"reason": "exams"}),
+        lambda: c.ok("DELETE", "/v1/apps/web/lock"),
+        lambda: c.ok("POST", "/v1/hosts/web-01/reset"),
+        lambda: c.ok("DELETE", "/v1/hosts/web-01"),
+        lambda: c.ok("POST", "/v1/reload"),
+        c.daemon.reload,  # as on SIGHUP
+    )
+    filters = ("", "&app=other", "&host=db-01")
+    with contextlib.ExitStack() as stack:
+        whole, app, host = (iter(stack.enter_context(EventStream(c, f"/v1/logs/stream?tail=0{more}"))) for more in filters)
+        for change in changes:
+            change()
+            for events in (whole, app):
+                assert next(events) == {"event": "change", "id": None, "data": {}}
+        job = c.create(host="db-01", repo="myorg/other")
+        assert next(host)["data"]["id"] == job["id"], "and nothing before"
+
+
+def test_a_change_while_the_stream_begins_is_told(controller, monkeypatch):
+    """Who has the head of the answer reads the hosts: what changes after that must not go by unseen."""
+    jobs = controller.daemon.jobs
+    start = jobs.stream_start
+    monkeypatch.setattr(jobs, "stream_start", lambda *given: (controller.register("web-01"), start(*given))[1])
+    assert read(controller, 1, "?tail=0")[0]["event"] == "change"
+
+
 def test_stop_ends_streams(controller):
     with socket.create_connection(("127.0.0.1", controller.port), timeout=LIMIT) as reader:
         reader.sendall(b"GET /v1/logs/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")

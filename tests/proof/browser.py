@@ -457,6 +457,23 @@ def change(page: Any, fleet: Fleet) -> None:
     row.get_by_text("online").wait_for()
 
 
+def hear(page: Any, fleet: Fleet) -> None:
+    """What somebody else locks and drains is seen by the stream, not when the page looks by itself, each 15 s."""
+    soon = 1000 * BUSY
+    visit(page, "apps")
+    for verb, path, body, shown in (
+        ("PUT", "apps/api/lock", {"reason": "somebody else was here"}, "visible"),
+        ("DELETE", "apps/api/lock", None, "hidden"),
+    ) * 3:
+        fleet.client.ok(verb, f"/v1/{path}", body)
+        page.get_by_text("somebody else was here").first.wait_for(state=shown, timeout=soon)
+    visit(page, "hosts")
+    host = fleet.client.ok("GET", "/v1/hosts")["hosts"][0]["hostname"]
+    for verb, shown in (("drain", "visible"), ("resume", "hidden")) * 3:
+        fleet.client.ok("POST", f"/v1/hosts/{host}/{verb}")
+        page.get_by_role("listitem").filter(has_text=host).get_by_text("drained").wait_for(state=shown, timeout=soon)
+
+
 def lose(page: Any, fleet: Fleet, browser: Browser) -> None:
     """The controller is killed and comes back: the page says so, and shows what went on in between."""
     made = fleet.deploy("web", commit(5))
@@ -563,6 +580,7 @@ def prove(proof: Proof) -> None:
             quiet(browser)
             proof.say(part.__name__)
         change(page, fleet)
+        hear(page, fleet)
         quiet(browser, *AWAY)
         proof.say("change")
         lose(page, fleet, browser)
