@@ -1071,15 +1071,16 @@ class Clock:
 
 
 class TimeOrderedIds:
-    """UUIDs of version 7 (RFC 9562, method 1: 12 bits count within a millisecond), each greater than the one before.
+    """UUIDs of version 7 (RFC 9562, method 1: 12 bits count within a millisecond), each greater than the one before. `kind`, 0 or 1,
+    is the last bit of the count: a deployment is made in one millisecond with its jobs, and a start of its id is to be none of theirs.
     Called by the thread that holds Store._writer alone, so the order of ids is the order of commit."""
 
-    def __init__(self, clock: Clock, last: str | None):
-        self._clock = clock
+    def __init__(self, clock: Clock, last: str | None, kind: int = 0):
+        self._clock, self._kind = clock, kind
         self._last = int((last or "0").replace("-", "")[:12] + "fff", 16)  # milliseconds and count, as one number
 
     def __call__(self) -> str:
-        self._last = max(self._last + 1, self._clock.ms() << 12)  # a count that is full goes on in the next millisecond
+        self._last = max(self._last + 2, self._clock.ms() << 12) & ~1 | self._kind  # a count that is full goes on in the next millisecond
         return self.layout(self._last >> 12, self._last & 0xFFF, (2 << 62) | secrets.randbits(62))
 
     @staticmethod
@@ -4188,7 +4189,7 @@ class Deployments:
         self._jobs, self._store, self._apps, self._clock = jobs, jobs.store, jobs.apps, jobs.clock
         self._lock = threading.Lock()  # guards _new_id
         with self._store.read() as db:
-            self._new_id = TimeOrderedIds(self._clock, db.last_id("deployments"))
+            self._new_id = TimeOrderedIds(self._clock, db.last_id("deployments"), kind=1)
         jobs.moved = self._moved
 
     # -- what a person, a push or a CI asks for ------------------------------------------------------------------------

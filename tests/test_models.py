@@ -428,6 +428,16 @@ def test_ids_grow_past_the_last_one_before_a_restart(clock):
     assert TimeOrderedIds(clock, last)() > last
 
 
+def test_a_start_of_the_id_of_a_deployment_is_that_of_none_of_its_jobs(clock):
+    jobs, deployments = TimeOrderedIds(clock, None), TimeOrderedIds(clock, None, kind=1)
+    made = [make() for make in (deployments, jobs, jobs, deployments, jobs) * 900]  # more than fit into one millisecond
+    assert len({one[:18] for one in made}) == len(made)
+    clock.advance(1)
+    assert deployments()[:18] != jobs()[:18]
+    after = [TimeOrderedIds(clock, made[-1], kind) for kind in (0, 1)]
+    assert all(one() > max(made) for one in after)
+
+
 def test_the_floor_of_a_time_parts_the_ids_before_it_from_those_after(clock):
     early = TimeOrderedIds(clock, None)()
     clock.advance(1)
