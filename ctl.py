@@ -930,10 +930,11 @@ def show_plan(screen, client, plan, skipped):
     screen.line(f"{cell(plan['app'])} ({cell(plan['repo'])}), {cell(plan['kind'])}: {strategy_words(plan['strategy'])}")
     for number, step in enumerate(plan["steps"], 1):
         start = starts.get(step["waits"], "at once")
-        by_ref = {}
+        by_ref, runs = {}, plan.get("runs", {})  # a controller of before 0.1.0 does not say what runs
         for host in step["hosts"]:
-            by_ref.setdefault(step["refs"][host], []).append(host)
-        what = "; ".join(f"{short_commit(ref)} on {', '.join(hosts)}" for ref, hosts in by_ref.items())
+            by_ref.setdefault((step["refs"][host], runs.get(host)), []).append(host)
+        now = {ran: f" (now {short_commit(ran)})" if ran else "" for _, ran in by_ref}
+        what = "; ".join(f"{short_commit(ref)} on {', '.join(hosts)}{now[ran]}" for (ref, ran), hosts in by_ref.items())
         screen.line(f"  {number}. {start}: {cell(what)}")
     for name in ("build", "activate", "deploy"):
         if plan[name]:

@@ -1080,7 +1080,9 @@ class TimeOrderedIds:
         self._last = int((last or "0").replace("-", "")[:12] + "fff", 16)  # milliseconds and count, as one number
 
     def __call__(self) -> str:
-        self._last = max(self._last + 2, self._clock.ms() << 12) & ~1 | self._kind  # a count that is full goes on in the next millisecond
+        self._last = (
+            max(self._last + 2, self._clock.ms() << 12) & ~1 | self._kind
+        )  # a count that is full goes on in the next millisecond
         return self.layout(self._last >> 12, self._last & 0xFFF, (2 << 62) | secrets.randbits(62))
 
     @staticmethod
@@ -1808,6 +1810,11 @@ class Queries:
 
     def locks(self, where: str = "1", *values: Any) -> list[Lock]:
         return [Lock._make(row) for row in self.rows(f"SELECT * FROM locks WHERE {where}", *values)]
+
+    def was_overtaken(self, job: Job) -> bool:
+        """By a success that was asked for after it: to make it again would put back what is older."""
+        sql = "SELECT 1 FROM releases WHERE app = ? AND host = ? AND job_id > ?"
+        return self.one(sql, job.app, job.host, job.id) is not None
 
     def before(self, app: str, host: str, to: str | None) -> tuple[str | None, str | None]:
         """(the commit that the host runs, the one that it goes back to) of an app; `to`: the start of that commit.
@@ -3733,6 +3740,8 @@ class Jobs:
             self.check_allowed(principal, job.app, job.host)
             if job.status not in ENDED:
                 raise Conflict(f"job {job.id} cannot be retried: {in_words(job)}")
+            if tx.was_overtaken(job):
+                raise Conflict(f"a newer {job.app} succeeded on {job.host} since: to put {job.ref} back, deploy it by its name")
             goes_back = job.spec.endswith(REUSES)
             if not goes_back:
                 check_unlocked(tx, job.app)
@@ -4158,12 +4167,20 @@ class Plan(NamedTuple):
         limit = 0 if canary and told["max_failures"] is None else told["max_failures"]
         return {**told, "canary": canary, "max_failures": limit}
 
-    def public(self, lock: Lock | None) -> dict[str, Any]:
+    def public(self, lock: Lock | None, runs: Mapping[str, str]) -> dict[str, Any]:
+        """`runs`: host to the commit that it replaces, where that is known."""
         waits = [None, "pause" if self.canary() and self.app.strategy.pause else "success", *["success"] * len(self.targets)]
         pairs = zip(self.steps(), waits, strict=False)
         steps = [{"hosts": [host for host, _ in step], "refs": dict(step), "waits": wait} for step, wait in pairs]
         commands = {name: getattr(self.app, name) for name in ("build", "activate", "deploy", "health_check")}
-        told = {"app": self.app.name, "repo": self.app.repo, "kind": self.kind, "strategy": self.strategy(), "steps": steps}
+        told = {
+            "app": self.app.name,
+            "repo": self.app.repo,
+            "kind": self.kind,
+            "strategy": self.strategy(),
+            "steps": steps,
+            "runs": runs,
+        }
         return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
 
 
@@ -4225,6 +4242,14 @@ class Deployments:
         told = {**asked.metadata, "app": app.name, "trigger": "rollback"}
         return Plan(app, Kind.ROLLBACK, targets[0][1], targets, skipped, metadata=told, override=True, force=asked.force)
 
+    def running(self, plan: Plan) -> dict[str, str]:
+        """The commit that each of its hosts runs, as its agent says, else as it was deployed; those alone where it is known."""
+        name = plan.app.name
+        with self._store.read() as db:
+            deployed = {one["hostname"]: one["commit"] for one in db.releases([(name, host) for host, _ in plan.targets])}
+        runs = {host: self._jobs.runs(str(host), name) or commit for host, commit in deployed.items()}
+        return {str(host): commit for host, commit in runs.items() if commit}
+
     def _app(self, name: str, by: Principal) -> App:
         by.sees(name)  # first: who may see one app alone is told of no other
         app = self._apps.named(name)
@@ -4249,10 +4274,9 @@ class Deployments:
                 current, before = db.before(app.name, host, to)
                 commit = before or (to if to and is_commit(to) is None else None)
                 if commit is None or commit == current:
-                    reason = (
-                        f"runs {current[:12]} already" if commit and current else f"no release {to or 'before this one'} is known"
-                    )
-                    skipped.append({"host": host, "reason": reason})
+                    runs = f"runs {current[:12]}" if current else "runs nothing of it yet"
+                    why = f"{runs} already" if commit and current else f"{runs}; no release {to or 'before that'} is known"
+                    skipped.append({"host": host, "reason": why})
                 else:
                     targets.append((host, commit))
         return targets, skipped
@@ -4263,17 +4287,24 @@ class Deployments:
         with self._store.read() as db:
             old = db.deployment(deployment_id)
             failed = db.jobs_of(old.id, "status IN ('failed', 'cancelled')")
+            overtaken = {job.host for job in failed if db.was_overtaken(job)}
         by.sees(old.app)
         if old.completed_at is None:
             raise Conflict(f"deployment {old.id} is {old.status}: cancel it, or wait")
         app = self._app(old.app, by)
         known, refs = {*self._jobs.hosts_of(app)}, {job.host: job for job in failed}
-        hosts = [host for host in refs if host in known]
+        hosts = [host for host in refs if host in known - overtaken]
         if not hosts:
-            why = "none is the app's now" if refs else "all succeeded"
+            why = (
+                f"newer ones succeeded since: to put {old.ref} back, deploy it by its name"
+                if overtaken
+                else "none is the app's now"
+            )
+            why = why if refs else "all succeeded"
             raise Conflict(f"deployment {old.id} has no host to try again: {why}")
         targets = [(host, refs[host].ref) for host in in_turn(app, hosts)]
-        skipped = [{"host": host, "reason": f"is no host of {app.name} now"} for host in refs if host not in known]
+        reasons = {host: "a newer one succeeded there since" if host in known else f"is no host of {app.name} now" for host in refs}
+        skipped = [{"host": host, "reason": reasons[host]} for host in refs if host not in hosts]
         told = {"app": app.name, "trigger": "retry"}
         plan = Plan(app, Kind.RETRY, old.ref, targets, skipped, old.branch, told, bool(old.override), retry_of=old.id)
         plan = plan._replace(retries=refs)
@@ -5356,7 +5387,7 @@ class Controller:
         asked = DeploymentRequest.parse(request.json()).check()
         if asked.dry_run:
             plan = self.deployments.plan(asked, request.principal)
-            return plan.public(self.jobs.locks.get(plan.app.name))
+            return plan.public(self.jobs.locks.get(plan.app.name), self.deployments.running(plan))
         return made_of(*self.deployments.create(asked, request.principal))
 
     def list_deployments(self, request: Request) -> Answer:

@@ -403,6 +403,7 @@ def test_a_wrong_name_is_told_in_the_words_of_the_controller(here, fake):
 PLAN = {
     "app": "web", "repo": "myorg/web", "kind": "deploy", "strategy": ROLLING, "build": ["npm", "run it"], "activate": "systemctl restart web",
     "deploy": None, "health_check": {"url": "http://127.0.0.1/up", "timeout": 30, "interval": 1, "success": 2}, "lock": None,
+    "runs": {"web-01": "9f2c" * 10, "web-02": "9f2c" * 10, "web-03": "4f2a" * 10},
     "steps": [
         {"hosts": ["web-01"], "refs": {"web-01": "main"}, "waits": None},
         {"hosts": ["web-02", "web-03"], "refs": {"web-02": "main", "web-03": "4f2a" * 10}, "waits": "pause"},
@@ -417,8 +418,8 @@ def test_a_dry_run_shows_batches_and_commands_and_that_nothing_was_made(here, fa
     assert (result.code, result.err) == (0, "a dry run: nothing was made\n")
     assert result.out.splitlines() == [
         "web (myorg/web), deploy: 1 host at a time, canary web-01 first, watched for 5m, stops at the first failure",
-        "  1. at once: main on web-01",
-        "  2. when the canary has been watched: main on web-02; 4f2a4f2a on web-03",
+        "  1. at once: main on web-01 (now 9f2c9f2c)",
+        "  2. when the canary has been watched: main on web-02 (now 9f2c9f2c); 4f2a4f2a on web-03 (now 4f2a4f2a)",
         "  3. when the step before has succeeded: main on web-04",
         "  build: npm 'run it'",
         "  activate: systemctl restart web",

@@ -244,6 +244,27 @@ def test_retry_is_of_the_hosts_that_failed(fleet):
     assert (status, detail.endswith("has no host to try again: all succeeded")) == (409, True)
 
 
+def test_what_a_newer_success_has_overtaken_is_not_tried_again(fleet):
+    """It would put back what is older, and say nothing."""
+    found = fleet.deploy(OLD)["deployment"]
+    for host, job in fleet.take().items():
+        fleet.end(job, "failed" if host in ("web-02", "web-04") else "success")
+    failed = fleet.jobs(found, "id")
+    fleet.deploy(NEW, hosts=["web-02"])
+    fleet.run()
+    (overtaken,) = failed["web-02"]
+    status, detail = fleet.refused(f"/v1/jobs/{overtaken}/retry")
+    assert (status, detail) == (409, f"a newer web succeeded on web-02 since: to put {OLD} back, deploy it by its name")
+    again = fleet.c.ok("POST", f"/v1/deployments/{found['id']}/retry")
+    assert [job["host"] for job in again["jobs"]] == ["web-04"]
+    assert again["skipped"] == [{"host": "web-02", "reason": "a newer one succeeded there since"}]
+    fleet.run()
+    status, detail = fleet.refused(f"/v1/deployments/{found['id']}/retry")
+    assert status == 409 and detail.endswith(f"newer ones succeeded since: to put {OLD} back, deploy it by its name")
+    (newest,) = fleet.jobs(again["deployment"], "id")["web-04"]
+    fleet.c.ok("POST", f"/v1/jobs/{newest}/retry")  # what runs there may be made again
+
+
 # -- rolling, canary ---------------------------------------------------------------------------------------------------
 
 
@@ -742,7 +763,7 @@ def test_a_second_rollback_goes_further_back(fleet):
         assert made["deployment"]["ref"] == expected
         fleet.run()
     status, detail = fleet.refused(app="web", rollback=True)
-    assert (status, detail[:45]) == (409, "no host can go back: web-01: no release befor")
+    assert (status, detail[:45]) == (409, "no host can go back: web-01: runs 11111111111")
     assert fleet.c.ok("GET", "/v1/apps")["apps"][0]["lock"] is None
 
 
@@ -762,7 +783,9 @@ def test_each_host_goes_back_to_its_own(fleet):
     fleet.run()
     made = fleet.deploy(None, rollback=True)
     assert {job["host"]: job["ref"] for job in made["jobs"]} == {"web-01": NEW, "web-02": OLD}
-    assert made["skipped"] == [{"host": host, "reason": "no release before this one is known"} for host in ("web-03", "web-04")]
+    assert made["skipped"] == [
+        {"host": host, "reason": f"runs {OLD[:12]}; no release before that is known"} for host in ("web-03", "web-04")
+    ]
 
 
 def test_a_rollback_does_not_wait_for_the_same_that_is_held(fleet):
@@ -870,6 +893,7 @@ def test_a_dry_run_of_a_rollback_says_where_each_host_goes(fleet):
     fleet.run()
     told = fleet.deploy(None, (200,), rollback=True, dry_run=True)
     assert [step["refs"] for step in told["plan"]["steps"]] == [{"web-01": NEW, "web-02": OLD}]
+    assert told["plan"]["runs"] == {"web-01": NEWER, "web-02": NEWER}
     assert [one["host"] for one in told["skipped"]] == ["web-03", "web-04"]
 
 
