@@ -84,6 +84,7 @@ ANSWER_TIMEOUT = 30  # for an answer, on top of what it may park
 IDLE_PAUSE = 0.2  # between heartbeats that brought nothing: a controller that does not park is not flooded
 INTERVAL_LIMIT = 300  # a controller may not put an agent to sleep for longer
 BACKOFF_FIRST, BACKOFF_LIMIT = 0.5, 15.0  # the first window to try again in, and the last: no person is to wait for it
+SIGN_IN_FIRST, SIGN_IN_LIMIT = 10.0, 30.0  # after a refused registration: up to two failed sign-ins of the 10 that a minute has
 RETURN_FIRST = 8.0  # the first one of a heart: 10,000 that lose the controller at once come back at about 1,250 a second
 TICK = 0.04  # how often a running script's limits, and its lines without newline, are looked at
 TURN = 0.0005  # reading a script's output keeps the thread that sends it waiting for so long after each answer
@@ -148,6 +149,10 @@ class Unreachable(Exception):
         self.retry_after = retry_after
 
 
+class PutOff(Unreachable):
+    """429: too many tokens from this address were not valid. One that is valid passes all the same."""
+
+
 class Refused(Exception):
     """The controller said no. `next_offset` comes with a gap in the log lines."""
 
@@ -155,6 +160,11 @@ class Refused(Exception):
         super().__init__(f"{status}: {detail}")
         self.status = status
         self.next_offset = next_offset
+        self.of_token = False  # whether it is the token that the agent was given which was refused, not the host's own secret
+
+
+def is_unknown_token(error: Exception) -> bool:
+    return isinstance(error, PutOff) or (isinstance(error, Refused) and error.status == 401)
 
 
 class Stopped(Exception):
@@ -288,6 +298,12 @@ class Backoff:
         window = min(BACKOFF_LIMIT, self._first * 2 ** min(self._failures, 10))
         self._failures += 1
         return min(at_least, INTERVAL_LIMIT) + window * self._chance()
+
+
+def sign_in_pause(failures: int) -> float:
+    """Seconds, at least, after so many registrations in a row that were refused before this one: an agent alone must not use up
+    the failed sign-ins of its address, which others behind it, and `doctor`, need as well."""
+    return min(SIGN_IN_LIMIT, SIGN_IN_FIRST * 2 ** min(failures, 10))
 
 
 class Stop:
@@ -2464,7 +2480,8 @@ class Controller:
         if 300 <= status < 400:
             detail = "redirects are not followed: set --url to where the controller is"
         wait = response.headers.get("Retry-After", "")
-        raise Unreachable(f"{status}: {detail}", float(wait) if re.fullmatch("[0-9]{1,4}", wait) else 0.0)
+        trouble = PutOff if status == 429 else Unreachable
+        raise trouble(f"{status}: {detail}", float(wait) if re.fullmatch("[0-9]{1,4}", wait) else 0.0)
 
     @property
     def interrupted(self) -> bool:
@@ -2584,7 +2601,9 @@ class Uploader:
         self._insist(self._path + "/result", {"attempt": self._run.key.attempt, **result})
 
     def _insist(self, path: str, body: dict | bytes) -> dict:
-        """Raises Refused, and Unreachable only when the agent ends. A 401 is put right by the next heartbeat."""
+        """Raises Refused, and Unreachable only when the agent ends. A 401 is put right by the next registration, and is a failed
+        sign-in: only the first wait is short, as mostly the host is known again by then."""
+        wait_again = 0.0
         while True:
             try:
                 answer = self._controller.call("POST", path, body)
@@ -2595,7 +2614,8 @@ class Uploader:
             except Refused as refusal:
                 if refusal.status != 401:
                     raise
-                wait, error = 0.0, refusal
+                wait, error = wait_again, refusal
+                wait_again = SIGN_IN_LIMIT
             log.debug("POST %s: %s", path, error)
             if self._over.wait(self._backoff.next(wait)):
                 raise Unreachable("the agent ends")
@@ -2749,7 +2769,7 @@ class Agent:
     # The heart.
 
     def _beat(self) -> None:
-        backoff, refused = self._backoff(RETURN_FIRST), self._backoff(BACKOFF_FIRST)
+        backoff, refused, unknown = self._backoff(RETURN_FIRST), self._backoff(BACKOFF_FIRST), 0
         while not self._silent.is_set():
             self._nudge.clear()
             self._heart.resume()
@@ -2760,17 +2780,22 @@ class Agent:
                 pause = self._obey(self._send_heartbeat())
                 backoff.reset()
                 refused.reset()
+                unknown = 0
                 self._complain("")
             except Unreachable as trouble:
                 if self._heart.interrupted:
                     continue
                 pause = backoff.next(trouble.retry_after)
-                self._complain(f"the controller at {self._config.url} is not reached: {trouble}")
+                state = "puts this address off" if isinstance(trouble, PutOff) else "is not reached"
+                self._complain(f"the controller at {self._config.url} {state}: {trouble}")
             except Refused as refusal:
+                is_unknown = self._identity is None and refusal.status in (401, 403)
                 if self._is_newer(refusal):
                     self.events.put("newer")
                     return
-                pause = refused.next()  # the controller is there, and this one may only have to register again
+                # The controller is there: a heartbeat that it refused may only need a new registration.
+                pause = refused.next(sign_in_pause(unknown) if is_unknown else 0.0)
+                unknown += is_unknown
             except OSError as error:
                 pause = backoff.next()
                 self._complain(f"no job is taken: {one_line(error)}")
@@ -2801,18 +2826,31 @@ class Agent:
 
     def _advice(self, refusal: Refused) -> str | None:
         """What to do about a registration that was refused, where that is known."""
+        make = f"`ctl.py token create --role agent --host {self._config.hostname}` makes one"
         if refusal.status == 401 and self._config.token is None and self._registered.exists():
-            make = f"ctl.py token create --role agent --host {self._config.hostname}"
-            return f"401: the secret of this host is no longer known there: set {TOKEN_VARIABLE} (`{make}` makes one)"
+            return f"401: the secret of this host is no longer known there: set {TOKEN_VARIABLE} ({make})"
         if refusal.status == 401 and self._config.token is None:
-            return f"401: no token: set {TOKEN_VARIABLE} (the value is in the controller's settings)"
+            return f"401: no token: set {TOKEN_VARIABLE} ({make})"
         if refusal.status == 401:
-            return f"401: {TOKEN_VARIABLE} is not the controller's: the right value is in the controller's settings"
+            return f"401: {TOKEN_VARIABLE} is not known there, or not any more ({make})"
+        if refusal.status == 403 and refusal.of_token:
+            return f"403: {TOKEN_VARIABLE} is for something else: {str(refusal).removeprefix('403: ')} ({make})"
         if owner := re.search(r"belongs to (another host|\S+)[,:]", str(refusal)):
             whose = owner[1] if owner[1] == "another host" else f"the host {owner[1]}"
             way_out = f"use another --workdir for {self._config.hostname}, or remove {self._state}"
             return f"{refusal.status}: this folder belongs to {whose}: {way_out}"
         return None
+
+    def _show(self, token: str | None, body: dict) -> dict:
+        """The answer to a registration with this token. Raises Refused or Unreachable."""
+        try:
+            self._sign_in = token
+            return self._heart.call("POST", "/v1/agents/register", body)
+        except Refused as refusal:
+            refusal.of_token = token == self._config.token
+            raise
+        finally:
+            self._sign_in = self._secret
 
     def _register(self) -> None:
         """As whoever this host already is, or with the token that it was given. Raises Refused or Unreachable.
@@ -2834,16 +2872,16 @@ class Agent:
         ways = [self._config.token, self._secret]
         first, second = reversed(ways) if self._registered.exists() else ways
         try:
-            self._sign_in = first
-            answer = self._heart.call("POST", "/v1/agents/register", body)
-        except Refused as refusal:
+            answer = self._show(first, body)
+        except (Refused, PutOff) as refusal:
             # 403: a token for something else, as the one for reading; of the host's own secret it is the last word.
-            if refusal.status != 401 and (refusal.status, first) != (403, self._config.token):
+            is_for_another = isinstance(refusal, Refused) and refusal.status == 403 and refusal.of_token
+            if not (is_for_another or is_unknown_token(refusal)):
                 raise
-            self._sign_in = second
-            answer = self._heart.call("POST", "/v1/agents/register", body)
-        finally:
-            self._sign_in = self._secret
+            try:
+                answer = self._show(second, body)
+            except (Refused, PutOff) as other:  # of a host that nobody knows yet the secret never is, which says nothing
+                raise refusal if is_for_another and is_unknown_token(other) else other from None
         with contextlib.suppress(OSError):
             self._registered.touch(mode=0o600)
         accepts = answer.get("accepts")
@@ -3321,15 +3359,26 @@ def look_at_controller(config: Config, _: System) -> Iterator[Finding]:
     yield judged(version == VERSION, f"{config.url} has version {version}, this is {VERSION}", f"the same on both: {cure}", "warn")
     ahead = round(time.time() - email.utils.parsedate_to_datetime(date).timestamp())
     yield judged(abs(ahead) <= CLOCK_LIMIT, f"the clock is {ahead} s ahead of the controller's", "timedatectl set-ntp true")
+    make = f"`ctl.py token create --role agent --host {config.hostname}` makes one for agent.py install --token-file FILE"
+    put_off: PutOff | None = None
     for what, token in (("its own secret", known_secret(config.workdir)), (TOKEN_VARIABLE, config.token), ("no token", None)):
         if token or what == "no token":
-            with contextlib.suppress(Refused):
+            try:
                 _, who = Controller(config.url, lambda token=token: token, DOCTOR_PATIENCE).look("/v1/session")
-                role, host = one_line(who.get("role")), one_line(who.get("host") or config.hostname)
-                good = role in ("agent", "admin") and host.lower() == config.hostname.lower()
-                yield judged(good, f"{config.hostname} signs in with {what}", f"which is for the role {role} and the host {host}")
-                return
-    make = f"`ctl.py token create --role agent --host {config.hostname}` makes one for agent.py install --token-file FILE"
+            except Refused:
+                continue
+            except PutOff as error:  # a token that is valid passes all the same
+                put_off = error
+                continue
+            role, host = one_line(who.get("role")), one_line(who.get("host") or config.hostname)
+            good = role in ("agent", "admin") and host.lower() == config.hostname.lower()
+            cure = f"which is for the role {role} and the host {host}: {make}"
+            yield judged(good, f"{config.hostname} signs in with {what}", cure)
+            return
+    if put_off:
+        wait = f"wait {put_off.retry_after:.0f} s and run doctor again"
+        yield "FAIL", f"{put_off}: whether this host's secret or token is known there was not judged: {wait}"
+        return
     yield "FAIL", f"neither a secret nor a token of this host is known there: {make}"
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -342,17 +343,94 @@ def refused(one, caplog):
     return caplog.messages[-1].removeprefix("the controller refused: ")
 
 
+MAKE = "`ctl.py token create --role agent --host h` makes one"
+
+
 @pytest.mark.parametrize(
     ("token", "status", "said"),
     [
-        (None, 401, "401: no token: set DEPLOYBOT_AGENT_TOKEN (the value is in the controller's settings)"),
-        ("dbt_wrong", 401, "401: DEPLOYBOT_AGENT_TOKEN is not the controller's: the right value is in the controller's settings"),
-        ("dbt_read", 403, "401: DEPLOYBOT_AGENT_TOKEN is not the controller's: the right value is in the controller's settings"),
+        (None, 401, f"401: no token: set DEPLOYBOT_AGENT_TOKEN ({MAKE})"),
+        ("dbt_wrong", 401, f"401: DEPLOYBOT_AGENT_TOKEN is not known there, or not any more ({MAKE})"),
+        ("dbt_read", 403, f"403: DEPLOYBOT_AGENT_TOKEN is for something else: no ({MAKE})"),
     ],
 )  # fmt: skip
 def test_a_refused_token_says_what_to_do(lone, scripted, caplog, token, status, said):
     server = scripted(lambda path, body, sent: (status if sent == token else 401, {"detail": "no"}, {}))
     assert refused(lone(server.url, token=token).agent, caplog) == said
+
+
+@pytest.mark.parametrize("too_many", [False, True])
+def test_a_token_of_another_host_is_said_to_be_one_also_at_the_limit(lone, make_controller, caplog, too_many):
+    """The host's own secret, which is tried behind it, is not known there yet: that 401, or 429, says nothing."""
+    closed = make_controller(open=False, token="dbt_admin", agent_token="dbt_agent")
+    bound = closed.acting("dbt_admin").ok("POST", "/v1/tokens", {"role": "agent", "host": "web-01"})["secret"]
+    for _ in range(10 * too_many):
+        closed.acting("dbt_none").call("GET", "/v1/session")
+    said = refused(lone(closed.url, token=bound).agent, caplog)
+    assert said == f"403: DEPLOYBOT_AGENT_TOKEN is for something else: this token belongs to web-01, not to h ({MAKE})"
+
+
+def test_a_token_that_is_valid_gets_in_where_the_secret_is_put_off(lone, scripted):
+    """Others behind its address are at the limit of failed sign-ins; it passes all the same."""
+    server = scripted(lambda path, body, sent: (200, {"id": "a1"}, {}) if sent == "dbt_good" else (429, {"detail": "no"}, {}))
+    one = lone(server.url, token="dbt_good").agent
+    one._registered.touch()
+    one._register()
+    assert one._identity == ("a1", None)
+
+
+class HeartPauses:
+    """In the place of Agent._nudge: notes what the heart would wait, and is over after so many."""
+
+    def __init__(self, one, number):
+        self.one, self.number, self.waited = one, number, []
+
+    def wait(self, pause):
+        self.waited.append(pause)
+        if len(self.waited) == self.number:
+            self.one._silent.set()
+
+    def clear(self):
+        pass
+
+
+def test_an_agent_that_nobody_knows_stays_below_the_failed_sign_ins_of_a_minute(lone, scripted):
+    server = scripted(lambda *asked: (401, {"detail": "no"}, {}))
+    one = lone(server.url, token="dbt_wrong").agent
+    one._nudge = HeartPauses(one, 12)
+    one._beat()
+    waited = one._nudge.waited
+    assert waited == sorted(waited) and 6 < waited[-1] <= 60
+    at, each = [sum(waited[:n]) for n in range(len(waited))], len(server.asked) // len(waited)
+    most = max(sum(begun <= other < begun + 60 for other in at) for begun in at) * each
+    assert each == 2 and most < 10, (waited, most)
+
+
+def test_an_upload_of_an_agent_that_nobody_knows_waits_for_long_from_the_second_time_on(scripted):
+    waited = []
+
+    class Over:
+        def wait(self, pause):
+            waited.append(pause)
+            return len(waited) == 4
+
+    server = scripted(lambda *asked: (401, {"detail": "no"}, {}))
+    pauses = agent.Backoff(chance=lambda: 0.0)
+    upload = agent.Uploader(
+        agent.Controller(server.url, lambda: "dbt_x"), types.SimpleNamespace(key=agent.JobKey("j", 1)), Over(), pauses
+    )
+    with pytest.raises(agent.Unreachable):
+        upload._insist("/x", {})
+    assert waited == [0.0, 30.0, 30.0, 30.0]
+
+
+def test_a_controller_that_puts_the_agent_off_was_reached(lone, scripted, caplog):
+    server = scripted(lambda *asked: (429, {"detail": "more than 10 tokens"}, {"Retry-After": "43"}))
+    one = lone(server.url, token="dbt_wrong").agent
+    one._nudge = HeartPauses(one, 1)
+    one._beat()
+    assert caplog.messages == [f"the controller at {server.url} puts this address off: 429: more than 10 tokens"]
+    assert one._nudge.waited == [43.0]
 
 
 @pytest.mark.parametrize(

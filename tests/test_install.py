@@ -334,6 +334,18 @@ class Patient(Machine):
         path = self.at(agent.SETTINGS)
         path.write_text(agent.with_settings(path.read_text(), values))
 
+    def is_for(self, host):
+        """Its token, before it has registered."""
+        token = self.controller.acting("dbt_admin").ok("POST", "/v1/tokens", {"role": "agent", "host": host})["secret"]
+        self.secret.write_text("dbt_unknown\n")
+        self.set(DEPLOYBOT_AGENT_TOKEN=token)
+
+    def is_put_off(self):
+        self.secret.write_text("dbt_unknown\n")
+        self.set(DEPLOYBOT_AGENT_TOKEN="dbt_revoked")
+        for _ in range(10):
+            self.controller.acting("dbt_none").call("GET", "/v1/session")
+
     def says(self, capsys, *argv):
         capsys.readouterr()
         code = self.does("doctor", *argv)[0]
@@ -374,6 +386,9 @@ def test_doctor_finds_nothing_where_all_is_well(patient, capsys):
         (lambda p, m: p.set(DEPLOYBOT_URL="ftp://h"), "FAIL --url: must be http"),
         (lambda p, m: p.set(DEPLOYBOT_HOSTNAME="web-02"), "its own secret: which is for the role agent and the host web-01"),
         (lambda p, m: p.secret.unlink() or p.set(DEPLOYBOT_AGENT_TOKEN="dbt_read"), "which is for the role viewer and the host web-01"),
+        (lambda p, m: p.is_for("web-05"), "which is for the role agent and the host web-05: `ctl.py token create --role agent --host"),
+        (lambda p, m: p.is_put_off(), "was not judged: wait 60 s and run doctor again"),
+        (lambda p, m: p.is_put_off() or p.is_for("web-05"), "which is for the role agent and the host web-05: `ctl.py token"),
         (lambda p, m: p.registers_anew(), "FAIL neither a secret nor a token of this host is known there: `ctl.py token create"),
     ],
 )  # fmt: skip
