@@ -2226,7 +2226,7 @@ def sync(path: pathlib.Path) -> None:
 
 def copy_database(source: pathlib.Path, target: pathlib.Path) -> tuple[int, int, int]:
     """A snapshot as a file of its own (0600), there whole or not at all. Only reads the source, whose daemon may run.
-    It says that it is a copy: a daemon that serves it one day begins a new epoch (Jobs.recover)."""
+    It says since when it is a copy, also as a copy of one: a daemon that serves it one day begins a new epoch (Jobs.recover)."""
     partial = target.with_name(f"{target.name}.partial-{secrets.token_hex(4)}")
     if target.resolve() in [pathlib.Path(f"{source.resolve()}{end}") for end in ("", ".lock", *BESIDE)]:
         raise StartError(f"{target} is the database itself: choose another FILE")
@@ -2238,7 +2238,7 @@ def copy_database(source: pathlib.Path, target: pathlib.Path) -> tuple[int, int,
                 db.execute("VACUUM INTO ?", (str(partial.absolute()),))
             with contextlib.closing(connect(partial)) as db:
                 db.execute("PRAGMA journal_mode = OFF")  # it is nobody's yet
-                db.execute("INSERT OR REPLACE INTO meta VALUES ('copied_at', strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))")
+                db.execute("INSERT OR IGNORE INTO meta VALUES ('copied_at', strftime('%Y-%m-%dT%H:%M:%fZ', 'now'))")
             facts = examine(partial)
             sync(partial)
             os.replace(partial, target)

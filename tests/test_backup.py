@@ -532,6 +532,14 @@ def test_a_backup_that_is_only_copied_into_place_counts_as_restored(run, tmp_pat
     assert c.ok("GET", "/v1/jobs")["jobs"][0]["status"] == "cancelled"
 
 
+def test_a_restored_backup_names_the_time_when_it_was_written(verb, db, tmp_path):
+    sql = "SELECT value FROM meta WHERE name = 'copied_at'"
+    assert verb("backup", tmp_path / "b.db", "--db", db)[0] == 0
+    written = one(tmp_path / "b.db", sql)
+    assert verb("restore", tmp_path / "b.db", "--db", db)[0] == 0
+    assert one(db, sql) == written
+
+
 def test_restore_asks_for_the_daemon_to_be_stopped(run, tmp_path):
     c = run()
     c.create()
