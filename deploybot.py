@@ -2224,6 +2224,11 @@ def sync(path: pathlib.Path) -> None:
     os.close(file)
 
 
+def must_be_there(path: pathlib.Path, cure: str, kind: str = "file") -> None:
+    if not path.exists():
+        raise StartError(f"there is no {kind} {path}: {cure}")
+
+
 def copy_database(source: pathlib.Path, target: pathlib.Path) -> tuple[int, int, int]:
     """A snapshot as a file of its own (0600), there whole or not at all. Only reads the source, whose daemon may run.
     It says since when it is a copy, also as a copy of one: a daemon that serves it one day begins a new epoch (Jobs.recover)."""
@@ -2231,6 +2236,8 @@ def copy_database(source: pathlib.Path, target: pathlib.Path) -> tuple[int, int,
     if target.resolve() in [pathlib.Path(f"{source.resolve()}{end}") for end in ("", ".lock", *BESIDE)]:
         raise StartError(f"{target} is the database itself: choose another FILE")
     with database_errors(f"{source} to {target}"):
+        must_be_there(source, "name the database with --db")
+        must_be_there(target.parent, "make it, or name another FILE", "folder")
         try:
             with contextlib.closing(connect(source, "ro")) as db:
                 schema_of(db, source, False)
@@ -2261,6 +2268,7 @@ def restore_database(source: pathlib.Path, path: pathlib.Path, kept: pathlib.Pat
     the old ones, and to restore once more ends the work."""
     ready = pathlib.Path(f"{path}.restoring")
     with database_errors(path):
+        must_be_there(source, "name the FILE that backup wrote")
         path.parent.mkdir(parents=True, exist_ok=True)
         with lock_database(path):
             give_to_owner(pathlib.Path(f"{path}.lock"))

@@ -371,11 +371,17 @@ def test_to_restore_what_lacks_a_row_in_an_index_is_refused(verb, db, tmp_path):
 
 
 def test_what_is_not_there_is_neither_backed_up_nor_restored(verb, db, tmp_path):
-    code, _, errors = verb("backup", tmp_path / "b.db", "--db", tmp_path / "none.db")
-    assert code == 1 and "none.db" in errors[0] and not (tmp_path / "none.db").exists()
-    assert verb("restore", tmp_path / "none.db", "--db", db)[0] == 1 and not (tmp_path / "none.db").exists()
-    code, _, errors = verb("backup", tmp_path / "no" / "b.db", "--db", db)
-    assert code == 1 and len(errors) == 1 and str(tmp_path / "no") in errors[0]
+    none, folder = tmp_path / "none.db", tmp_path / "no"
+    before = files(db.parent)
+
+    def does(name, file, path):
+        return verb(name, file, "--db", path)[::2]
+
+    assert does("backup", tmp_path / "b.db", none) == (1, [f"deploybot.py: there is no file {none}: name the database with --db"])
+    assert does("backup", folder / "b.db", db) == (1, [f"deploybot.py: there is no folder {folder}: make it, or name another FILE"])
+    said = f"deploybot.py: there is no file {none}: name the FILE that backup wrote"
+    assert does("restore", none, db) == does("restore", none, folder / "new.db") == (1, [said])
+    assert [path.name for path in tmp_path.iterdir()] == ["data"] and files(db.parent) == before
 
 
 def test_a_new_database_is_never_made_in_silence(tmp_path, caplog):
