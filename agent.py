@@ -3435,11 +3435,22 @@ def prepare(config: Config) -> int | None:
 VERBS = {"install": install, "uninstall": uninstall, "status": status, "doctor": doctor}
 
 
+def check_verb(argv: list[str]) -> None:
+    """Raises ConfigError where the first word is no verb: without one all are options."""
+    from difflib import get_close_matches  # which an agent at work has no use for
+
+    if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
+        meant = get_close_matches(argv[0], VERBS, 2)
+        asked = f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(VERBS)}"
+        raise ConfigError([f"no verb {argv[0]}: {asked} (see agent.py --help)"])
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         if argv and argv[0] in VERBS:
             return VERBS[argv[0]](argv[1:], System())
+        check_verb(argv)
         config = load_config(argv, dict(os.environ))
         lock = prepare(config)
     except (ConfigError, OSError) as error:

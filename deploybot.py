@@ -6092,6 +6092,10 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 refused or could not start, 2 wrong use."""
     arguments = sys.argv[1:] if argv is None else argv
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
+        asked = nearest(arguments[0], VERBS)[2:] or f"there are {', '.join(VERBS)}"
+        print(f"deploybot.py: no verb {arguments[0]}: {asked} (see deploybot.py --help)", file=sys.stderr)
+        return 2
     verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else ("serve", arguments)
     try:
         return VERBS[verb][0](*parse(verb, rest))

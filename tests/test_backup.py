@@ -721,6 +721,19 @@ def test_the_verbs_take_the_settings_of_the_controller(tmp_path, db):
     assert json.loads(json.dumps(contents(tmp_path / "b.db"))).keys() == contents(db).keys()
 
 
+@pytest.mark.parametrize(
+    ("word", "asked"),
+    [
+        ("bakup", "did you mean backup?"),
+        ("check-app", "did you mean check-apps?"),
+        ("x", "there are serve, backup, restore, doctor, check-apps"),
+    ],
+)
+def test_a_mistyped_verb_is_answered_in_one_line(verb, word, asked):
+    said = f"deploybot.py: no verb {word}: {asked} (see deploybot.py --help)"
+    assert verb(word, "b.db") == (2, "", [said])
+
+
 # -- doctor ------------------------------------------------------------------------------------------------------------
 
 

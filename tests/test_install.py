@@ -361,6 +361,17 @@ def patient(machine, make_controller, tmp_path):
     return Patient(tmp_path / "patient", make_controller(open=False, token="dbt_admin", agent_token=TOKEN, read_token="dbt_read"))
 
 
+@pytest.mark.parametrize(
+    ("word", "asked"),
+    [("stats", "did you mean status?"), ("instal", "did you mean install or uninstall?"),
+     ("x", "there are install, uninstall, status, doctor")],
+)  # fmt: skip
+def test_a_mistyped_verb_is_answered_in_one_line(capsys, word, asked):
+    assert agent.main([word, "--dry-run"]) == agent.EXIT_USAGE
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", f"agent.py: no verb {word}: {asked} (see agent.py --help)\n")
+
+
 def test_doctor_finds_nothing_where_all_is_well(patient, capsys):
     said = patient.says(capsys)
     assert "\nwarn" not in said and "FAIL" not in said
