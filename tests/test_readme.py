@@ -231,6 +231,8 @@ def test_what_is_said_of_notifications_is_so(tmp_path, monkeypatch):
     (app,) = notify.read_apps(config).values()
     assert [target.format for target in app.targets] == ["slack", "json"] and app.on_github
     assert {row[0].strip("`") for row in table(text, "event")} == set(notify.EVENTS)
+    (keys,) = re.findall(r"^\| `notify` \|.*`events`: (.*?) \(", (ROOT / "docs/apps.md").read_text(), re.M)
+    assert tuple(re.findall("`([^`]+)`", keys)) == notify.EVENTS
     shown = json.loads(shown)
     made = notify.json_body(shown["event"], shown["deployment"], shown["url"], 0, notify.seconds(shown["at"]))
     assert made == shown
