@@ -59,6 +59,7 @@ RUN_BY = {
         "retry 01a2088a": "tests/check/test_docs.py::test_each_call_in_the_list_is_one_that_ctl_takes",
     },
     "docs/api.md": {
+        "X-Hub-Signature-256": "tests/check/test_docs.py::test_a_push_signed_by_hand_is_taken",
         "An agent in four calls": "tests/test_agent_controller.py::test_the_shell_agent_does_it_with_four_calls",
         "token create --role operator --app": f"{README_TESTS}::test_the_lines_about_tokens_do_what_they_say",
     },
@@ -181,6 +182,17 @@ def test_a_token_for_prometheus_reads_metrics_and_deploys_nothing(closed, tmp_pa
     prometheus = closed.acting(file.read_text().strip())
     assert prometheus.raw("GET", "/metrics")[0] == 200
     assert prometheus.call("POST", "/v1/deployments", {"app": "shop", "ref": "main"})[0] == 403
+
+
+def test_a_push_signed_by_hand_is_taken(make_controller):
+    controller = make_controller(open=False, token="dbt_admin", webhook_secret=SECRET)
+    controller.set_app(name="web-frontend", repo="myorg/web-frontend", hosts=["web-01"], deploy_on_push=True)
+    (script,) = [text for _, text in shell_of("docs/api.md") if "X-Hub-Signature-256" in text]
+    script = script.replace("https://deploy.example.com", controller.url).replace("$(git rev-parse HEAD)", "a" * 40)
+    refused = json.loads(shell(script, ROOT, WEBHOOK_SECRET="another").stdout)
+    taken = json.loads(shell(script, ROOT, WEBHOOK_SECRET=SECRET).stdout)
+    assert (refused["status"], "does not match" in refused["detail"]) == (401, True)
+    assert taken["message"] == "1 job for web-frontend" and len(taken["jobs_created"]) == 1
 
 
 def test_an_app_is_locked_while_somebody_migrates(closed):

@@ -40,6 +40,14 @@ def in_another_terminal(line, folder, environment):
         process.wait()
 
 
+def on_another_port(url):
+    """The variables of the line about a port that is taken, with a free one."""
+    line = section("README.md", "Install in three commands").strip().splitlines()[-1]
+    given = dict(re.findall(r"(DEPLOYBOT_[A-Z]+)=([^ `]+)", line))
+    assert given == {"DEPLOYBOT_PORT": "9180", "DEPLOYBOT_URL": "http://localhost:9180"}
+    return {"DEPLOYBOT_PORT": url.rpartition(":")[2], "DEPLOYBOT_URL": url}
+
+
 def test_the_first_deployment_of_the_readme(tmp_path):
     folder, url = tmp_path / "deploybot", f"http://127.0.0.1:{free_port()}"
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
@@ -51,8 +59,8 @@ def test_the_first_deployment_of_the_readme(tmp_path):
     environment |= names | {
         "PYTHON": sys.executable,
         "HOME": str(tmp_path),
-        "DEPLOYBOT_URL": url,
-        "ARGS": f"--host 127.0.0.1 --port {url.rpartition(':')[2]}",
+        "ARGS": "--host 127.0.0.1",
+        **on_another_port(url),
     }
 
     def typed(text):
