@@ -91,3 +91,7 @@ def test_the_first_deployment_of_the_readme(tmp_path):
             assert "locked" in typed(back)
             assert page.read_text() == "<h1>Hello</h1>\n"
             assert "locked" not in typed("./ctl.py apps")
+    (clean,) = re.findall(r"`(rm -rf [^`;]+);", section("README.md", "A first deployment in five minutes"))
+    typed(clean)
+    left = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert left - {"terminal.txt"} == set(tracked) and not (tmp_path / "hello").exists()
