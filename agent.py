@@ -3284,6 +3284,10 @@ def status(argv: list[str], system: System) -> int:
     """1 where it does not run."""
     argparse.ArgumentParser(prog="agent.py status", description="Shows the service of this machine.").parse_args(argv)
     print(f"{PROGRAM}: {system.run('/usr/bin/python3', str(system.at(PROGRAM)), '--version').stdout.strip() or 'not installed'}")
+    if not system.at("/run/systemd/system").exists():
+        print("no systemd here, so no service to show: `agent.py doctor` looks over an agent that was started by hand (give it the")
+        print("same options), `ctl.py hosts` says whether it is online, and its log is where it was started")
+        return EXIT_FAILED
     done = system.run("systemctl", "status", "--no-pager", NAME)
     print(done.stdout or done.stderr, end="")
     return EXIT_DONE if done.returncode == 0 else EXIT_FAILED
@@ -3406,8 +3410,17 @@ def doctor(argv: list[str], system: System) -> int:
 # Owns: arguments, logging, signals, the lock on the working folder. Ignores: everything else.
 
 
+class LogFormat(logging.Formatter):
+    """Times as the controller's log has them: UTC, RFC 3339."""
+
+    converter = time.gmtime
+    default_time_format, default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
+
+
 def set_up_logging(level: str) -> None:
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogFormat("%(asctime)s %(levelname)-7s %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
 
 
 def catch_signals(agent: Agent) -> None:

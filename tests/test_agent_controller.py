@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from conftest import command
 from hosts import GRACE, ROOT, as_root, fake_git, lives, messages, seal, until
 
 import agent
+import deploybot
 
 pytest_plugins = ("hosts",)
 
@@ -422,6 +424,22 @@ def test_an_upload_of_an_agent_that_nobody_knows_waits_for_long_from_the_second_
     with pytest.raises(agent.Unreachable):
         upload._insist("/x", {})
     assert waited == [0.0, 30.0, 30.0, 30.0]
+
+
+@pytest.fixture
+def tokyo(monkeypatch):
+    """A machine whose time is not UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "JST-9")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+def test_times_in_the_log_have_the_form_of_the_controllers(tokyo):
+    record = logging.makeLogRecord({"created": 1_795_936_014.25, "msecs": 250.0, "levelname": "INFO", "msg": "registered"})
+    theirs = deploybot.LogFormat(False).format(record)
+    assert agent.LogFormat("%(asctime)s %(levelname)-7s %(message)s").format(record) == theirs
 
 
 def test_a_controller_that_puts_the_agent_off_was_reached(lone, scripted, caplog):

@@ -361,6 +361,14 @@ def patient(machine, make_controller, tmp_path):
     return Patient(tmp_path / "patient", make_controller(open=False, token="dbt_admin", agent_token=TOKEN, read_token="dbt_read"))
 
 
+def test_status_without_systemd_says_how_the_agent_is_looked_at(machine, capsys):
+    machine.at("/run/systemd/system").rmdir()
+    machine.run = lambda *command: subprocess.CompletedProcess(command, 1, "", "raw" if command[0] == "systemctl" else "")
+    assert agent.VERBS["status"]([], agent.System(machine.root, machine.run)) == agent.EXIT_FAILED
+    said = capsys.readouterr().out
+    assert "no systemd here" in said and "agent.py doctor" in said and "raw" not in said
+
+
 @pytest.mark.parametrize(
     ("word", "asked"),
     [("stats", "did you mean status?"), ("instal", "did you mean install or uninstall?"),

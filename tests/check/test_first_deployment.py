@@ -56,12 +56,7 @@ def test_the_first_deployment_of_the_readme(tmp_path):
         shutil.copy2(ROOT / name, folder / name)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("DEPLOYBOT_", "MAKE", "MFLAGS"))}
     names = {f"GIT_{who}_{what}": "somebody@example.com" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    environment |= names | {
-        "PYTHON": sys.executable,
-        "HOME": str(tmp_path),
-        "ARGS": "--host 127.0.0.1",
-        **on_another_port(url),
-    }
+    environment |= names | {"PYTHON": sys.executable, "HOME": str(tmp_path), "ARGS": "--host 127.0.0.1", **on_another_port(url)}
 
     def typed(text):
         text = text.replace("/tmp/hello", str(tmp_path / "hello")).replace("http://localhost:8080", url)
