@@ -119,9 +119,7 @@ MIGRATION_LIMIT = 3600  # seconds that systemd is asked to wait for a migration 
 SHORT_SECRET = 20  # characters: shorter ones can be guessed
 ACCEPTS = 256  # connections that are accepted before the others go on
 TURN = 0.005  # seconds: a thread that wants the GIL looks up once in so long, as Python has it
-# Seconds that each connection adds to it: a look costs up to 30 us, so ten thousand threads at the usual 5 ms keep a core busy with
-# nothing else, and nothing ends that.
-TURN_MORE = 100e-6
+TURN_MORE = 100e-6  # seconds that each connection adds: a look costs up to 30 us, and ten thousand threads would do nothing else
 RUSH = 2.0  # seconds of their time that the accepting may owe the others: thousands that connect at once cost 0.2 s
 SPARE_FILES = 64  # descriptors that connections leave for the database and the rest
 COLUMNS = 80  # of a terminal
@@ -1080,9 +1078,8 @@ class TimeOrderedIds:
         self._last = int((last or "0").replace("-", "")[:12] + "fff", 16)  # milliseconds and count, as one number
 
     def __call__(self) -> str:
-        self._last = (
-            max(self._last + 2, self._clock.ms() << 12) & ~1 | self._kind
-        )  # a count that is full goes on in the next millisecond
+        # A count that is full goes on in the next millisecond.
+        self._last = max(self._last + 2, self._clock.ms() << 12) & ~1 | self._kind
         return self.layout(self._last >> 12, self._last & 0xFFF, (2 << 62) | secrets.randbits(62))
 
     @staticmethod
@@ -1813,8 +1810,7 @@ class Queries:
 
     def was_overtaken(self, job: Job) -> bool:
         """By a success that was asked for after it: to make it again would put back what is older."""
-        sql = "SELECT 1 FROM releases WHERE app = ? AND host = ? AND job_id > ?"
-        return self.one(sql, job.app, job.host, job.id) is not None
+        return self.one("SELECT 1 FROM releases WHERE app = ? AND host = ? AND job_id > ?", job.app, job.host, job.id) is not None
 
     def before(self, app: str, host: str, to: str | None) -> tuple[str | None, str | None]:
         """(the commit that the host runs, the one that it goes back to) of an app; `to`: the start of that commit.
@@ -3983,9 +3979,8 @@ class Jobs:
                 reached = events[-1].position if events else position
             events = [event.after(position) for event in events if wanted.wants(event)]
             position = reached
-            is_changed = changes != known
-            if events or is_changed or time.monotonic() >= told + pulse:
-                yield reached, events, is_changed
+            if events or changes != known or time.monotonic() >= told + pulse:
+                yield reached, events, changes != known
                 told = time.monotonic()
             if self.hub.closed and position >= self.hub.head:
                 return
@@ -4254,9 +4249,8 @@ class Deployments:
         """The commit that each of its hosts runs, as its agent says, else as it was deployed; those alone where it is known."""
         name = plan.app.name
         with self._store.read() as db:
-            deployed = {one["hostname"]: one["commit"] for one in db.releases([(name, host) for host, _ in plan.targets])}
-        runs = {host: self._jobs.runs(str(host), name) or commit for host, commit in deployed.items()}
-        return {str(host): commit for host, commit in runs.items() if commit}
+            deployed = [(str(one["hostname"]), one["commit"]) for one in db.releases([(name, host) for host, _ in plan.targets])]
+        return {host: runs for host, commit in deployed if (runs := self._jobs.runs(host, name) or commit)}
 
     def _app(self, name: str, by: Principal) -> App:
         by.sees(name)  # first: who may see one app alone is told of no other
@@ -4303,12 +4297,8 @@ class Deployments:
         known, refs = {*self._jobs.hosts_of(app)}, {job.host: job for job in failed}
         hosts = [host for host in refs if host in known - overtaken]
         if not hosts:
-            why = (
-                f"newer ones succeeded since: to put {old.ref} back, deploy it by its name"
-                if overtaken
-                else "none is the app's now"
-            )
-            why = why if refs else "all succeeded"
+            newer = f"newer ones succeeded since: to put {old.ref} back, deploy it by its name"
+            why = newer if overtaken else "none is the app's now" if refs else "all succeeded"
             raise Conflict(f"deployment {old.id} has no host to try again: {why}")
         targets = [(host, refs[host].ref) for host in in_turn(app, hosts)]
         reasons = {host: "a newer one succeeded there since" if host in known else f"is no host of {app.name} now" for host in refs}

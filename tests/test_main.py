@@ -162,26 +162,6 @@ def test_signals_count_from_the_moment_it_listens(run):
         assert c.stop() == 0
 
 
-def test_who_waits_for_the_interpreter_looks_up_rarely_at_the_end(run, tmp_path, monkeypatch):
-    """What that is worth with ten thousand agents is a row of the benchmark: the end after 4 s or after 10, and more on a busy machine."""
-    script = tmp_path / "told.py"
-    script.write_text(
-        """import sys
-import deploybot
-stop = deploybot.Daemon.stop
-def told(daemon):
-    print("looks up every", sys.getswitchinterval(), "s", file=sys.stderr, flush=True)
-    stop(daemon)
-deploybot.Daemon.stop = told
-sys.exit(deploybot.main(sys.argv[1:]))
-"""
-    )
-    monkeypatch.setattr(sys.modules[__name__], "PROGRAM", [sys.executable, script])
-    c = run()
-    assert c.stop() == 0
-    assert "looks up every 1.0 s" in c.said()
-
-
 # One core
 
 
