@@ -1663,14 +1663,32 @@ def cancel(client, screen, options):
     return DONE
 
 
-def meant(client, app, host):
-    """What an app or a host that the controller does not know may have been; a deed's answer says so itself, a list's does not."""
+def known(client, kind):
+    """The names of the apps of apps.yaml; of the hosts those that have an agent or open jobs, and those of the apps."""
+    apps = list_apps(client)["apps"]
+    if kind == "app":
+        return [one["name"] for one in apps]
+    return [one["hostname"] for one in list_hosts(client)["hosts"]] + [one["hostname"] for app in apps for one in app["hosts"]]
+
+
+def nearest(name, names):
+    """`; did you mean ...?` where `name` is not one of `names` and one looks like it, else nothing."""
     from difflib import get_close_matches
 
-    known = [one["name"] for one in list_apps(client)["apps"]] if app else []
-    known += [one["hostname"] for one in list_hosts(client)["hosts"]] if host else []
-    found = [get_close_matches(one, known, 1) for one in (app, host) if one and one not in known]
-    return "".join(f"; did you mean {one}?" for ones in found for one in ones)
+    return "".join(f"; did you mean {one}?" for one in get_close_matches(name, names, 1) if name not in names)
+
+
+def meant(client, app, host):
+    """What an app or a host that the controller does not know may have been; a deed's answer says so itself, a list's does not."""
+    return "".join(nearest(one, known(client, kind)) for kind, one in (("app", app), ("host", host)) if one)
+
+
+NO_JOBS = "no such jobs at {}: ctl.py deploy --repo OWNER/NAME --ref main --host HOST makes one"
+
+
+def say_nothing(client, screen, nothing, app=None, host=None):
+    """Says that a list is empty, with what may have been meant."""
+    screen.note(nothing.format(client.url) + (unless(403, meant, client, app, host) or ""))
 
 
 def listed(client, screen, options, name, show, nothing, **filters):
@@ -1678,7 +1696,7 @@ def listed(client, screen, options, name, show, nothing, **filters):
     page = newest(client, f"/v1/{name}", name, PAGE_JOBS, options.limit, filters)
     screen.show(page, lambda: show(screen, page[name]))
     if not page[name]:
-        screen.note(nothing.format(client.url) + (unless(403, meant, client, *map(filters.get, ("app", "host"))) or ""))
+        say_nothing(client, screen, nothing, filters.get("app"), filters.get("host"))
     elif page["next"]:
         screen.note(f"there are older ones: --limit {options.limit * 10}")
     return DONE
@@ -1686,8 +1704,7 @@ def listed(client, screen, options, name, show, nothing, **filters):
 
 def jobs(client, screen, options):
     filters = {name: getattr(options, name) for name in ("status", "host", "app", "repo")}
-    nothing = "no such jobs at {}: ctl.py deploy --repo OWNER/NAME --ref main --host HOST makes one"
-    return listed(client, screen, options, "jobs", show_jobs, nothing, **filters)
+    return listed(client, screen, options, "jobs", show_jobs, NO_JOBS, **filters)
 
 
 def deployments(client, screen, options):
@@ -1971,21 +1988,43 @@ def last_lines(client, job, tail):
     return log_lines(client, job) if tail is None else deque(log_lines(client, job), tail)
 
 
-def newest_lines(client, options):
-    """(job, its last lines) of the newest jobs that match, older ones first."""
+def newest_lines(client, options, jobs):
+    """(job, its last lines) of those of `jobs` that started, older ones first."""
     left = DEFAULT_TAIL if options.tail is None else options.tail
     found = []
-    for job in list_jobs(client, RECENT_JOBS, host=options.host, app=options.app)["jobs"]:
+    for job in jobs:
         if left > 0 and job["attempt"]:
             found.append((job, last_lines(client, job, left)))
             left -= len(found[-1][1])
     return found[::-1]
 
 
+def refuse_unknown(client, kind, name):
+    """Raises Failure for an app or a host that nothing is known of: what never comes would be waited for."""
+    if name is None or list_jobs(client, 1, **{kind: name})["jobs"]:
+        return
+    names = unless(403, known, client, kind)  # whose token is for one app alone may not list the hosts
+    if names is not None and name not in names:
+        asked = nearest(name, names) or f": `{client.command(kind + 's')}` lists them"
+        raise Failure(REFUSED, f"no {kind} is called {name} at {client.url}{asked}")
+
+
+def check_names(client, options):
+    """Raises Failure for an unknown app or host; a controller that is away for a moment is no reason to end what it streams."""
+    try:
+        refuse_unknown(client, "app", options.app)
+        refuse_unknown(client, "host", options.host)
+    except Failure as failure:
+        if not failure.again:
+            raise
+
+
 def follow_logs(client, screen, options, job, view):
     """The stream; of one job it ends with the job, and the outcome decides the exit code."""
     query = {"job_id": job and job["id"], "host": options.host, "app": options.app, "tail": options.tail}
     for event in Stream(client, query, answered=job is not None):
+        if event.kind == "opened":  # not before: a controller that is busy is waited for
+            check_names(client, options)
         view.event(event)
     if job is None:
         return DONE
@@ -2012,7 +2051,8 @@ def logs(client, screen, options):
     view = LogView(screen, () if job else [name for name in ("host", "app") if not getattr(options, name)])
     if options.follow:
         return follow_logs(client, screen, options, job, view)
-    found = [(job, last_lines(client, job, options.tail))] if job else newest_lines(client, options)
+    jobs = [] if job else list_jobs(client, RECENT_JOBS, host=options.host, app=options.app)["jobs"]
+    found = [(job, last_lines(client, job, options.tail))] if job else newest_lines(client, options, jobs)
 
     def show():
         for one, lines in found:
@@ -2022,6 +2062,8 @@ def logs(client, screen, options):
                 view.line(line)
 
     screen.show({"lines": [line for _, lines in found for line in lines]} if screen.as_json else None, show)
+    if not job and not jobs:
+        say_nothing(client, screen, NO_JOBS, options.app, options.host)
     return DONE
 
 

@@ -617,6 +617,28 @@ def test_logs_f_of_a_host_shows_what_comes_and_only_that_host(controller, agent,
             break
 
 
+def test_logs_of_an_app_or_host_that_is_not_there_say_so(run, controller, agent):
+    controller.set_app(name="shop", repo="myorg/shop", hosts=["web-02"])
+    for argv, name in ((("--app", "shpo"), "shop"), (("--host", "web-1"), "web-01"), (("--host", "web-2"), "web-02")):
+        told = run("logs", *argv)
+        assert (told.code, told.out, told.err) == (0, "", run("jobs", *argv).err) and told.err.endswith(f"; did you mean {name}?\n")
+        told = run("logs", "-f", *argv)
+        said = f"ctl.py: no {argv[0][2:]} is called {argv[1]} at {controller.url}; did you mean {name}?\n"
+        assert told == (ctl.REFUSED, "", said), "it would be followed for ever"
+    assert run("logs", "--app", "shop").err.startswith("no such jobs at ")
+    assert run("logs", "-f", "--app", "zzz").err.endswith(": `ctl.py apps` lists them\n")
+    assert json.loads(run("logs", "--app", "shpo", "--json").out) == {"lines": []}
+
+
+@pytest.mark.parametrize("argv", [("--app", "shop"), ("--app", "myorg--web"), ("--host", "web-09"), ("--host", "web-02")])
+def test_an_app_or_host_that_has_jobs_or_stands_in_the_apps_is_followed(run, controller, argv, monkeypatch):
+    controller.set_app(name="shop", repo="myorg/shop", hosts=["web-02"])
+    controller.ok("POST", f"/v1/jobs/{make(controller, host='web-09')['id']}/cancel")
+    assert [one["hostname"] for one in controller.ok("GET", "/v1/hosts")["hosts"]] == [], "what is known of web-09 is its job"
+    monkeypatch.setattr(ctl, "Stream", lambda *given, **more: [ctl.Event("opened", None)])
+    assert run("logs", "-f", *argv) == (0, "", "")
+
+
 EVIL = "red \x1b[31mtext\x1b[0m \x1b]0;title\x07 \x9b2J a\tb \x08\x00\u202egnp.exe \x1b]8;;http://evil\x1b\\link"
 
 
@@ -1493,13 +1515,16 @@ class Relay:
                     return
 
 
-@pytest.mark.parametrize(("argv", "code"), [(("logs", "-f"), ctl.REFUSED), (("logs", "-f", "--host", "web-01"), ctl.REFUSED)])
-def test_a_stream_that_may_not_start_yet_starts_when_it_may(here, scripted, pauses, argv, code):
+@pytest.mark.parametrize(
+    ("argv", "asked"), [((), []), (("--host", "web-01"), [as_json(200, {"jobs": [JOB], "next": None})]), (("--host", "x"), [(503, {}, "")])]
+)
+def test_a_stream_that_may_not_start_yet_starts_when_it_may(here, scripted, pauses, argv, asked):
+    """`asked`: what is answered to the question whether there is such a host; none keeps the stream up."""
     later = problem(429, "too many tokens from your address were not valid")
     busy = (429, {"Retry-After": "17"}, later[2])
-    server = scripted(busy, busy, events(log_frame(1)), (503, {"Retry-After": "4"}, ""), problem(403, "not yours"))
-    result = here(*argv, "--url", server.url)
-    assert result.code == code and "line 1" in result.out
+    server = scripted(busy, busy, events(log_frame(1)), *asked, (503, {"Retry-After": "4"}, ""), problem(403, "not yours"))
+    result = here("logs", "-f", *argv, "--url", server.url)
+    assert result.code == ctl.REFUSED and "line 1" in result.out
     assert [pause for pause in pauses if pause > 1] == [17, 17, 4]
     first, *rest = result.err.splitlines()
     assert first == f"not now, trying again in 17 s: {server.url} (429 too many tokens from your address were not valid)"
