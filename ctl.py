@@ -895,10 +895,20 @@ def show_deployment(screen, client, deployment, lock=None, jobs=None):
 
 
 def failure_words(job):
-    """exit_code: npm ci ended with 3, back on c0ffee00"""
+    """exit_code: npm ci ended, exit code 3, back on c0ffee00; the number where nothing else says it"""
     back = job["rolled_back_to"] and f"back on {short_commit(job['rolled_back_to'])}"
     said = ": ".join(job[name] for name in ("reason", "error") if beyond(job, name))
-    return clean(", ".join(filter(None, (said, back))))
+    code = f"exit code {job['exit_code']}" if job["exit_code"] and not re.search(rf"\b{job['exit_code']}\b", said) else None
+    return clean(", ".join(filter(None, (said, code, back))))
+
+
+def failures(client, jobs, deployment_id=None):
+    """A line each for some of the jobs that failed, why and the command that shows the log; then how many more, and what shows them."""
+    failed, log = [job for job in jobs if job["status"] == "failed"], "logs --job "
+    said = [f"{cell(job['host'])}: {failure_words(job)} ({client.command(log + job['id'])})" for job in failed[:CANDIDATES]]
+    more = len(failed) - CANDIDATES
+    where = f": {client.command('status ' + deployment_id)}" if deployment_id else ""
+    return said + [f"and {more} more failed{where}"] * (more > 0)
 
 
 def show_end(screen, client, deployment, jobs):
@@ -908,13 +918,10 @@ def show_end(screen, client, deployment, jobs):
     screen.line(f"{screen.status(cell(status))}: {what}, {progress(count_of(jobs))}{ran}")
     if status == "success":
         return
-    failed = [job for job in jobs if job["status"] == "failed"]
     if deployment["reason"]:
         screen.line(f"  reason: {cell(deployment['reason'])}")
-    for job in failed[:CANDIDATES]:
-        screen.line(f"  {cell(job['host'])}: {failure_words(job)} ({client.command('logs --job ' + job['id'])})")
-    if len(failed) > CANDIDATES:
-        screen.line(f"  and {len(failed) - CANDIDATES} more failed: {client.command('status ' + deployment['id'])}")
+    for words in failures(client, jobs, deployment["id"]):
+        screen.line(f"  {words}")
     screen.line(f"  once more where it did not succeed: {client.command('retry ' + deployment['id'])}")
 
 
@@ -1010,12 +1017,13 @@ REASONS = {
 }
 
 
-def show_why(screen, client, waits, job, deployment, delivery):
-    """Who and what made a job (or, where that is None, a deployment), and why it waits or ended as it did."""
+def show_why(screen, client, waits, job, deployment, delivery, jobs=()):
+    """Who and what made a job (or, where that is None, a deployment), and why it waits or ended as it did. `jobs`: its own."""
     one, where = (job, f" on {job['host']}") if job else (deployment, "")
     outcomes = [outcome for outcome in (delivery or {"outcomes": ()})["outcomes"] if outcome["app"] == one["app"]]
     kind = deployment["kind"] if deployment else "a job of its own"
     said = [REASONS.get(one["reason"], one["reason"]), job and beyond(job, "error")]
+    failed = job and job["status"] == "failed"
     pairs = [
         ("job" if job else "deployment", one["id"]),
         ("status", state(job) if job else one["status"]),
@@ -1026,6 +1034,8 @@ def show_why(screen, client, waits, job, deployment, delivery):
         ("deployment", f"{deployment['id']}, {deployment['status']}" if job and deployment else None),
         ("waits_for", waits),
         ("because", ": ".join(filter(None, said)) or None),
+        *[("failed", words) for words in failures(client, jobs, one["id"])],
+        ("log", client.command(f"logs --job {one['id']}") if failed else None),
         *[(name, one[name] and f"{one[name]} ({client.command('why ' + one[name])})") for name in ("superseded_by", "retry_of")],
     ]
     screen.fields(pairs)
@@ -1634,6 +1644,8 @@ def show_state(client, screen, deployment):
         show_deployment(screen, client, deployment, lock_of(client, deployment), jobs)
         print()
         show_jobs(screen, jobs)
+        for words in failures(client, jobs):
+            screen.note(words)
         for _, reason in waiting(client, jobs)[:CANDIDATES]:
             screen.note(f"waits for: {reason}")
 
@@ -1729,7 +1741,8 @@ def why(client, screen, options):
     if job and not waits and not screen.as_json:
         waits = next((reason for _, reason in waiting(client, [job])), HOLDS.get(job["hold"]))
     document = {"job": job, "deployment": above or None, "delivery": delivery}
-    screen.show(document, lambda: show_why(screen, client, waits, **document))
+    parts = () if job or screen.as_json else jobs_of(client, one["id"])
+    screen.show(document, lambda: show_why(screen, client, waits, **document, jobs=parts))
     return DONE
 
 

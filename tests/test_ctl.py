@@ -1516,7 +1516,8 @@ class Relay:
 
 
 @pytest.mark.parametrize(
-    ("argv", "asked"), [((), []), (("--host", "web-01"), [as_json(200, {"jobs": [JOB], "next": None})]), (("--host", "x"), [(503, {}, "")])]
+    ("argv", "asked"),
+    [((), []), (("--host", "web-01"), [as_json(200, {"jobs": [JOB], "next": None})]), (("--host", "x"), [(503, {}, "")])],
 )
 def test_a_stream_that_may_not_start_yet_starts_when_it_may(here, scripted, pauses, argv, asked):
     """`asked`: what is answered to the question whether there is such a host; none keeps the stream up."""

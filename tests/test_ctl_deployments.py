@@ -678,6 +678,29 @@ def test_why_of_what_waits_says_what_for(here, fake):
     assert re.search(r"^made +\w+ ago by admin: a job of its own$", here("why", job["id"]).out, re.MULTILINE)
 
 
+def test_why_and_status_of_what_failed_name_hosts_causes_and_logs(here, fake):
+    one = fake.deployment([f"web-{number}" for number in range(8)], status="failed", reason="7 failed of 8")
+    first, *failed = fake.jobs.values()
+    first["status"] = "success"
+    for job in failed:
+        job.update(status="failed", reason="timeout", exit_code=143, error=None)
+    failed[0].update(reason="exit_code", error="npm ci ended with exit code 3", exit_code=3, rolled_back_to=COMMITS["b"])
+    said = [
+        f"web-1: exit_code: npm ci ended with exit code 3, back on bbbbbbbb (ctl.py logs --job {failed[0]['id']})",
+        *(f"{job['host']}: timeout, exit code 143 (ctl.py logs --job {job['id']})" for job in failed[1:5]),
+    ]
+    text = here("why", one["id"]).out
+    assert "because     7 failed of 8\n" in text
+    assert re.findall("^failed +(.*)$", text, re.MULTILINE) == [*said, f"and 2 more failed: ctl.py status {one['id']}"]
+    told = here("status", one["id"])
+    assert told.err.splitlines() == [*said, "and 2 more failed"]
+    assert told.out.count(" timeout\n") == 6
+    assert json.loads(here("why", one["id"], "--json").out).keys() == {"job", "deployment", "delivery"}
+    text = here("why", failed[0]["id"]).out
+    assert f"log         ctl.py logs --job {failed[0]['id']}\n" in text and not re.search("^failed", text, re.MULTILINE)
+    assert not re.search("^log ", here("why", first["id"]).out, re.MULTILINE)
+
+
 def test_deliveries_are_listed_with_what_became_of_them(here, fake):
     delivery(fake, outcome("deployed", "x"), outcome("paths", app="api")), delivery(fake, outcome("no_app", app=None), id="x y/z")
     header, first, second = here("deliveries", "--repo", "myorg/web").out.splitlines()
