@@ -131,9 +131,9 @@ def when(stamp):
 
 
 def ends(stamp):
-    """in 30d; 2h ago; never. What is left is rounded by a minute, so that 30 days are in 30d at once."""
+    """in 30d; 2h ago; never. What is left is rounded, from a minute on by a minute, so that 30 days are in 30d at once."""
     left = None if stamp is None else seconds(stamp) - time.time()
-    return "never" if left is None else f"in {span(left + 59, 1)}" if left > 0 else ago(stamp)
+    return "never" if left is None else f"in {span(left + (59 if left > 59 else 0.9), 1)}" if left > 0 else ago(stamp)
 
 
 def took(job):
@@ -1754,7 +1754,8 @@ def lock(client, screen, options):
     length = getattr(options, "for")
     body = {"reason": options.reason} | ({} if length is None else {"for": length})
     answer = client.call("PUT", lock_path(options.app), body=body)
-    until = f" until {when(answer['lock']['until'])} UTC" if answer["lock"]["until"] else ""
+    end = answer["lock"]["until"]
+    until = f" until {when(end)} UTC ({ends(end)})" if end else ""
     said = f"{clean(options.app)} is locked{until}: pushes are held, deploys are refused"
     screen.show(answer, lambda: screen.line(f"{said} ({client.command('unlock --app ' + clean(options.app))})"))
     return DONE
@@ -2146,6 +2147,7 @@ def pair(text):
     return key, value
 
 
+TIME_HELP = "30s, 15m, 2h, 1d or plain seconds"
 JOB_HELP = "a job's id, or any start of it that only it has"
 TAIL_HELP = f"the last N lines (default: all of a job, else {DEFAULT_TAIL}; with -f at most {STREAM_TAIL_MOST})"
 
@@ -2167,7 +2169,7 @@ DEPLOY = (
     ("--force", {"action": "store_true", "help": "a new one, also while the same is pending or running"}),
     DRY_RUN,
     ("--repo", {"metavar": "OWNER/NAME", "help": "instead of a deployment a job for each --host, at once"}),
-    ("--timeout", {"type": time_of(1, MAX_TIMEOUT), "metavar": "TIME", "help": "30s, 5m, 2h, 1d (default: the app's, or an hour)"}),
+    ("--timeout", {"type": time_of(1, MAX_TIMEOUT), "metavar": "TIME", "help": f"{TIME_HELP} (default: the app's, or an hour)"}),
     ("--retries", {"type": whole(0), "metavar": "N", "help": "attempts after one that was lost (or the app's)"}),
     ("--metadata", {"type": pair, "action": "append", "metavar": "KEY=VALUE", "help": "kept with the jobs; repeatable"}),
 )
@@ -2181,7 +2183,7 @@ ROLLBACK = (
 LOCK = (
     AN_APP,
     ("--reason", {"required": True, "help": "what others are told"}),
-    ("--for", {"type": time_of(*LOCK_LIFE), "metavar": "TIME", "help": "30m, 2h, 1d (default: until it is unlocked)"}),
+    ("--for", {"type": time_of(*LOCK_LIFE), "metavar": "TIME", "help": f"{TIME_HELP} (default: until it is unlocked)"}),
 )
 NEWEST = ("--limit", {"type": whole(1), "default": 20, "metavar": "N", "help": "the newest N (default 20)"})
 LOGS = (
@@ -2200,7 +2202,7 @@ TOKEN = (
     ("--role", {"required": True, "choices": ("admin", "operator", "viewer", "agent"), "help": "what it may do"}),
     ("--host", {"help": "an agent's: only for this host"}),
     ("--app", {"help": "an operator's or viewer's: only for this app, and nothing else"}),
-    ("--expires", {"type": time_of(*TOKEN_LIFE), "metavar": "TIME", "help": "30d, 12h, 15m (default: never)"}),
+    ("--expires", {"type": time_of(*TOKEN_LIFE), "metavar": "TIME", "help": f"{TIME_HELP} (default: never)"}),
     ("--name", {"help": "what the audit calls it (default: its role and a part of its id)"}),
 )
 AUDIT = (

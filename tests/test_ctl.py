@@ -1664,6 +1664,22 @@ def test_ago_is_the_largest_unit_and_never_negative(monkeypatch):
     assert [ctl.ago(stamp) for stamp in stamps] == ["-", "0s ago", "7s ago", "2h ago"]
 
 
+@pytest.mark.parametrize(
+    ("second", "words"), [(2.0, "in 2s"), (1.95, "in 2s"), (59, "in 59s"), (60, "in 1m"), (7199.9, "in 2h"), (-7200, "2h ago")]
+)
+def test_an_end_is_told_as_one_gave_it(monkeypatch, second, words):
+    now = ctl.seconds("2026-11-23T13:13:37.123Z")
+    monkeypatch.setattr(time, "time", lambda: now - second)
+    assert ctl.ends("2026-11-23T13:13:37.123Z") == words and ctl.ends(None) == "never"
+
+
+@pytest.mark.parametrize("verb", [("deploy", "--timeout"), ("lock", "--for"), ("token", "create", "--expires")])
+def test_each_option_of_a_time_says_how_to_write_it(here, verb):
+    *verb, option = verb
+    text = " ".join(here(*verb, "--help").out.split())
+    assert re.search(rf"{option} TIME 30s, 15m, 2h, 1d or plain seconds \(default: ", text)
+
+
 def test_short_ids_are_as_long_as_it_takes():
     one, two = "0199c2f0-1111-7abc-8000-000000000001", "0199c2f0-1111-7abd-8000-000000000001"
     assert ctl.short_ids([one]) == {one: "0199c2f0-1111"}
