@@ -2270,12 +2270,13 @@ def following(path):
 class Place:
     """Where a command line is after `words`: the verb so far, options and arguments that may come, the option whose value `waits`.
 
-    It reads the tables that the parser is made of. `wrong`: the first word that is in none; `url`: of --url.
+    It reads the tables that the parser is made of. `wrong`: the first word that is in none, and where it stands the `known` ones,
+    None behind the last argument of a verb; `url`: of --url.
     """
 
     def __init__(self, words):
         self.path, self.arguments, self.options = [], [], [VERSION_OPTION, *ANYWHERE]
-        self.waits = self.wrong = self.url = None
+        self.waits = self.wrong = self.url = self.known = None
         for word in words:
             if self.waits:
                 self.url, self.waits = word if "--url" in self.waits else self.url, None
@@ -2286,7 +2287,7 @@ class Place:
         name, sign, value = word.partition("=")
         found = next((one for one in self.options if name in one), None)
         if found is None and name[:2] == "--" != name:
-            self.wrong = name
+            self.wrong, self.known = name, [one[0] for one in self.options]
         elif found and found[-1].get("action", "append") == "append":  # it takes a value
             self.url, self.waits = value if sign and name == "--url" else self.url, None if sign else found
 
@@ -2297,9 +2298,17 @@ class Place:
             self.arguments = [one for one in given if not one[0].startswith("-")]
             self.options = [*(one for one in given if one[0].startswith("-")), *ANYWHERE]
         elif following(self.path):
-            self.wrong = word
+            self.wrong, self.known = word, list(following(self.path))
+        elif not self.arguments or word not in self.arguments[0][-1].get("choices", [word]):
+            self.wrong, self.known = word, list(self.arguments[0][-1]["choices"]) if self.arguments else None
         else:
             self.arguments = self.arguments[1:]
+
+    def kind(self):
+        """What was wanted where the wrong word stands: an option, a verb, hosts action."""
+        if self.wrong.startswith("-"):
+            return "option"
+        return " ".join([*self.path, self.arguments[0][0]] if self.arguments else ["verb", *self.path])
 
 
 def mistyped(argv):
@@ -2309,12 +2318,15 @@ def mistyped(argv):
     place = Place(argv)
     if place.wrong is None:
         return None
-    is_option = place.wrong.startswith("-")
-    known = [one[0] for one in place.options] if is_option else list(following(place.path))
+    see = f"(see {' '.join(['ctl.py', *place.path])} --help)"
+    if place.known is None:
+        named = [f"{name} {place.wrong}" for name in ("--app", "--host") if any(name in one for one in place.options)]
+        asked = f": did you mean {' or '.join(named)}?" if named else ""
+        return clean(f"{' '.join(place.path)} takes no word {place.wrong} there{asked} {see}")
+    known = place.known
     meant = [one for one in known if one.startswith(place.wrong)] or get_close_matches(place.wrong, known, 2)
     asked = f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(known)}"
-    kind = "option" if is_option else " ".join(["verb", *place.path])
-    return f"no {kind} {clean(place.wrong)}: {asked} (see {' '.join(['ctl.py', *place.path])} --help)"
+    return f"no {place.kind()} {clean(place.wrong)}: {asked} {see}"
 
 
 def ids_of(client, path, start):
@@ -2396,7 +2408,7 @@ def make_parser(argv=None):
         epilog=f"examples:\n  {listed}\n\n{EXIT_CODES}\n\n{ENVIRONMENT}",
     )
     add_options(parser, (VERSION_OPTION, *COMMON))
-    verbs = {"": parser.add_subparsers(title="verbs (each has its own --help)", metavar="VERB", dest="verb")}
+    verbs = {"": parser.add_subparsers(title="verbs (each has its own --help, or: help VERB)", metavar="VERB", dest="verb")}
     for verb in VERBS:
         group, _, name = verb.name.rpartition(" ")
         if group not in verbs:
@@ -2419,6 +2431,8 @@ def run(argv):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["complete-words"]:  # for the scripts of `completion` alone
         return complete_words(*argv[1:])
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:], "--help"]
     try:
         options = make_parser(argv).parse_args(argv)
     except Failure as failure:

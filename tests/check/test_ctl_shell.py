@@ -193,13 +193,24 @@ def test_on_a_terminal_the_token_is_asked_for_without_echo(scripted):
         (["deplyo", "--app", "web"], "no verb deplyo: did you mean deploy?"), (["token", "crate"], "no verb token crate: did you mean create?"),
         (["xyz"], "no verb xyz: there are deploy, rollback, "), (["deploy", "--apq", "web", "--ref", "x"], "no option --apq: did you mean --app?"),
         (["jobs", "--url", "x", "--stat=failed"], "no option --stat: did you mean --status?"), (["--jsn", "jobs"], "no option --jsn: did you mean --json?"),
-        (["hosts", "drian", "web-01"], "invalid choice: 'drian'"), (["deploy", "--app"], "expected one argument"),
+        (["hosts", "drian", "web-01"], "no hosts action drian: did you mean drain?"), (["deploy", "--app"], "expected one argument"),
+        (["hosts", "web-01"], "no hosts action web-01: there are drain, resume, "), (["completion", "bsh"], "no completion shell bsh: did you mean bash or zsh?"),
+        (["logs", "shop"], "logs takes no word shop there: did you mean --app shop or --host shop?"),
+        (["deployments", "shop"], "takes no word shop there: did you mean --app shop? (see ctl.py deployments --help)"),
+        (["apps", "shop"], "apps takes no word shop there (see ctl.py apps --help)"), (["help", "deplyo"], "no verb deplyo: did you mean deploy?"),
+        (["apps", "dbt_0123456789abcdefgh"], "takes no word dbt_*** there"), (["hosts", "drain", "web-01", "web-02"], "takes no word web-02 there"),
     ],
 )  # fmt: skip
 def test_a_mistyped_word_gets_what_it_may_have_been(here, argv, said):
     result = here(*argv)
     assert (result.code, result.out) == (ctl.WRONG_USE, "")
     assert said in result.err and result.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["deploy"], ["token"], ["token", "create"]])
+def test_help_is_a_verb_too(here, words):
+    asked = here("help", *words)
+    assert asked == here(*words, "--help") and (asked.code, asked.err) == (0, "") and asked.out.startswith("usage: ")
 
 
 def test_a_list_of_nothing_says_what_app_or_host_may_have_been_meant(here, controller, monkeypatch):
