@@ -2195,9 +2195,15 @@ LOGS = (
 JOBS = (("--status", {"choices": ("pending", "running", *ENDED)}), NEWEST)
 DEPLOYMENTS = (("--status", {"choices": ("pending", "running", *OVER)}), NEWEST)
 HOSTS = (
-    ("action", {"nargs": "?", "choices": HOST_ACTIONS, "help": "no new jobs; jobs again; forget its agent; only its secret"}),
-    ("host", {"nargs": "?", "metavar": "HOST"}),
+    ("action", {"nargs": "?", "choices": HOST_ACTIONS, "help": "what to do to HOST (default: list all)"}),
+    ("host", {"nargs": "?", "metavar": "HOST", "help": "the name that `hosts` shows"}),
 )
+HOSTS_MORE = """
+  drain   no new job starts there; what runs goes on to its end, what is pending waits; its agent stays
+  resume  ends that: what is pending starts
+  remove  forgets its agent, which must enrol anew, and that it was drained; what is pending waits, while a job runs it is refused
+  reset   its agent's secret no longer counts: it must enrol anew, with an enrolment token; what runs goes on, and ends as agent_lost
+          if that takes too long"""
 TOKEN = (
     ("--role", {"required": True, "choices": ("admin", "operator", "viewer", "agent"), "help": "what it may do"}),
     ("--host", {"help": "an agent's: only for this host"}),
@@ -2227,7 +2233,7 @@ COMPLETION_EXAMPLE = 'bash > ~/.ctl-completion && echo ". ~/.ctl-completion" >> 
 
 LOGS_HELP = f"show a job's log, or the last lines of the {RECENT_JOBS} newest jobs, or with -f what comes"
 
-Verb = namedtuple("Verb", "name run options help example")
+Verb = namedtuple("Verb", "name run options help example more", defaults=("",))  # more: lines that --help has below help
 
 VERBS = (
     Verb("deploy", deploy, DEPLOY + WATCH, "deploy a ref to the hosts of an app", "--app web --ref main --follow"),
@@ -2241,7 +2247,7 @@ VERBS = (
     Verb("deliveries", deliveries, (REPO, NEWEST), "list pushes and what became of them", "--repo myorg/web"),
     Verb("logs", logs, (HOST, APP, *LOGS), LOGS_HELP, "-f --host web-01"),
     Verb("jobs", jobs, (HOST, APP, REPO, *JOBS), "list jobs, newest first", "--status failed --limit 50"),
-    Verb("hosts", hosts, HOSTS, "list hosts; drain, resume, remove or reset one", "drain web-01"),
+    Verb("hosts", hosts, HOSTS, "list hosts; drain, resume, remove or reset one", "drain web-01", HOSTS_MORE),
     Verb("apps", apps, (), "list the apps of apps.yaml, their locks and what each host runs", "--json"),
     Verb("cancel", cancel, (ID,), "end a job or all of a deployment: pending at once, running through the agent", "0199c2f0"),
     Verb("retry", retry, (ID, *WATCH), "make an ended job again; of a deployment the hosts without success", "0199c2f0 --follow"),
@@ -2412,9 +2418,11 @@ def make_parser(argv=None):
     for verb in VERBS:
         group, _, name = verb.name.rpartition(" ")
         if group not in verbs:
-            two = verbs[""].add_parser(group, help=GROUPS[group], description=GROUPS[group])
+            those = "\n  ".join(said for name, said in examples.items() if name.startswith(group + " "))
+            words = {"help": GROUPS[group], "description": GROUPS[group], "epilog": f"examples:\n  {those}"}
+            two = verbs[""].add_parser(group, **words)
             verbs[group] = two.add_subparsers(metavar="|".join(following([group])), required=True)
-        words = {"help": verb.help, "description": verb.help, "epilog": f"example:\n  {examples[verb.name]}"}
+        words = {"help": verb.help, "description": verb.help + verb.more, "epilog": f"example:\n  {examples[verb.name]}"}
         one = verbs[group].add_parser(name, **words)
         one.set_defaults(run=verb.run)
         if argv is None or verb.name.split()[0] in argv:

@@ -732,6 +732,24 @@ def test_a_host_with_a_running_job_is_not_removed(run, controller, agent):
     assert result.code == ctl.REFUSED and "409" in result.err and controller.url in result.err
 
 
+def test_what_help_says_of_a_running_job_is_so(run, controller, agent):
+    """A drained or reset host's goes on, and a host is not removed below one; that removal forgets the drain, and a reset does not."""
+    job = make(controller)
+    agent.take()
+    make(controller, "b")
+    assert run("hosts", "drain", "web-01").code == run("hosts", "reset", "web-01").code == 0
+    assert run("hosts", "remove", "web-01").code == ctl.REFUSED
+    host = controller.ok("GET", "/v1/hosts")["hosts"][0]
+    assert (host["drained"], host["running"], host["pending"]) == (True, 1, 1)
+    assert controller.ok("GET", f"/v1/jobs/{job['id']}")["job"]["status"] == "running"
+    agent = Agent(controller)
+    agent.end({**job, "attempt": 1})
+    assert run("hosts", "remove", "web-01").code == 0
+    Agent(controller)
+    host = controller.ok("GET", "/v1/hosts")["hosts"][0]
+    assert (host["drained"], host["running"], host["pending"]) == (False, 0, 1)
+
+
 def test_no_hosts_says_what_to_run(run):
     assert "agent.py" in run("hosts").err
 
@@ -1780,6 +1798,16 @@ def test_help_has_an_example_of_every_verb_and_every_exit_code(here):
         assert re.search(rf"^  {code} +\w", text, re.MULTILINE)
     for name in ("DEPLOYBOT_URL", "DEPLOYBOT_TOKEN", "DEPLOYBOT_TOKEN_FILE", "NO_COLOR"):
         assert name in text
+
+
+def test_help_of_hosts_has_a_line_an_action_and_token_its_examples(here):
+    text = here("hosts", "drain", "--help").out
+    for action in ctl.HOST_ACTIONS:
+        (line,) = re.findall(rf"^  {action} +(.*)$", text, re.MULTILINE)
+        assert re.search("run", line) or action == "resume", "what becomes of a running job"
+    assert max(map(len, text.splitlines())) < 140
+    example = here("token", "--help").out.partition("examples:\n")[2].splitlines()
+    assert [line.split()[:3] for line in example] == [["ctl.py", "token", name] for name in ("create", "list", "revoke")]
 
 
 def test_ctrl_c_ends_with_130_and_says_that_the_deployment_goes_on(start, run, controller, agent):
