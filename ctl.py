@@ -283,7 +283,26 @@ class Screen:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
-# Owns: which controller, which token. Ignores: whether they are right.
+# Owns: which controller, which token, how this program was called. Ignores: whether they are right.
+
+
+def own_name():
+    """What it is called as: ctl.py, or deploybot-ctl where it was installed."""
+    name = os.path.basename(sys.argv[0])
+    return name if name in ("ctl.py", "deploybot-ctl") else "ctl.py"
+
+
+def own_call():
+    """How it is called here, so that a hint can be copied: by its name where it is in the PATH, else by its place."""
+    name = own_name()
+    if os.path.basename(sys.argv[0]) != name:
+        return name
+    import shutil
+
+    if shutil.which(name):
+        return name
+    place = sys.argv[0] if os.path.dirname(sys.argv[0]) else f"./{name}"
+    return place if os.access(place, os.X_OK) else f"python3 {place}"
 
 
 def kept_path():
@@ -313,7 +332,7 @@ def kept():
         return {"url": None, "tokens": {}}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         found = error
-    why = getattr(found, "strerror", None) or "it is not what `ctl.py login` wrote"
+    why = getattr(found, "strerror", None) or f"it is not what `{own_call()} login` wrote"
     raise Failure(WRONG_USE, f"{path} cannot be read, {why}: remove it and log in again")
 
 
@@ -383,7 +402,7 @@ def find_token(url):
         return text_of(path, "DEPLOYBOT_TOKEN_FILE"), f"DEPLOYBOT_TOKEN_FILE ({path})"
     token = kept()["tokens"].get(url)
     if token:
-        return token, "ctl.py login"
+        return token, f"{own_name()} login"
     text = own_file(TOKEN_FILE) if is_loopback(url) else None
     return (text.strip(), f"./{TOKEN_FILE}") if text else (None, "")
 
@@ -401,7 +420,7 @@ def controller_token(url, given=None):
 # Owns: HTTP, and the words for what comes back wrong. Ignores: what the calls mean.
 
 HINTS = {
-    400: "this ctl.py and the controller may be of different versions, `ctl.py health` names the controller's",
+    400: "this program and the controller may be of different versions, `ctl.py health` names the controller's",
     403: "`ctl.py whoami` shows what yours may do",
     404: "`ctl.py jobs`, `deployments`, `hosts` and `apps` list what there is",
     409: "`ctl.py status ID` and `ctl.py hosts` show the state",
@@ -455,17 +474,9 @@ def problem_of(response):
         return response.reason
 
 
-def own_call():
-    """How it is called here, so that a hint can be copied: by its name where it is in the PATH, else by its place."""
-    name = os.path.basename(sys.argv[0])
-    if name not in ("ctl.py", "deploybot-ctl"):
-        return "ctl.py"
-    import shutil
-
-    if shutil.which(name):
-        return name
-    place = sys.argv[0] if os.path.dirname(sys.argv[0]) else f"./{name}"
-    return place if os.access(place, os.X_OK) else f"python3 {place}"
+def own_words(text):
+    """`text` with the calls in it, `ctl.py jobs`, as they are made here."""
+    return text.replace("`ctl.py ", f"`{own_call()} ")
 
 
 class Client:
@@ -573,12 +584,12 @@ class Client:
             return f"redirects are not followed, name the controller itself (this leads to {headers.get('Location')})"
         if status == 401:
             sent = f"the token from {self.token_source} is not valid here" if self.token else "no token was sent"
-            return f"{sent}, set DEPLOYBOT_TOKEN or DEPLOYBOT_TOKEN_FILE, or keep one with `ctl.py login {self.url}`"
+            return f"{sent}, set DEPLOYBOT_TOKEN or DEPLOYBOT_TOKEN_FILE, or keep one with `{own_call()} login {self.url}`"
         if status == 429 or status >= 500:
             return f"try again in {retry_after(headers) or 5} s"
         if status in (404, 409) and target.startswith(self.url + "/v1/tokens"):
-            return TOKEN_HINT
-        return self.hints.get(status, "see `ctl.py --help`")
+            return own_words(TOKEN_HINT)
+        return own_words(self.hints.get(status, "see `ctl.py --help`"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -977,7 +988,7 @@ RULES = {
 
 def outcome_words(client, outcome):
     """The rule that applied, by name and in words, and what to look at."""
-    words = [f"{outcome['rule']}: {RULES.get(outcome['rule'], 'a rule that this ctl.py does not know')}"]
+    words = [f"{outcome['rule']}: {RULES.get(outcome['rule'], 'a rule that this program does not know')}"]
     if outcome["detail"]:
         words.append(f"({outcome['detail']})")
     if outcome["deployment_id"]:
@@ -1258,7 +1269,7 @@ def find(client, text, deliveries=False):
     """(kind, object): the one Job, or else Deployment, or else, where asked for, Delivery whose id starts with `text`."""
     prefix = text.lower()
     if not deliveries and not re.fullmatch(r"[0-9a-f-]{1,36}", prefix):
-        raise Failure(WRONG_USE, f"{text!r} is no start of an id (hex and dashes): `ctl.py jobs` and `deployments` list them")
+        raise Failure(WRONG_USE, f"{text!r} is no start of an id (hex and dashes): `{own_call()} jobs` and `deployments` list them")
     found = named(client, prefix) if re.fullmatch(r"[0-9a-f-]{1,36}", prefix) else []
     if len(found) > 1:
         what = [f"{one['app']} {'on ' + one['host'] if kind == 'job' else kind}" for kind, one in found]
@@ -1269,7 +1280,7 @@ def find(client, text, deliveries=False):
         found = [("delivery", one) for one in [find_delivery(client, text)] if one]
     if not found:
         lists = "`ctl.py jobs` and `ctl.py deployments` list them" + (", `ctl.py deliveries` pushes" if deliveries else "")
-        raise Failure(REFUSED, f"no id of a job or deployment starts with {text} ({client.url}): {lists}")
+        raise Failure(REFUSED, f"no id of a job or deployment starts with {text} ({client.url}): {own_words(lists)}")
     return found[0]
 
 
@@ -1695,12 +1706,12 @@ def meant(client, app, host):
     return "".join(nearest(one, known(client, kind)) for kind, one in (("app", app), ("host", host)) if one)
 
 
-NO_JOBS = "no such jobs at {}: ctl.py deploy --repo OWNER/NAME --ref main --host HOST makes one"
+NO_JOBS = "no such jobs at {}: {} deploy --repo OWNER/NAME --ref main --host HOST makes one"
 
 
 def say_nothing(client, screen, nothing, app=None, host=None):
     """Says that a list is empty, with what may have been meant."""
-    screen.note(nothing.format(client.url) + (unless(403, meant, client, app, host) or ""))
+    screen.note(nothing.format(client.url, own_call()) + (unless(403, meant, client, app, host) or ""))
 
 
 def listed(client, screen, options, name, show, nothing, **filters):
@@ -1720,7 +1731,7 @@ def jobs(client, screen, options):
 
 
 def deployments(client, screen, options):
-    nothing = "no such deployments at {}: ctl.py deploy --app APP --ref main makes one"
+    nothing = "no such deployments at {}: {} deploy --app APP --ref main makes one"
     return listed(client, screen, options, "deployments", show_deployments, nothing, app=options.app, status=options.status)
 
 
@@ -1785,7 +1796,7 @@ HOST_ACTIONS = {
 
 def change_host(client, screen, options):
     if not options.host:
-        raise Failure(WRONG_USE, f"hosts {options.action} needs a host: ctl.py hosts {options.action} web-01")
+        raise Failure(WRONG_USE, f"hosts {options.action} needs a host: {own_call()} hosts {options.action} web-01")
     method, end, words = HOST_ACTIONS[options.action]
     answer = client.call(method, f"/v1/hosts/{quote(options.host, safe='')}{end}")
     screen.show(answer, lambda: screen.line(f"{clean(options.host)} {words}"))
@@ -1806,7 +1817,7 @@ def apps(client, screen, options):
     answer = list_apps(client)
     screen.show(answer, lambda: show_apps(screen, client, answer["apps"]))
     if not answer["apps"]:
-        screen.note(f"no apps at {client.url}; write them into its apps.yaml, then: ctl.py reload")
+        screen.note(f"no apps at {client.url}; write them into its apps.yaml, then: {client.command('reload')}")
     return DONE
 
 
@@ -1865,7 +1876,7 @@ def login(client, screen, options):
     if client.url.startswith("http:") and not is_loopback(client.url):
         screen.note("warning: http shows the token to everyone on the way, https does not")
     if not (options.token_file or options.token_stdin) and client.url in found["tokens"]:
-        client.token, client.token_source = controller_token(client.url, (found["tokens"][client.url], "ctl.py login"))
+        client.token, client.token_source = controller_token(client.url, (found["tokens"][client.url], f"{own_name()} login"))
         me = unless(401, client.call, "GET", "/v1/session")
     if me is None:
         client.token, client.token_source = controller_token(client.url, given_token(client.url, options))
@@ -1884,7 +1895,7 @@ def logout(client, screen, options):
         raise Failure(WRONG_USE, f"no token is kept for {client.url}, of {len(found['tokens'])} controllers", items=found["tokens"])
     del found["tokens"][client.url]
     keep({**found, "url": None if found["url"] == client.url else found["url"]})
-    said = f"signed out of {client.url}: its token is kept no more; `ctl.py token revoke NAME` would end it there"
+    said = f"signed out of {client.url}: its token is kept no more; `{client.command('token revoke NAME')}` would end it there"
     screen.show({"url": client.url}, lambda: screen.line(said))
     return DONE
 
@@ -1910,7 +1921,7 @@ def list_tokens(client, screen, options):
     answer = client.call("GET", "/v1/tokens")
     screen.show(answer, lambda: show_tokens(screen, answer["tokens"]))
     if not answer["tokens"]:
-        screen.note(f"no token was made at {client.url}: ctl.py token create makes one")
+        screen.note(f"no token was made at {client.url}: {own_call()} token create makes one")
     return DONE
 
 
@@ -1918,7 +1929,7 @@ def find_token_of(client, text):
     """The Token with that id, that name, or else the only one whose id starts with `text`."""
     if SECRETS.fullmatch(text):
         hint = "revoke it if others could see it"
-        raise Failure(WRONG_USE, f"that is a token itself: give its name or id (`ctl.py token list`), and {hint}")
+        raise Failure(WRONG_USE, f"that is a token itself: give its name or id (`{own_call()} token list`), and {hint}")
     tokens = client.call("GET", "/v1/tokens")["tokens"]
     for fits in (
         lambda token: token["id"] == text.lower(),
@@ -1932,7 +1943,7 @@ def find_token_of(client, text):
             raise Failure(WRONG_USE, said, items=items)
         if found and text:
             return found[0]
-    raise Failure(REFUSED, f"no token is called {clean(text)!r} ({client.url}): {TOKEN_HINT}")
+    raise Failure(REFUSED, f"no token is called {clean(text)!r} ({client.url}): {own_words(TOKEN_HINT)}")
 
 
 def revoke_token(client, screen, options):
@@ -2259,12 +2270,12 @@ VERBS = (
     Verb("token create", create_token, TOKEN, "make a token, print it once", "--role operator --app web --expires 90d --name ci"),
     Verb("token list", list_tokens, (), "list the tokens that were made", ""),
     Verb("token revoke", revoke_token, (("token", {"metavar": "NAME|ID"}),), "end a token, and the sign-ins made with it", "ci"),
-    Verb("completion", completion, SHELL, "print what makes a shell complete the words of ctl.py", COMPLETION_EXAMPLE),
+    Verb("completion", completion, SHELL, "print what makes a shell complete the words of a call", COMPLETION_EXAMPLE),
     Verb("audit", audit, AUDIT, "list who did what, newest first", "--action token.create"),
 )
 GROUPS = {"token": "make, list and revoke tokens"}  # the first word of verbs that have two
 ANYWHERE = (("--help", "-h", {"action": "help", "help": "show what there is"}), *COMMON)  # argparse adds the first
-VERSION_OPTION = ("--version", {"action": "version", "version": f"ctl.py {VERSION}"})
+VERSION_OPTION = ("--version", {"action": "version", "version": f"{own_name()} {VERSION}"})
 
 
 def following(path):
@@ -2324,7 +2335,7 @@ def mistyped(argv):
     place = Place(argv)
     if place.wrong is None:
         return None
-    see = f"(see {' '.join(['ctl.py', *place.path])} --help)"
+    see = f"(see {' '.join([own_call(), *place.path])} --help)"
     if place.known is None:
         named = [f"{name} {place.wrong}" for name in ("--app", "--host") if any(name in one for one in place.options)]
         asked = f": did you mean {' or '.join(named)}?" if named else ""
@@ -2406,12 +2417,11 @@ def add_options(parser, options):
 
 def make_parser(argv=None):
     """The parser; for `argv`, options of the verbs that it does not name are left out, as they take half of the time to start."""
-    examples = {verb.name: f"ctl.py {verb.name} {verb.example}".rstrip() for verb in VERBS}
+    called = own_call()
+    examples = {verb.name: f"{called} {verb.name} {verb.example}".rstrip() for verb in VERBS}
     listed = "\n  ".join(examples.values())
     parser = Parser(
-        prog="ctl.py",
-        description="The command line of DeployBot.",
-        epilog=f"examples:\n  {listed}\n\n{EXIT_CODES}\n\n{ENVIRONMENT}",
+        prog=called, description="The command line of DeployBot.", epilog=f"examples:\n  {listed}\n\n{EXIT_CODES}\n\n{ENVIRONMENT}"
     )
     add_options(parser, (VERSION_OPTION, *COMMON))
     verbs = {"": parser.add_subparsers(title="verbs (each has its own --help, or: help VERB)", metavar="VERB", dest="verb")}
@@ -2447,7 +2457,7 @@ def run(argv):
         failure.text = mistyped(argv) or failure.text
         raise
     if options.verb is None:
-        raise Failure(WRONG_USE, f"name a verb: {', '.join(following([]))} (see ctl.py --help)")
+        raise Failure(WRONG_USE, f"name a verb: {', '.join(following([]))} (see {own_call()} --help)")
     flag = getattr(options, "url", None)
     url = DEFAULT_URL if options.run is completion else read_url(flag)
     given = (None, "") if options.run in (login, logout, completion) else controller_token(url)
@@ -2457,13 +2467,13 @@ def run(argv):
         return options.run(client, screen, options)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         why = f"{type(error).__name__}: {clean(error)}"
-        hint = "`ctl.py health` shows whether its version fits this ctl.py's"
+        hint = f"`{own_call()} health` shows whether its version fits this one's"
         raise Failure(NOT_REACHED, f"{url} answered what was not expected ({why}): {hint}, {VERSION}") from None
 
 
 def complain(text, items=()):
     with suppress(OSError):  # nobody is left to be told
-        print(unsaid("\n".join([f"ctl.py: {clean(text)}", *map(clean, items)])), file=sys.stderr, flush=True)
+        print(unsaid("\n".join([f"{own_name()}: {clean(text)}", *map(clean, items)])), file=sys.stderr, flush=True)
 
 
 def abandon_stdout():

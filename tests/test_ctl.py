@@ -1800,6 +1800,43 @@ def test_help_has_an_example_of_every_verb_and_every_exit_code(here):
         assert name in text
 
 
+def test_installed_under_another_name_it_is_called_by_that(start, tmp_path, closed):
+    """Usage, examples, and what one is told to type."""
+    (tmp_path / "deploybot-ctl").symlink_to(CTL)
+    there = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "DEPLOYBOT_TOKEN": "dbt_admin"}
+    (tmp_path / "deploybot-ctl").chmod(0o755)
+
+    def told(*argv):
+        return "".join(start(*argv, command=(str(tmp_path / "deploybot-ctl"),), env=there).communicate(timeout=LIMIT_S))
+
+    for verb in ((), ("deploy",), ("token",), ("token", "create")):
+        text = told(*verb, "--help")
+        assert text.startswith(f"usage: {' '.join(['deploybot-ctl', *verb])} [-h]") and "ctl.py" not in text
+        assert f"  deploybot-ctl {' '.join(verb)}" in text.partition("example")[2]
+    assert told("--version") == f"deploybot-ctl {ctl.VERSION}\n"
+    wrong = (
+        ["xyz"],
+        ["deploy", "--apq"],
+        ["apps", "x"],
+        ["deploy", "--app"],
+        [],
+        ["hosts", "drain"],
+        ["status", "x"],
+        ["status", "00"],
+    )
+    for argv in (
+        *wrong,
+        ["hosts", "drain", "web-09"],
+        ["jobs"],
+        ["apps"],
+        ["deployments"],
+        ["token", "list"],
+        ["token", "revoke", "x"],
+    ):
+        text = told(*argv)
+        assert "deploybot-ctl " in text and "ctl.py" not in text, argv
+
+
 def test_help_of_hosts_has_a_line_an_action_and_token_its_examples(here):
     text = here("hosts", "drain", "--help").out
     for action in ctl.HOST_ACTIONS:
