@@ -353,26 +353,37 @@ def keep(found):
         raise Failure(WRONG_USE, f"{path} cannot be written: {error.strerror}") from None
 
 
-def read_url(flag):
-    """The controller's address: http(s), no password, no path, no query. A wrong one is not repeated: it may hold a secret."""
-    source = "--url" if flag else "DEPLOYBOT_URL"
+def is_loopback(url):
+    host = urlsplit(url).hostname
+    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
+
+
+def lacks_scheme(word):
+    """Whether it is a host alone (of more than a word, as that may be a secret), with or without a port."""
+    return re.fullmatch(r"(localhost|[A-Za-z0-9-]+(?=[.:]))(\.[A-Za-z0-9-]+)*(:[0-9]{1,5})?/?", word)
+
+
+def read_url(flag, source="--url"):
+    """The controller's address: http(s), no password, no path, no query. A wrong one is not repeated, as it may hold a secret, but
+    for one that lacks the scheme alone. `source`: of `flag`; none for an argument, which is named by what it is.
+    """
+    source = source if flag else "DEPLOYBOT_URL"
     url = flag or os.environ.get("DEPLOYBOT_URL") or kept()["url"] or DEFAULT_URL
     try:
         parts = urlsplit(url)
         good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         good = False
+    if lacks_scheme(url):
+        meant = f"http{'' if is_loopback('//' + url) else 's'}://{url.rstrip('/')}"
+        raise Failure(WRONG_USE, f"{source + ' ' if source else ''}{url} is no address: {meant}?")
+    source = source or "that"
     if not good or parts.username is not None or parts.query or parts.fragment or not re.fullmatch(r"[!-~]+", url):
         raise Failure(WRONG_USE, f"{source} is no controller's address: write it as {DEFAULT_URL}, without a password")
     root = f"{parts.scheme}://{parts.netloc.lower()}"
     if parts.path.strip("/"):
         raise Failure(WRONG_USE, f"{source} takes no path: {root}")
     return root
-
-
-def is_loopback(url):
-    host = urlsplit(url).hostname
-    return host in ("localhost", "::1") or bool(re.fullmatch(r"127(\.\d{1,3}){3}", host))
 
 
 def own_file(path):
@@ -479,6 +490,9 @@ def own_words(text):
     return text.replace("`ctl.py ", f"`{own_call()} ")
 
 
+REMEDY = re.compile(r": unlock it\b[^:]*$")  # at the end of what the controller says of a lock
+
+
 class Client:
     """Calls to one controller. Every failure to get a good answer is a Failure that names the call's URL."""
 
@@ -575,6 +589,8 @@ class Client:
         status, said = response.status, clean(problem_of(response)).rstrip(".")
         code = REFUSED if 400 <= status < 500 else NOT_REACHED
         hint = self._hint(status, response.headers, target)
+        if " unlock --app " in hint:  # it says the same, so that it can be copied here
+            said = REMEDY.sub("", said)
         text = f"{said}{' ' if said.endswith('?') else ': '}{hint} ({status} from {method} {target})"
         again = f"{status} {said}" if status == 429 or status >= 500 else ""
         return Failure(code, text, again, after=retry_after(response.headers) if again else None, status=status)
@@ -582,7 +598,7 @@ class Client:
     def _hint(self, status, headers, target):
         if status < 400:
             return f"redirects are not followed, name the controller itself (this leads to {headers.get('Location')})"
-        if status == 401:
+        if status == 401 and 401 not in self.hints:
             sent = f"the token from {self.token_source} is not valid here" if self.token else "no token was sent"
             return f"{sent}, set DEPLOYBOT_TOKEN or DEPLOYBOT_TOKEN_FILE, or keep one with `{own_call()} login {self.url}`"
         if status == 429 or status >= 500:
@@ -1880,6 +1896,7 @@ def login(client, screen, options):
         me = unless(401, client.call, "GET", "/v1/session")
     if me is None:
         client.token, client.token_source = controller_token(client.url, given_token(client.url, options))
+        client.hints[401] = f"the token from {client.token_source} is not valid here, nothing was kept"
         me = client.call("GET", "/v1/session")
     keep({"url": client.url, "tokens": {**found["tokens"], client.url: client.token}})
     said = f"signed in to {client.url} as {me['name']}, {me['role']}: kept in {kept_path()}"
@@ -1892,7 +1909,8 @@ def login(client, screen, options):
 def logout(client, screen, options):
     found = kept()
     if client.url not in found["tokens"]:
-        raise Failure(WRONG_USE, f"no token is kept for {client.url}, of {len(found['tokens'])} controllers", items=found["tokens"])
+        others = ", but for:" if found["tokens"] else ""
+        raise Failure(WRONG_USE, f"no token is kept for {client.url}{others}", items=found["tokens"])
     del found["tokens"][client.url]
     keep({**found, "url": None if found["url"] == client.url else found["url"]})
     said = f"signed out of {client.url}: its token is kept no more; `{client.command('token revoke NAME')}` would end it there"
@@ -2459,7 +2477,8 @@ def run(argv):
     if options.verb is None:
         raise Failure(WRONG_USE, f"name a verb: {', '.join(following([]))} (see {own_call()} --help)")
     flag = getattr(options, "url", None)
-    url = DEFAULT_URL if options.run is completion else read_url(flag)
+    is_argument = options.run in (login, logout) and not any(one.startswith("--url") for one in argv)
+    url = DEFAULT_URL if options.run is completion else read_url(flag, "" if is_argument else "--url")
     given = (None, "") if options.run in (login, logout, completion) else controller_token(url)
     client = Client(url, *given, flagged=bool(flag))
     screen = Screen(getattr(options, "json", False), getattr(options, "raw", False))

@@ -24,6 +24,7 @@ from test_ctl import at_once as at_once
 from test_ctl import bare_environment as bare_environment
 from test_ctl import here as here
 from test_ctl import pauses as pauses
+from test_ctl import run as run
 from test_ctl import start as start
 
 import ctl
@@ -393,6 +394,16 @@ def test_a_locked_app_is_refused_with_both_ways_on(here, fake):
     result = here(*DEPLOY)
     assert result.code == ctl.REFUSED
     assert "web is locked by alice: the database moves: `ctl.py unlock --app web`" in result.err and "--override" in result.err
+
+
+def test_how_to_unlock_is_said_once_and_as_it_can_be_copied(run, controller):
+    controller.set_app(name="web", repo="myorg/web", hosts=["web-01"])
+    assert run("lock", "--app", "web", "--reason", "a: b", "--for", "2h").code == 0
+    said = run(*DEPLOY, "--url", controller.url).err
+    remedy = (
+        f": a: b: `ctl.py unlock --app web --url {controller.url}` ends the lock, --override deploys all the same (409 from POST "
+    )
+    assert remedy in said and said.count("unlock") == 1
 
 
 def test_a_wrong_name_is_told_in_the_words_of_the_controller(here, fake):

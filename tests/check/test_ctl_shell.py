@@ -75,7 +75,8 @@ def test_login_keeps_url_and_token_for_this_user_alone(login, here, server):
 def test_a_token_that_the_controller_refuses_is_not_kept(login, here, scripted):
     server = scripted(problem(401, "no"))
     result = login(server.url, "dbt_wrong")
-    assert result.code == ctl.REFUSED and "the token from stdin is not valid here" in result.err and "dbt_" not in result.err
+    assert result.code == ctl.REFUSED and "the token from stdin is not valid here, nothing was kept" in result.err
+    assert "dbt_" not in result.err and "ctl.py login" not in result.err and "DEPLOYBOT_TOKEN" not in result.err
     assert not FILE.exists()
 
 
@@ -124,8 +125,36 @@ def test_logout_forgets_one_and_with_the_last_the_file(login, here, server):
     assert here("logout").code == 0
     assert json.loads(FILE.read_text()) == {"url": None, "tokens": {one.url: "dbt_one"}}
     result = here("logout", two.url)
-    assert result.code == ctl.WRONG_USE and result.err.endswith(f"\n{one.url}\n") and "dbt_" not in result.err
+    assert result.code == ctl.WRONG_USE and "dbt_" not in result.err
+    assert result.err == f"ctl.py: no token is kept for {two.url}, but for:\n{one.url}\n"
     assert here("logout", one.url).code == 0 and not FILE.exists()
+    assert here("logout", one.url) == (ctl.WRONG_USE, "", f"ctl.py: no token is kept for {one.url}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["login", "localhost:9180"], "localhost:9180 is no address: http://localhost:9180?"),
+        (["login", "127.0.0.1:9180/"], "127.0.0.1:9180/ is no address: http://127.0.0.1:9180?"),
+        (["logout", "deploy.example.com"], "deploy.example.com is no address: https://deploy.example.com?"),
+        (["jobs", "--url", "localhost:9180"], "--url localhost:9180 is no address: http://localhost:9180?"),
+        (["login", "--url=localhost"], "--url localhost is no address: http://localhost?"),
+        (["login", "s3cr3tword"], "that is no controller's address: write it as http://127.0.0.1:8080, without a password"),
+        (
+            ["login", "me:secret@example.com"],
+            "that is no controller's address: write it as http://127.0.0.1:8080, without a password",
+        ),
+        (["login", "http://localhost:9180/docs"], "that takes no path: http://localhost:9180"),
+    ],
+)
+def test_an_address_without_a_scheme_gets_one_and_what_may_be_a_secret_is_not_repeated(here, argv, said):
+    assert here(*argv) == (ctl.WRONG_USE, "", f"ctl.py: {said}\n")
+
+
+def test_such_an_address_of_the_environment_is_named_as_that(here, monkeypatch):
+    monkeypatch.setenv("DEPLOYBOT_URL", "controller:8080")
+    for verb in ("jobs", "login"):
+        assert here(verb).err == "ctl.py: DEPLOYBOT_URL controller:8080 is no address: https://controller:8080?\n"
 
 
 @pytest.mark.parametrize("path, modes", [(FILE, 0o640), (FILE, 0o604), (FILE.parent, 0o770), (FILE.parent, 0o757)])
