@@ -678,6 +678,7 @@ QUERIES = {
     "running_apps": [("web-01",)],
     "shown": [(JOB,)],
     "tokens": [()],
+    "was_overtaken": [(job(0),)],
 }
 CALLS = [(name, values) for name, calls in QUERIES.items() for values in calls]
 HISTORY = 3000  # ended jobs

@@ -45,7 +45,9 @@ class Facts:
         self.lines: dict[tuple[str, int], int] = {}  # (job id, attempt) to acknowledged lines
         self.started: dict[tuple[str, int], str] = {}  # (job id, attempt) to host
         self.order: dict[str, list[str]] = {host: [] for host in HOSTS}  # job ids in the order of their first delivery
-        self.counts = dict.fromkeys(("lost answers", "crashes of agents", "lines sent again", "retried jobs"), 0)
+        self.counts = dict.fromkeys(
+            ("lost answers", "crashes of agents", "lines sent again", "retried jobs", "overtaken, so not retried"), 0
+        )
 
 
 class Ledger:
@@ -182,6 +184,8 @@ class Load:
             return
         with contextlib.suppress(*LOST):
             status, answer = client.call("POST", f"/v1/jobs/{job_id}/retry")
+            if status == 409 and answer["detail"].startswith("a newer "):
+                return self.ledger.count("overtaken, so not retried")
             check(status == 201, "retry of an ended job answered", status, answer)
             self.ledger.create(answer["job"])
             self.ledger.count("retried jobs")

@@ -54,7 +54,7 @@ HAPPENED: collections.Counter[str] = collections.Counter()
 EXPECTED = (
     "deployed", "same under way", "in part under way", "push", "push locked", "push older", "push repeated", "hook", "rolled back", "no way back",
     "rolled back with what was under way", "overridden", "locked: refused", "retried", "deployment cancelled", "job cancelled",
-    "job retried", "single job", "lock", "lock for a time", "unlock", "claim", "lost", "another attempt", "expired", "superseded", "stopped",
+    "job retried", "overtaken", "single job", "lock", "lock for a time", "unlock", "claim", "lost", "another attempt", "expired", "superseded", "stopped",
     "paused", "pause over", "lock over", "batch let go", "canary let go", "reload", "app gone", "removed by retention", "restart", "crash",
     "full disk", "two in one commit", "lock and push in one commit", "success", "partial", "failed", "rolled_back", "cancelled", "job.success",
 )  # fmt: skip
@@ -78,6 +78,7 @@ class Seen:
         self.deployments = {row.id: row for row in self._rows(subject, "deployments")}
         self.locks = {row.app: row for row in self._rows(subject, "locks")}
         self.pushed = {(app, ref): at for app, ref, at in subject.rows("SELECT app, ref, pushed_at FROM pushes")}
+        self.releases = {(app, host): job_id for app, host, job_id in subject.rows("SELECT app, host, job_id FROM releases")}
         self.now = subject.clock.stamp()
         self.of: dict[str, list[Row]] = collections.defaultdict(list)  # deployment to its jobs, in their turn
         for job in self.jobs.values():
@@ -103,6 +104,10 @@ class Seen:
 
     def held_back(self, deployment: Row) -> bool:
         return deployment.app in self.locks and not deployment.override
+
+    def is_overtaken(self, job: Row) -> bool:
+        """What runs there was asked for after it."""
+        return bool(self.releases.get((job.app, job.host), "") > job.id)
 
     def open_ones(self, app: str, host: str, ref: str) -> list[Row]:
         return [job for job in self.jobs.values() if (job.app, job.host, job.ref) == (app, host, ref) and job.status in OPEN]
@@ -650,7 +655,9 @@ class World:
             return None
 
         def told(answer: Answer, before: Seen, after: Seen) -> None:
-            failed = {job.host: job.ref for job in before.of[one.id] if job.status in ("failed", "cancelled")}
+            ended = [job for job in before.of[one.id] if job.status in ("failed", "cancelled")]
+            failed = {job.host: job.ref for job in ended if not before.is_overtaken(job)}
+            HAPPENED["overtaken"] += len(ended) - len(failed)
             failed = {host: ref for host, ref in failed.items() if host in self.apps.get(one.app, {}).get("hosts", ())}
             if one.app not in self.apps:
                 check(answer.status == 404 or not one.completed_at, answer)
@@ -694,7 +701,8 @@ class World:
 
         def told(answer: Answer, before: Seen, after: Seen) -> None:
             goes_back = json.loads(job.spec).get("reuse", False)
-            if job.status in OPEN or (job.app in before.locks and not goes_back):
+            HAPPENED["overtaken"] += before.is_overtaken(job)
+            if job.status in OPEN or before.is_overtaken(job) or (job.app in before.locks and not goes_back):
                 check(answer.status == 409 and before.jobs == after.jobs, "retry of", job, "answered", answer)
                 return
             HAPPENED["job retried"] += 1
