@@ -964,7 +964,7 @@ def show_plan(screen, client, plan, skipped):
     screen.line(f"{cell(plan['app'])} ({cell(plan['repo'])}), {cell(plan['kind'])}: {strategy_words(plan['strategy'])}")
     for number, step in enumerate(plan["steps"], 1):
         start = starts.get(step["waits"], "at once")
-        by_ref, runs = {}, plan.get("runs", {})  # a controller of before 0.1.0 does not say what runs
+        by_ref, runs = {}, plan.get("runs", {})  # an older controller does not say what runs
         for host in step["hosts"]:
             by_ref.setdefault((step["refs"][host], runs.get(host)), []).append(host)
         now = {ran: f" (now {short_commit(ran)})" if ran else "" for _, ran in by_ref}

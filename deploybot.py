@@ -4176,15 +4176,8 @@ class Plan(NamedTuple):
         pairs = zip(self.steps(), waits, strict=False)
         steps = [{"hosts": [host for host, _ in step], "refs": dict(step), "waits": wait} for step, wait in pairs]
         commands = {name: getattr(self.app, name) for name in ("build", "activate", "deploy", "health_check")}
-        told = {
-            "app": self.app.name,
-            "repo": self.app.repo,
-            "kind": self.kind,
-            "strategy": self.strategy(),
-            "steps": steps,
-            "runs": runs,
-        }
-        return {"plan": {**told, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
+        told = {"app": self.app.name, "repo": self.app.repo, "kind": self.kind, "strategy": self.strategy(), "steps": steps}
+        return {"plan": {**told, "runs": runs, **commands, "lock": lock and lock._asdict()}, "skipped": self.skipped}
 
 
 def held(draft: Draft, hold: Hold | None) -> Draft:
