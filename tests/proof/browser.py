@@ -2,7 +2,7 @@
 
 Sign in, watch a deployment live, cancel, roll back, lock and unlock, drain, lose and regain the controller, hostile log lines that stay
 text, what a role may not do is not there, 500 hosts and 1,000 jobs without a hitch; no console error, no request to another host, no
-serious violation that axe-core finds, the first paint in time. `--screenshots FOLDER` makes pictures of every view instead.
+serious violation that axe-core finds, the first paint hardly later than that of a bare page. `--screenshots FOLDER` makes pictures of every view instead.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import sqlite3
+import statistics
 import sys
 import urllib.parse
 from collections.abc import Iterator
@@ -35,7 +36,8 @@ FLAGS = [
     "--disable-dev-shm-usage",
 ]
 WIDE, PHONE = {"width": 1360, "height": 900}, {"width": 390, "height": 844}
-FIRST_PAINT, HITCH = 100, 100  # ms until something is seen, on an idle machine; for which a key press may have to wait
+LATER = 1.15  # times as long as that of a page of one line the dashboard's first frame may take
+HITCH = 100  # ms for which a key press may have to wait, on an idle machine
 BUSY = 5  # times as long where others use the machine too
 DRAWING = """() => { // ms of the quickest of 5: others may hold the processor, and none of them makes it quicker
     const time = action => { const start = performance.now(); action(); document.body.offsetHeight; return performance.now() - start; };
@@ -314,7 +316,7 @@ def confirm(page: Any, name: str, **fields: str) -> None:
     dialog.wait_for(state="hidden")
 
 
-def sign_in(browser: Browser, proof: Proof, controller: Controller) -> Any:
+def sign_in(browser: Browser, controller: Controller) -> Any:
     page = browser.page(controller.url, None)
     page.get_by_label("Token").fill("dbt_wrong")
     page.get_by_role("button", name="Sign in").click()
@@ -330,14 +332,31 @@ def sign_in(browser: Browser, proof: Proof, controller: Controller) -> Any:
         "() => [document.cookie, localStorage.length, sessionStorage.length, document.body.innerText.includes('dbt_proof')]"
     )
     check(kept == ["", 0, 0, False], "the page can read", kept)
-    paints = []
-    for _ in range(3):
-        page.reload()
-        page.get_by_role("status").get_by_text("live", exact=True).wait_for()
-        paints.append(page.evaluate("() => performance.getEntriesByName('first-contentful-paint')[0].startTime"))
-    check(min(paints) < FIRST_PAINT * BUSY, "first paint after", paints, "ms")
-    proof.figure("first paint, best and worst of 3, ms", f"{min(paints):.0f}, {max(paints):.0f}")
     return page
+
+
+def paint(browser: Browser, proof: Proof, controller: Controller) -> None:
+    """How much later than a page of one line the dashboard is first seen, signed out. A round that others disturbed may be made again."""
+    pages = {path: browser.page(controller.url + path, None) for path in ("/", "/health")}
+    rounds: list[tuple[float, float]] = []
+    while not rounds or (len(rounds) < 3 and rounds[-1][0] > LATER * rounds[-1][1]):
+        times = [[first_paint(page, controller.url + path) for path, page in pages.items()] for _ in range(30)]
+        rounds.append(tuple(map(statistics.median, zip(*times[5:], strict=True))))  # the first five warm chromium
+    for page in pages.values():
+        page.context.close()
+    check(rounds[-1][0] <= LATER * rounds[-1][1], "first paint of the dashboard and of /health:", rounds, "ms")
+    proof.figure("first paint of the dashboard and of /health, ms", "{:.0f}, {:.0f}".format(*rounds[-1]))
+    quiet(browser, *AWAY)
+
+
+def first_paint(page: Any, url: str) -> float:
+    """Milliseconds from the start of the navigation to the first frame that shows anything."""
+    page.goto("about:blank")
+    page.goto(url)
+    page.wait_for_function("() => performance.getEntriesByName('first-contentful-paint').length")
+    time = page.evaluate("() => performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    page.evaluate("() => new Promise(done => requestIdleCallback(done))")
+    return float(time)
 
 
 def watch(page: Any, fleet: Fleet) -> None:
@@ -574,7 +593,8 @@ def prove(proof: Proof) -> None:
     controller = proof.controller(apps=mapping(HOSTS, web={"strategy": {"type": "rolling", "batch": 1}}, api={}))
     fleet = Fleet(controller, HOSTS)
     with browsing(proof) as browser:
-        page = sign_in(browser, proof, controller)
+        paint(browser, proof, controller)
+        page = sign_in(browser, controller)
         for part in (watch, read_log):
             part(page, fleet)
             quiet(browser)
