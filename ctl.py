@@ -1572,10 +1572,17 @@ def follow_deployment(client, screen, answer, quiet=False):
     return DONE if one["status"] == "success" else FAILED
 
 
+def note_waits(client, screen, jobs):
+    """What some of the jobs wait for, where it is not another batch."""
+    for _, reason in waiting(client, jobs)[:CANDIDATES]:
+        screen.note(f"waits for: {reason}")
+
+
 def present(screen, client, deployment, jobs=()):
     """What was made of a deployment, and how to see the rest."""
     show_deployment(screen, client, deployment, lock_of(client, deployment))
     screen.table(["HOST", "STATUS", "REF"], [[job["host"], counted_as(job), short_commit(job["ref"])] for job in jobs])
+    note_waits(client, screen, jobs)
     if deployment["status"] not in OVER:
         screen.note(f"to follow it: {client.command('follow ' + deployment['id'])}")
 
@@ -1673,8 +1680,7 @@ def show_state(client, screen, deployment):
         show_jobs(screen, jobs)
         for words in failures(client, jobs):
             screen.note(words)
-        for _, reason in waiting(client, jobs)[:CANDIDATES]:
-            screen.note(f"waits for: {reason}")
+        note_waits(client, screen, jobs)
 
     screen.show({"deployment": deployment, "jobs": jobs}, view)
     return DONE

@@ -406,6 +406,12 @@ def test_how_to_unlock_is_said_once_and_as_it_can_be_copied(run, controller):
     assert remedy in said and said.count("unlock") == 1
 
 
+def test_a_deployment_to_a_host_without_an_agent_says_so(run, controller):
+    controller.set_app(name="web", repo="myorg/web", hosts=["web-01"])
+    result = run("deploy", "--app", "web", "--ref", "main")
+    assert result.code == 0 and result.err.startswith("waits for: no agent has registered as web-01\nto follow it: ")
+
+
 def test_a_wrong_name_is_told_in_the_words_of_the_controller(here, fake):
     fake.refusal = 422, "no app is called wbe (web?)"
     assert "no app is called wbe (web?): mend" in here(*DEPLOY).err
