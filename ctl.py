@@ -1135,8 +1135,8 @@ def show_audit(screen, entries):
 class LogView:
     """Log lines and events as text, each line behind what tells its source apart; or an object a line."""
 
-    def __init__(self, screen, prefix=(), events=True):
-        self.screen, self.prefix, self.events = screen, prefix, events
+    def __init__(self, screen, prefix=(), events=True, times=False):
+        self.screen, self.prefix, self.events, self.times = screen, prefix, events, times
         self.last = {}  # job id to what was last said of its state
 
     def line(self, line):
@@ -1144,7 +1144,8 @@ class LogView:
         if not self.screen.raw:
             message = self.screen.paint(clean(message), LEVEL_COLOURS.get(line["level"]))
         source = " ".join(cell(line[name]) for name in self.prefix)
-        self.screen.line(self.screen.paint(source + " | ", "cyan") + message if source else message)
+        when = self.screen.paint(f"{cell(line['timestamp'])} ", "dim") if self.times else ""
+        self.screen.line(when + (self.screen.paint(source + " | ", "cyan") if source else "") + message)
 
     def event(self, event):
         """One Event. Notes go to stderr, for programs too."""
@@ -2097,7 +2098,8 @@ def logs(client, screen, options):
     if options.follow and options.tail is not None and options.tail > STREAM_TAIL_MOST:
         raise Failure(WRONG_USE, f"--tail is at most {STREAM_TAIL_MOST} with -f: leave out -f for more")
     job = find_job(client, options.job) if options.job else None
-    view = LogView(screen, () if job else [name for name in ("host", "app") if not getattr(options, name)])
+    prefix = () if job else [name for name in ("host", "app") if not getattr(options, name)]
+    view = LogView(screen, prefix, times=options.timestamps)
     if options.follow:
         return follow_logs(client, screen, options, job, view)
     jobs = [] if job else list_jobs(client, RECENT_JOBS, host=options.host, app=options.app)["jobs"]
@@ -2225,6 +2227,7 @@ LOGS = (
     ("--job", {"metavar": "JOB", "help": JOB_HELP}),
     ("--follow", "-f", {"action": "store_true", "help": "go on with what comes; with --job until its deployment ends"}),
     ("--tail", {"type": whole(0), "metavar": "N", "help": TAIL_HELP}),
+    ("--timestamps", "-t", {"action": "store_true", "help": "the time of each line before it, in UTC"}),
     ("--raw", {"action": "store_true", "help": "leave control characters and colours of the scripts in"}),
 )
 JOBS = (("--status", {"choices": ("pending", "running", *ENDED)}), NEWEST)

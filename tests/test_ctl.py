@@ -576,6 +576,16 @@ def test_logs_of_a_job_come_page_by_page(run, controller, agent, monkeypatch):
     assert [(line["message"], line["offset"], line["host"]) for line in lines] == [(str(n + 1), n, "web-01") for n in range(5)]
 
 
+def test_timestamps_stand_before_the_lines(run, controller, agent):
+    make(controller)
+    job = agent.take()
+    lines = [{"message": f"line {n}", "timestamp": f"2026-11-23T13:13:37.13{n}Z"} for n in (1, 2)]
+    agent.call("POST", f"/v1/jobs/{job['id']}/logs", {"attempt": job["attempt"], "offset": 0, "lines": lines})
+    told = [f"{line['timestamp']} {line['message']}" for line in lines]
+    assert run("logs", "-t", "--job", job["id"]).out.splitlines() == told
+    assert run("logs", "--timestamps").out.splitlines()[0] == "2026-11-23T13:13:37.131Z web-01 myorg--web | line 1"
+
+
 def test_logs_without_a_job_are_the_last_lines_of_the_newest_jobs(run, controller, agent):
     ended_job(controller, agent, "a1", "a2", ref="a")
     ended_job(controller, Agent(controller, "web-02"), "b1", ref="b")
