@@ -1080,7 +1080,9 @@ def prepare(folder):
 def main(argv=None):
     try:
         config = load_config(sys.argv[1:] if argv is None else argv, dict(os.environ))
-        logging.basicConfig(level=config.log_level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", force=True)
+        logging.Formatter.converter = time.gmtime
+        form, date = "%(asctime)s.%(msecs)03dZ %(levelname)-7s %(message)s", "%Y-%m-%dT%H:%M:%S"  # as the controller's
+        logging.basicConfig(level=config.log_level, stream=sys.stderr, format=form, datefmt=date, force=True)
         apps = read_apps(config)
         if config.check:
             return check(config, apps)

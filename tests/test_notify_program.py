@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from collections import namedtuple
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -1293,7 +1294,7 @@ def start(argv, tmp_path):
         log = tmp_path / f"log{len(made)}"
         fast = "notify.GITHUB_PACE_S = 0; notify.RETRY_FIRST_S = 0.01; notify.RETRY_READER_S = notify.RETRY_SENDER_S = 0.05"
         code = f"import sys, notify; {fast}; {setup}\nsys.exit(notify.main())"
-        environment = os.environ | {"PYTHONPATH": str(PROGRAM.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+        environment = os.environ | {"PYTHONPATH": str(PROGRAM.parent), "PYTHONDONTWRITEBYTECODE": "1", "TZ": "JST-9"}
         with open(log, "wb") as file:
             process = subprocess.Popen([sys.executable, "-c", code, *given], env=environment, stdin=subprocess.DEVNULL, stderr=file)
         process.said, process.given = log.read_text, given
@@ -1325,6 +1326,8 @@ def test_one_that_never_answers_holds_nobody_up_and_a_stop_is_soon(start, world,
     process.terminate()
     assert process.wait(LIMIT_S) == 0
     assert process.said().endswith("ended\n")
+    stamps = [datetime.fromisoformat(line.partition(" ")[0]) for line in process.said().splitlines()]
+    assert all(abs((datetime.now(UTC) - stamp).total_seconds()) < 60 * LIMIT_S for stamp in stamps), "UTC, and it says so"
 
 
 def test_a_stop_waits_for_the_answer_so_that_nothing_is_sent_twice(start, world, controller, hook, tmp_path):
