@@ -1024,14 +1024,14 @@ def show_deliveries(screen, deliveries):
 
 
 def push_words(delivery):
-    message = f': "{delivery["message"]}"' if delivery["message"] else ""
     commit = f", {short_commit(delivery['commit'])}" if delivery["commit"] else ""
-    return f"{delivery['ref']} of {delivery['repo']}{commit}, by {delivery['pusher'] or '-'}{message}"
+    return f"{delivery['ref']} of {delivery['repo']}{commit}, by {delivery['pusher'] or '-'}"
 
 
 def show_delivery(screen, client, delivery):
     pairs = [("delivery", delivery["id"]), ("received", ago(delivery["received_at"])), ("push", push_words(delivery))]
-    screen.fields([*pairs, *[(clean(one["app"] or "no app"), outcome_words(client, one)) for one in delivery["outcomes"]]])
+    pairs += [(clean(one["app"] or "no app"), outcome_words(client, one)) for one in delivery["outcomes"]]
+    screen.fields([*pairs, ("answered", delivery["message"] or None)])  # to the sender
 
 
 REASONS = {
@@ -1472,11 +1472,19 @@ class Changes:
         self.told[key] = state
 
 
+def note_waits(client, screen, jobs):
+    """What some of the jobs wait for, where it is not another batch."""
+    for _, reason in waiting(client, jobs)[:CANDIDATES]:
+        screen.note(f"waits for: {reason}")
+
+
 def tell(screen, board, stream, quiet):
     """Follows in lines, or objects a line, or `quiet`, until the deployment is over."""
     changes = Changes(screen, board)
     for event in stream:
         ours = board.take(event)
+        if quiet and not screen.as_json and event.kind == "opened":
+            note_waits(board.client, screen, board.jobs.values())
         if event.kind == "note":
             screen.note(event.data)
         elif ours and screen.as_json and not quiet and event.kind != "opened":
@@ -1571,12 +1579,6 @@ def follow_deployment(client, screen, answer, quiet=False):
     else:
         screen.show(document, lambda: show_end(screen, client, one, jobs))
     return DONE if one["status"] == "success" else FAILED
-
-
-def note_waits(client, screen, jobs):
-    """What some of the jobs wait for, where it is not another batch."""
-    for _, reason in waiting(client, jobs)[:CANDIDATES]:
-        screen.note(f"waits for: {reason}")
 
 
 def present(screen, client, deployment, jobs=()):
@@ -2075,6 +2077,7 @@ def follow_logs(client, screen, options, job, view):
     for event in Stream(client, query, answered=job is not None):
         if event.kind == "opened":  # not before: a controller that is busy is waited for
             check_names(client, options)
+            tell_waiting(client, screen, [{"job": job}] if job else ())
         view.event(event)
     if job is None:
         return DONE

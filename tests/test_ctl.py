@@ -475,6 +475,16 @@ def test_who_waits_is_told_once_what_for(here, scripted, option):
     assert (result.code, result.err) == (0, "waits for: no agent has registered as web-01\n")
 
 
+@pytest.mark.parametrize("verb", [("follow",), ("logs", "-f", "--job")])
+@pytest.mark.parametrize("options, said", [((), "waits for: no agent has registered as web-01\n"), (("--json",), "")])
+def test_who_follows_a_job_is_told_once_what_it_waits_for(here, scripted, verb, options, said):
+    job, ended = as_json(200, {"job": PENDING}), as_json(200, {"job": JOB})
+    server = scripted(job, events(END), *(() if options else (as_json(200, HOSTS), job)), ended)
+    result = here(*verb, JOB["id"], *options, "--url", server.url)
+    assert (result.code, result.err) == (0, said)
+    assert "stream" in server.requests[1][1], "not before the stream is open: it may end meanwhile"
+
+
 def test_what_a_job_waited_for_is_not_told_late_or_twice_or_to_programs(here, scripted):
     made, job = {"job": PENDING, "created": True}, as_json(200, {"job": JOB})
     taken = scripted(as_json(201, made), as_json(200, HOSTS), job, events(END), job)

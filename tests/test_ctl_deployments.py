@@ -19,7 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import pytest
-from test_ctl import CTL, JOB, LIMIT_S, json_lines
+from test_ctl import CTL, HOSTS, JOB, LIMIT_S, json_lines
 from test_ctl import at_once as at_once
 from test_ctl import bare_environment as bare_environment
 from test_ctl import here as here
@@ -629,7 +629,7 @@ def test_apps_show_lock_strategy_and_drift(here, fake, wanted, actual, shown):
 def delivery(fake, *outcomes, **more):
     one = {
         "id": "72d3162e-cc78-11e3-81ab-4c9367dc0958", "received_at": TIME, "repo": "myorg/web", "ref": "refs/heads/main",
-        "commit": COMMITS["a"], "pusher": "octocat", "message": "Fix the header", "outcomes": list(outcomes), **more,
+        "commit": COMMITS["a"], "pusher": "octocat", "message": "1 job for api", "outcomes": list(outcomes), **more,
     }  # fmt: skip
     fake.deliveries.append(one)
     return one
@@ -643,7 +643,8 @@ def outcome(rule, deployment_id=None, app="web", detail=""):
 def test_why_of_a_delivery_names_the_rule_of_each_app(here, fake, name):
     delivery(fake, outcome("paths", detail="README.md"), outcome("deployed", "0199c2f0", "api"))
     text = here("why", name).out
-    assert re.search('^push +refs/heads/main of myorg/web, aaaaaaaa, by octocat: "Fix the header"$', text, re.MULTILINE)
+    assert re.search("^push +refs/heads/main of myorg/web, aaaaaaaa, by octocat$", text, re.MULTILINE)
+    assert re.search("^answered +1 job for api$", text, re.MULTILINE), "to the sender: it is not the commit's message"
     assert re.search(r"^web +paths: no file of the push is one of its paths \(README.md\)$", text, re.MULTILINE)
     assert re.search(r"^api +deployed: it was deployed \[ctl.py why 0199c2f0\]$", text, re.MULTILINE)
     assert json.loads(here("why", name, "--json").out) == {"delivery": fake.deliveries[0]}
@@ -819,13 +820,24 @@ def test_wait_says_how_it_ended_alone(follower, fake):
     assert err == "this deployment is pending already, --force makes a new one\n"
 
 
+def test_wait_says_what_is_waited_for(follower, fake):
+    fake.get_hosts = lambda query, body: (200, HOSTS)
+    ctl_ = follower(*DEPLOY, "--wait")
+    fake.asked("/v1/hosts")
+    fake.move("web-02", "running")
+    end_of(fake, next(iter(fake.deployments.values())))
+    code, out, err = ctl_.end()
+    assert (code, err, out.count("\n")) == (0, "waits for: no agent has registered as web-01\n", 1)
+
+
 def test_wait_json_is_one_document(follower, fake):
+    fake.get_hosts = lambda query, body: (200, HOSTS)
     ctl_ = follower(*DEPLOY, "--wait", "--json")
     fake.opened()
     end_of(fake, next(iter(fake.deployments.values())), "cancelled")
-    code, out, _ = ctl_.end()
+    code, out, err = ctl_.end()
     document = json.loads(out)
-    assert (code, document["deployment"]["status"], document["created"]) == (ctl.FAILED, "cancelled", True)
+    assert err == "" and (code, document["deployment"]["status"], document["created"]) == (ctl.FAILED, "cancelled", True)
     assert {job["status"] for job in document["jobs"]} == {"success"}
 
 
