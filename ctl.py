@@ -1936,6 +1936,8 @@ def create_token(client, screen, options):
     given = {name: getattr(options, name) for name in ("role", "name", "host", "app")} | {"expires_in": options.expires}
     answer = client.call("POST", "/v1/tokens", body={name: value for name, value in given.items() if value is not None})
     token, secret = answer["token"], answer["secret"]
+    if answer.get("warning"):
+        screen.note(f"warning: {answer['warning']}")
     screen.show(answer, lambda: screen.line(clean(secret)))
     only = f" for {bound_to(token)} alone" if bound_to(token) else ""
     setting = SETTING_OF.get(token["role"], "DEPLOYBOT_TOKEN of whoever uses it")

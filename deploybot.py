@@ -1580,6 +1580,12 @@ class Apps:
     def named(self, name: str) -> App | None:
         return self._in_force[1].get(name)
 
+    def lacks(self, name: str | None) -> str:
+        """What to say where there is no app of that name, else nothing."""
+        if name is None or self.named(name):
+            return ""
+        return f"apps.yaml has no app {name[:100]}{nearest(name[:100], [app.name for app in self.all])}"
+
     def of_repo(self, repo: str) -> Sequence[App]:
         """GitHub compares names of repositories without case, so do we."""
         return self._in_force[2].get(repo.lower(), ())
@@ -3706,10 +3712,8 @@ class Jobs:
         if not asked.app and self.apps.all and not self.apps.of_repo(asked.repo):
             repos = [app.repo for app in self.apps.all]
             return f"apps.yaml has no app of {asked.repo}{nearest(asked.repo, repos)} (it deploys without commands of its own)"
-        if asked.app and not self.apps.named(asked.app):
-            known = [app.name for app in self.apps.all]
-            return f"apps.yaml has no app {asked.app}{nearest(asked.app, known)} (it deploys without commands of its own)"
-        return None
+        lacks = self.apps.lacks(asked.app)
+        return f"{lacks} (it deploys without commands of its own)" if lacks else None
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 (there is one Jobs; to look through thousands of names takes milliseconds)
     def _no_agent(self, hostname: str, count: int) -> str:
@@ -4249,7 +4253,7 @@ class Deployments:
         by.sees(name)  # first: who may see one app alone is told of no other
         app = self._apps.named(name)
         if app is None:
-            raise NotFound(f"apps.yaml has no app {name[:100]}{nearest(name[:100], [app.name for app in self._apps.all])}")
+            raise NotFound(self._apps.lacks(name))
         return app
 
     def _hosts(self, app: App, asked: tuple[str, ...] | None) -> list[str]:
@@ -4567,7 +4571,7 @@ class Deployments:
             by.sees(name)
             is_another = over is not None and tx.lock_of(name) != over
             if is_another or not tx.remove("locks", "app", name):
-                raise NotFound(f"{name[:100]} is not locked")
+                raise NotFound(self._apps.lacks(name) or f"{name} is not locked")
             tx.audited(self._clock.stamp(), by, "app.unlock", name)
             tx.after(self._jobs.locks.pop, name, None)
             tx.after(self._jobs.hub.touch)
@@ -5458,7 +5462,8 @@ class Controller:
 
     def create_token(self, request: Request) -> Answer:
         token, secret = self.auth.create(TokenRequest.parse(request.json()).check(), request.principal)
-        return answer(201, {"token": token.public(), "secret": secret})
+        warning = self.apps.lacks(token.app)
+        return answer(201, {"token": token.public(), "secret": secret, **({"warning": warning} if warning else {})})
 
     def who_asks(self, request: Request, principal: Principal | None = None, cookie: str = "") -> Response:
         who = principal or request.principal

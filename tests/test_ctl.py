@@ -1171,6 +1171,12 @@ def test_token_create_prints_the_secret_alone_and_it_works(here, closed, as_toke
     assert here("reload").code == ctl.REFUSED
 
 
+def test_token_create_for_an_app_that_is_not_there_warns(here, closed):
+    result = here("token", "create", "--role", "operator", "--app", "wbe")
+    assert result.code == 0 and result.err.startswith("warning: apps.yaml has no app wbe\ntoken ")
+    assert re.fullmatch(r"dbt_[\w-]{43}\n", result.out)
+
+
 def test_token_create_json_is_the_answer(here, closed):
     result = here("token", "create", "--role", "agent", "--host", "web-01", "--json")
     answer = json.loads(result.out)

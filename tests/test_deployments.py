@@ -725,6 +725,15 @@ def test_what_cannot_be_locked(fleet):
         status, errors = fleet.refused("/v1/apps/web/lock", "PUT", **body)
         assert (status, [error["field"] for error in errors]) == (422, [name])
     assert fleet.c.call("DELETE", "/v1/apps/web/lock")[1]["detail"] == "web is not locked"
+    unknown = fleet.c.call("DELETE", "/v1/apps/wbe/lock")[1]
+    assert (unknown["status"], unknown["detail"]) == (404, "apps.yaml has no app wbe; did you mean web?")
+
+
+def test_the_lock_of_an_app_that_left_apps_yaml_can_be_ended(fleet):
+    fleet.c.ok("PUT", "/v1/apps/web/lock", {"reason": "x"})
+    fleet.c.set_app(name="api", repo="myorg/api", hosts=["web-01"])
+    assert fleet.c.ok("DELETE", "/v1/apps/web/lock")["unlocked"] is True
+    assert fleet.c.call("DELETE", "/v1/apps/web/lock")[1]["detail"] == "apps.yaml has no app web"
 
 
 # -- rollback ----------------------------------------------------------------------------------------------------------

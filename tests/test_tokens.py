@@ -75,6 +75,7 @@ def at_once(c, *calls):
 
 
 def test_a_new_token_is_shown_whole_and_its_secret_once(c, clock):
+    c.set_app(name="web", repo="myorg/web", hosts=["web-01"])
     asked = {"role": "operator", "name": "ci-web", "app": "web", "expires_in": 3600}
     code, answer = c.call("POST", "/v1/tokens", asked)
     token, secret = answer["token"], answer["secret"]
@@ -89,6 +90,14 @@ def test_a_new_token_is_shown_whole_and_its_secret_once(c, clock):
         **{"name": "ci-web", "role": "operator", "app": "web", "host": None, "expires_at": token["expires_at"]}
     }
     assert listed(c) == [token]
+
+
+def test_a_token_of_an_app_that_is_not_there_is_made_with_a_warning(c):
+    c.set_app(name="web", repo="myorg/web", hosts=["web-01"])
+    code, answer = c.call("POST", "/v1/tokens", {"role": "operator", "app": "wbe"})
+    assert (code, answer["token"]["app"]) == (201, "wbe")
+    assert answer["warning"] == "apps.yaml has no app wbe; did you mean web?"
+    assert "warning" not in c.ok("POST", "/v1/tokens", {"role": "operator"})
 
 
 def test_no_secret_is_kept_as_it_is(c):
