@@ -5567,11 +5567,13 @@ class Controller:
 
     def admit_webhook(self, request: Request) -> None:
         """Refuses what cannot be signed well, before 25 MiB of it are read."""
+        if self.webhook_secrets() and signature_in(request.headers):
+            return
+        self.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
         if not self.webhook_secrets():
             raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
-        if not signature_in(request.headers):
-            why = "missing, malformed or not that of other headers"
-            raise Unauthorized(f"X-Hub-Signature-256 is {why}: is a secret set in GitHub's settings?")
+        why = "missing, malformed or not that of other headers"
+        raise Unauthorized(f"X-Hub-Signature-256 is {why}: is a secret set in GitHub's settings?")
 
     def github_webhook(self, request: Request) -> Answer:
         signature = signature_in(request.headers)

@@ -95,11 +95,16 @@ def test_what_is_no_signature_is_refused(given):
     assert not signers(SECRET, b"x", given)
 
 
+def refused(controller):
+    text = controller.raw("GET", "/metrics")[2].decode()
+    return int(text.partition('deploybot_webhook_deliveries_total{outcome="refused"} ')[2].split()[0])
+
+
 @pytest.mark.parametrize("given", [None, "", "sha256=" + "0" * 64, "sha1=" + "0" * 40, "é"])
 def test_a_wrong_signature_makes_nothing(hooked, given):
     status, answer = deliver(hooked, payload(), X_Hub_Signature_256=given)
     assert (status, answer["status"]) == (401, 401)
-    assert jobs(hooked) == []
+    assert jobs(hooked) == [] and refused(hooked) == 1
 
 
 def test_the_signature_is_of_the_raw_bytes(hooked):
@@ -126,7 +131,7 @@ def test_without_a_secret_the_endpoint_refuses(make_controller):
     for given in (None, signature(json.dumps(payload()).encode(), "")):
         status, answer = deliver(controller, payload(), X_Hub_Signature_256=given)
         assert (status, "DEPLOYBOT_WEBHOOK_SECRET" in answer["detail"]) == (401, True)
-    assert jobs(controller) == []
+    assert jobs(controller) == [] and refused(controller) == 2
 
 
 def test_two_secrets_over_the_wire(make_controller):
