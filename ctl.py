@@ -1712,11 +1712,15 @@ def cancel(client, screen, options):
 
 
 def known(client, kind):
-    """The names of the apps of apps.yaml; of the hosts those that have an agent or open jobs, and those of the apps."""
+    """The names of the apps of apps.yaml; of the hosts those that have an agent or open jobs, and those of the apps.
+
+    A token of one app alone is told of that and its hosts.
+    """
     apps = list_apps(client)["apps"]
     if kind == "app":
         return [one["name"] for one in apps]
-    return [one["hostname"] for one in list_hosts(client)["hosts"]] + [one["hostname"] for app in apps for one in app["hosts"]]
+    hosts = (unless(403, list_hosts, client) or {"hosts": []})["hosts"]
+    return [one["hostname"] for one in hosts + [host for app in apps for host in app["hosts"]]]
 
 
 def nearest(name, names):
@@ -1736,7 +1740,7 @@ NO_JOBS = "no such jobs at {}: {} deploy --repo OWNER/NAME --ref main --host HOS
 
 def say_nothing(client, screen, nothing, app=None, host=None):
     """Says that a list is empty, with what may have been meant."""
-    screen.note(nothing.format(client.url, own_call()) + (unless(403, meant, client, app, host) or ""))
+    screen.note(nothing.format(client.url, own_call()) + meant(client, app, host))
 
 
 def listed(client, screen, options, name, show, nothing, **filters):
@@ -2057,8 +2061,8 @@ def refuse_unknown(client, kind, name):
     """Raises Failure for an app or a host that nothing is known of: what never comes would be waited for."""
     if name is None or list_jobs(client, 1, **{kind: name})["jobs"]:
         return
-    names = unless(403, known, client, kind)  # whose token is for one app alone may not list the hosts
-    if names is not None and name not in names:
+    names = known(client, kind)
+    if name not in names:
         asked = nearest(name, names) or f": `{client.command(kind + 's')}` lists them"
         raise Failure(REFUSED, f"no {kind} is called {name} at {client.url}{asked}")
 
@@ -2385,9 +2389,17 @@ def ids_of(client, path, start):
     return [(one["id"], f"{one['status']}, {one['app']} {one[on]}, {ago(one['created_at'])}") for one in page[path]]
 
 
+def hosts_of(client):
+    """[(host, what it is)]: with a token of one app alone, which may not list them all, those of the app."""
+    listed = unless(403, list_hosts, client)
+    if listed:
+        return [(one["hostname"], one["agent_status"]) for one in listed["hosts"]]
+    return [(one["hostname"], app["name"]) for app in list_apps(client)["apps"] for one in app["hosts"]]
+
+
 NAMES = {  # of an argument: (client, its start) to [(name, what it is)]
     "app": lambda client, start: [(one["name"], one["repo"]) for one in list_apps(client)["apps"]],
-    "host": lambda client, start: [(one["hostname"], one["agent_status"]) for one in list_hosts(client)["hosts"]],
+    "host": lambda client, start: hosts_of(client),
     "job": lambda client, start: ids_of(client, "jobs", start),
     "id": lambda client, start: ids_of(client, "deployments", start) + ids_of(client, "jobs", start),
     "url": lambda client, start: [(url, "") for url in kept()["tokens"]],
@@ -2409,11 +2421,15 @@ def values(argument, start, url):
 def offers(words):
     """[(word, what it is)] that may stand where the last of `words` is."""
     *before, last = words or [""]
-    place = Place(before)
-    if place.wrong:
+    is_help, (name, sign, start) = before[:1] == ["help"], last.partition("=")
+    place = Place(before[is_help:])
+    if place.wrong or (is_help and not following(place.path)):
         return []
     if place.waits:
         found = values(place.waits, last, place.url)
+    elif sign:
+        option = next((one for one in place.options if name in one), ("", {}))
+        found = [(f"{name}={value}", said) for value, said in values(option, start, place.url)]
     elif following(place.path) and not last.startswith("-"):
         found = list(following(place.path).items())
     elif place.arguments and not last.startswith("-"):
@@ -2425,10 +2441,15 @@ def offers(words):
 
 
 def complete_words(shell, *words):
-    """Prints a line for each word that may come: the word and, but for bash, a tab and what it is. Is silent about failures."""
+    """Prints a line for each word that may come: the word and, but for bash, a tab and what it is. Is silent about failures.
+
+    To bash, --app=web is three words, of which the last is asked for.
+    """
     from threading import Thread
 
     found = []
+    if shell == "bash":
+        words = re.sub("\0=(\0|$)", "=", "\0".join(words)).split("\0")
 
     def look():
         with suppress(Exception):
@@ -2438,7 +2459,7 @@ def complete_words(shell, *words):
     thread.start()
     thread.join(COMPLETE_S)
     for word, said in list(found):
-        print(word if shell == "bash" else f"{word}\t{said}")
+        print(word.rpartition("=")[2] if shell == "bash" else f"{word}\t{said}")
     return DONE
 
 

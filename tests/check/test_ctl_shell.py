@@ -368,7 +368,28 @@ def test_a_shell_completes_verbs_options_and_names(names, ask_it):
     assert sorted(ask_it("token", "")) == ["create", "list", "revoke"]
     assert sorted(ask_it("retry", "x", "--")) == ["--follow", "--help", "--json", "--url", "--wait"]
     assert sorted(ask_it("deploy", "--app", "web-s")) == ["web-site"]
+    assert sorted(ask_it("help", "to")) == ["token"] and sorted(ask_it("help", "token", "")) == ["create", "list", "revoke"]
     assert sorted(ask_it("status", ID[:9])) == [ID, ID[:-1] + "2"]
+
+
+def test_the_value_behind_an_equals_sign_is_completed(names):
+    assert complete("deploy", "--app=web-s") == ["--app=web-site"] and complete("jobs", "--status=f") == ["--status=failed"]
+    assert sorted(complete("lock", "--app=")) == ["--app=web-api", "--app=web-site"] and complete("help", "--app=") == []
+    if shutil.which("bash"):  # which breaks words there
+        assert in_bash("deploy", "--app", "=", "web-s") == in_bash("deploy", "--ref", "=", "x", "--app", "web-s") == ["web-site"]
+        assert sorted(in_bash("lock", "--app", "=")) == ["web-api", "web-site"]
+
+
+def test_a_token_of_one_app_is_offered_its_hosts_and_told_of_them(here, make_controller, monkeypatch):
+    controller = make_controller("closed", open=False, token="dbt_admin")
+    monkeypatch.setenv("DEPLOYBOT_URL", controller.url)
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", "dbt_admin")
+    controller.set_app(name="web", repo="myorg/web", hosts=["web-01", "web-02"])
+    secret = here("token", "create", "--role", "operator", "--app", "web").out.strip()
+    monkeypatch.setenv("DEPLOYBOT_TOKEN", secret)
+    assert complete("deploy", "--app", "web", "--host", "w") == ["web-01", "web-02"]
+    assert here("jobs", "--host", "wbe-01").err.endswith("; did you mean web-01?\n")
+    assert "no host is called wbe-01" in here("logs", "-f", "--host", "wbe-01").err
 
 
 @pytest.mark.parametrize("ask_it", SHELLS)
