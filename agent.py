@@ -2433,7 +2433,7 @@ class Controller:
             return f"its certificate is of a CA that this machine does not know: {hint} ({error.verify_message})"
         if isinstance(error, ssl.SSLCertVerificationError):
             return f"its certificate is refused: {error.verify_message}"
-        return one_line(error) or type(error).__name__
+        return one_line(getattr(error, "strerror", None) or error) or type(error).__name__
 
     def _exchange(self, method: str, path: str, data: bytes | None, timeout: float) -> tuple[http.client.HTTPResponse, bytes]:
         kept = getattr(self._connection, "sock", None)
@@ -3175,12 +3175,12 @@ class System:
             return found and found[1]
         return None
 
-    def check(self) -> None:
-        """Raises ConfigError where no service can be installed, or not by this user."""
+    def check(self, instead: str) -> None:
+        """Raises ConfigError where there can be no service, with what to do `instead`, or where this user may not change it."""
         if os.geteuid() != 0 and self.at("/") == Path("/") and not self.dry:
             raise ConfigError(["only root may do that: sudo python3 agent.py ...; --dry-run shows what it would do"])
         if not self.at("/run/systemd/system").exists():
-            raise ConfigError(["systemd does not run here: start agent.py by hand, --help has its settings"])
+            raise ConfigError([f"systemd does not run here: {instead}"])
         if not self.holds("/usr/bin/python3", "-Ic", "import sys; sys.exit(sys.version_info < (3, 11))"):
             raise ConfigError(["/usr/bin/python3, which the unit starts, is older than 3.11"])
         os.umask(0o022)  # the agent's user has to get at the program, and others have nothing to write
@@ -3230,7 +3230,7 @@ def install(argv: list[str], system: System) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     args = parser.parse_args(argv)
     system.dry = args.dry_run
-    system.check()
+    system.check("start agent.py by hand, --help has its settings")
     text, before = system.settings()
     text = with_settings(text, wanted_settings(args, before))
     user = args.run_as or system.run_as() or NAME
@@ -3263,7 +3263,7 @@ def uninstall(argv: list[str], system: System) -> int:
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     args = parser.parse_args(argv)
     system.dry = args.dry_run
-    system.check()
+    system.check("there is no service to take away; end agent.py where it was started, what it keeps is in its --workdir")
     if args.purge and (found := re.search(rf"{STATE}[^ ]*", system.at("/proc/self/mounts").read_text())):
         raise ConfigError([f"--purge would empty {found[0]}, which is mounted: umount it first"])
     if system.at(UNIT_FILE).exists():
@@ -3357,7 +3357,9 @@ def look_at_controller(config: Config, _: System) -> Iterator[Finding]:
     try:
         date, said = Controller(config.url, lambda: None, DOCTOR_PATIENCE).look("/health")
     except (Unreachable, Refused) as error:
-        yield "FAIL", f"{config.url} is not reached: {error}"
+        is_silent = isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, ssl.SSLError)
+        cure = ": does the controller run, is that its address and port, is there a firewall between?" * is_silent
+        yield "FAIL", f"{config.url} is not reached: {error}{cure}"
         return
     version, cure = one_line(said.get("version")), f"curl -fsS {config.url}/agent.py -o agent.py && sudo python3 agent.py install"
     yield judged(version == VERSION, f"{config.url} has version {version}, this is {VERSION}", f"the same on both: {cure}", "warn")

@@ -219,7 +219,8 @@ def test_only_root_installs_and_only_where_systemd_runs(machine, monkeypatch):
     machine.run.old_python = True
     assert "older than 3.11" in machine.problems("install", *machine.first)[0]
     (machine.root / "run/systemd/system").rmdir()
-    assert "systemd does not run here" in machine.problems("install", *machine.first)[0]
+    assert "systemd does not run here: start agent.py by hand" in machine.problems("install", *machine.first)[0]
+    assert "systemd does not run here: there is no service to take away" in machine.problems("uninstall")[0]
     assert machine.run.changes == [] and machine.files() == {}
 
 
@@ -400,7 +401,7 @@ def test_doctor_finds_nothing_where_all_is_well(patient, capsys):
         (lambda p, m: p.work.chmod(0o777), "work has the mode 777: chmod 755 "),
         (lambda p, m: (p.work / ".agent").chmod(0o755), ".agent has the mode 755: chmod 700 "),
         (lambda p, m: p.secret.chmod(0o644), "secret has the mode 644: chmod 600 "),
-        (lambda p, m: p.set(DEPLOYBOT_URL="http://127.0.0.1:1"), "FAIL http://127.0.0.1:1 is not reached: [Errno"),
+        (lambda p, m: p.set(DEPLOYBOT_URL="http://127.0.0.1:1"), "FAIL http://127.0.0.1:1 is not reached: Connection refused: does the controller run, is that its address and port"),
         (lambda p, m: p.set(DEPLOYBOT_URL=p.controller.url.replace("http", "https")), "it speaks http there: try http://"),
         (lambda p, m: p.set(DEPLOYBOT_URL="ftp://h"), "FAIL --url: must be http"),
         (lambda p, m: p.set(DEPLOYBOT_HOSTNAME="web-02"), "its own secret: which is for the role agent and the host web-01"),
