@@ -383,11 +383,12 @@ OPTIONS = (
 TOKEN_VARIABLE = "DEPLOYBOT_AGENT_TOKEN"
 GIT_PROTOCOLS = ("file", "git", "http", "https", "ssh")  # what git fetches over; not ext, which runs any command
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+CALLED = "deploybot-agent" if os.path.basename(sys.argv[0]) == "deploybot-agent" else "agent.py"  # the first: installed
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="agent.py",
+        prog=CALLED,
         description="DeployBot's agent: takes the jobs of this host from the controller and deploys them.",
         epilog="Verbs: install, uninstall, status and doctor, each with a --help of its own, are for the service of this machine. "
         f"The token comes from {TOKEN_VARIABLE}, or from the file that {TOKEN_VARIABLE}_FILE names. "
@@ -3221,7 +3222,7 @@ def wanted_settings(args: argparse.Namespace, before: dict[str, str]) -> dict[st
 
 def install(argv: list[str], system: System) -> int:
     """Puts the service there, or brings it up to date; what is as it should be stays. Raises ConfigError."""
-    parser = argparse.ArgumentParser(prog="agent.py install", description="Makes this agent a service, or updates it; as root.")
+    parser = argparse.ArgumentParser(prog=f"{CALLED} install", description="Makes this agent a service, or updates it; as root.")
     parser.add_argument("--controller", "--url", dest="url", metavar="URL", help="where it is; an update may leave it out")
     parser.add_argument("--token-file", metavar="FILE", help="holds the token to register with; its content is copied")
     parser.add_argument("--hostname", metavar="NAME", help="the host whose jobs to take (this machine's name)")
@@ -3258,7 +3259,7 @@ def install(argv: list[str], system: System) -> int:
 
 def uninstall(argv: list[str], system: System) -> int:
     """Raises ConfigError."""
-    parser = argparse.ArgumentParser(prog="agent.py uninstall", description="Takes the service away; as root.")
+    parser = argparse.ArgumentParser(prog=f"{CALLED} uninstall", description="Takes the service away; as root.")
     parser.add_argument("--purge", action="store_true", help=f"{STATE} too: releases, what is shared, the host's secret")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done")
     args = parser.parse_args(argv)
@@ -3282,7 +3283,7 @@ def uninstall(argv: list[str], system: System) -> int:
 
 def status(argv: list[str], system: System) -> int:
     """1 where it does not run."""
-    argparse.ArgumentParser(prog="agent.py status", description="Shows the service of this machine.").parse_args(argv)
+    argparse.ArgumentParser(prog=f"{CALLED} status", description="Shows the service of this machine.").parse_args(argv)
     print(f"{PROGRAM}: {system.run('/usr/bin/python3', str(system.at(PROGRAM)), '--version').stdout.strip() or 'not installed'}")
     if not system.at("/run/systemd/system").exists():
         print("no systemd here, so no service to show: `agent.py doctor` looks over an agent that was started by hand (give it the")
@@ -3390,7 +3391,7 @@ def look_at_controller(config: Config, _: System) -> Iterator[Finding]:
 
 def doctor(argv: list[str], system: System) -> int:
     """1 where something is wrong; with the settings of the service, or where there is none, of the agent that `argv` is for."""
-    found: list[Finding] = [("ok", f"agent.py {VERSION}, Python {platform.python_version()}")]
+    found: list[Finding] = [("ok", f"{CALLED} {VERSION}, Python {platform.python_version()}")]
     _, settings = system.settings()
     env = {**os.environ, "DEPLOYBOT_RUN_AS": system.run_as() or os.environ.get("DEPLOYBOT_RUN_AS", ""), **settings}
     try:
@@ -3457,7 +3458,7 @@ def check_verb(argv: list[str]) -> None:
     if argv and not argv[0].startswith("-") and argv[0] not in VERBS:
         meant = get_close_matches(argv[0], VERBS, 2)
         asked = f"did you mean {' or '.join(meant)}?" if meant else f"there are {', '.join(VERBS)}"
-        raise ConfigError([f"no verb {argv[0]}: {asked} (see agent.py --help)"])
+        raise ConfigError([f"no verb {argv[0]}: {asked} (see {CALLED} --help)"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -3470,10 +3471,10 @@ def main(argv: list[str] | None = None) -> int:
         lock = prepare(config)
     except (ConfigError, OSError) as error:
         for problem in getattr(error, "problems", [one_line(error)]):
-            print(f"agent.py: {problem}", file=sys.stderr)
+            print(f"{CALLED}: {problem}", file=sys.stderr)
         return EXIT_USAGE
     if lock is None:
-        print(f"agent.py: another agent works in {config.workdir}", file=sys.stderr)
+        print(f"{CALLED}: another agent works in {config.workdir}", file=sys.stderr)
         return EXIT_BUSY
     set_up_logging(config.log_level)
     sys.setswitchinterval(TURN)

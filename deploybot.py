@@ -5570,10 +5570,9 @@ class Controller:
         if self.webhook_secrets() and signature_in(request.headers):
             return
         self.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
-        if not self.webhook_secrets():
-            raise Unauthorized("no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
-        why = "missing, malformed or not that of other headers"
-        raise Unauthorized(f"X-Hub-Signature-256 is {why}: is a secret set in GitHub's settings?")
+        why = "missing, malformed or not that of other headers: is a secret set in GitHub's settings?"
+        is_set = bool(self.webhook_secrets())
+        raise Unauthorized(f"X-Hub-Signature-256 is {why}" if is_set else "no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
 
     def github_webhook(self, request: Request) -> Answer:
         signature = signature_in(request.headers)
@@ -6056,6 +6055,7 @@ VERBS: dict[str, tuple[Callable[[Config, pathlib.Path], int], str, str]] = {
     "doctor": (doctor, "", "Check the database, the settings and the machine, and say what to do."),
     "check-apps": (check_apps, "FILE", "Say whether FILE would be taken as apps.yaml."),
 }
+CALLED = "deploybot" if os.path.basename(sys.argv[0]) == "deploybot" else "deploybot.py"  # the first: installed
 
 
 def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
@@ -6066,7 +6066,7 @@ def parse(verb: str, arguments: list[str]) -> tuple[Config, pathlib.Path]:
     verbs = "".join(f"  {f'{name} {file}':<26}{help}\n" for name, (_, file, help) in VERBS.items() if name != "serve")
     also = "Each also as ..._FILE, which names a file that holds it, or as a credential of systemd, deploybot_...."
     epilog = f"Secrets are never flags:\n{secret_lines}{also}\n\n\nOther verbs:\n{verbs}" if options else ""
-    name, raw = f"deploybot.py {verb}".removesuffix(" serve"), argparse.RawDescriptionHelpFormatter
+    name, raw = f"{CALLED} {verb}".removesuffix(" serve"), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog=name, description=description, epilog=epilog, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"deploybot {VERSION}")
     if takes:
@@ -6084,14 +6084,14 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if arguments and not arguments[0].startswith("-") and arguments[0] not in VERBS:
         asked = nearest(arguments[0], VERBS)[2:] or f"there are {', '.join(VERBS)}"
-        print(f"deploybot.py: no verb {arguments[0]}: {asked} (see deploybot.py --help)", file=sys.stderr)
+        print(f"{CALLED}: no verb {arguments[0]}: {asked} (see {CALLED} --help)", file=sys.stderr)
         return 2
     verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0] in VERBS else ("serve", arguments)
     try:
         return VERBS[verb][0](*parse(verb, rest))
     except StartError as error:
         for line in error.problems:
-            print(f"deploybot.py: {line}", file=sys.stderr)
+            print(f"{CALLED}: {line}", file=sys.stderr)
         return 1
 
 

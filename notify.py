@@ -196,11 +196,12 @@ SECRETS_HELP = """Secrets come from the environment, from a file, or as a creden
 Exit codes: 0 done, 1 with --check: something is not well, with --once: something was not sent, or another notify.py works in the
 folder, 2 wrong use."""
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+CALLED = "deploybot-notify" if os.path.basename(sys.argv[0]) == "deploybot-notify" else "notify.py"  # the first: installed
 
 
 def build_parser():
     parser = argparse.ArgumentParser(
-        prog="notify.py",
+        prog=CALLED,
         description="Tells GitHub and people how DeployBot's deployments go. SIGHUP reads apps.yaml again, SIGTERM ends it.",
         epilog=SECRETS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -1088,14 +1089,14 @@ def main(argv=None):
             return check(config, apps)
         lock = prepare(config.state)
         if lock is None:
-            print(f"notify.py: another one works in {config.state}", file=sys.stderr)
+            print(f"{CALLED}: another one works in {config.state}", file=sys.stderr)
             return NOT_WELL
         if not config.once:
             signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # ahead of all threads, so that main alone takes them
         desk = Desk(config, apps)
     except ConfigError as error:
         for problem in error.problems:
-            print(f"notify.py: {problem}", file=sys.stderr)
+            print(f"{CALLED}: {problem}", file=sys.stderr)
         return WRONG_USE
     try:
         return (run_once if config.once else run)(desk, Reader(config, desk))

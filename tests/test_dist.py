@@ -211,6 +211,21 @@ def test_each_program_has_the_version_of_the_controller_and_says_it(program):
     assert (done.returncode, done.stdout) == (0, f"{PROGRAMS[program]} {VERSION}\n")
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_that_is_installed_calls_itself_by_that_name(tmp_path, program):
+    name = f"deploybot-{program}".removesuffix(".py").removeprefix("deploybot-deploybot") or "deploybot"
+    (tmp_path / name).symlink_to(ROOT / program)
+    there = {"PATH": str(tmp_path)}
+
+    def said(word):
+        done = subprocess.run([sys.executable, tmp_path / name, word], capture_output=True, text=True, check=False, env=there)
+        return done.stdout + done.stderr
+
+    assert said("--version") == f"{name} {VERSION}\n" and said("--help").startswith(f"usage: {name} [")
+    wrong = said("instal")
+    assert name in wrong and program not in wrong
+
+
 def test_the_package_reads_the_version_and_has_each_command():
     about = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert about["project"]["dynamic"] == ["version"] and "version" not in about["project"]
