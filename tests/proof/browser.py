@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import hashlib
 import os
 import pathlib
 import re
@@ -318,6 +319,8 @@ def confirm(page: Any, name: str, **fields: str) -> None:
 
 def sign_in(browser: Browser, controller: Controller) -> Any:
     page = browser.page(controller.url, None)
+    for _ in range(3):
+        page.get_by_label("Token").press("Escape")
     page.get_by_label("Token").fill("dbt_wrong")
     page.get_by_role("button", name="Sign in").click()
     page.get_by_role("alert").get_by_text(re.compile("token", re.I)).wait_for()
@@ -563,6 +566,42 @@ def judge(browser: Browser, proof: Proof, fleet: Fleet) -> None:
     proof.figure("rules of axe passed", passed)
 
 
+def night(browser: Browser, proof: Proof) -> None:
+    """What a tired person could miss: a host without an agent, what is open behind 520 newer deployments, a job of no deployment that failed."""
+    here, ghost, stray, spare = HOSTS[0], "ghost-01", "ghost-02", "ghost-03"
+    controller = proof.controller(name="night", apps=mapping([here, ghost], web={}, zone={"hosts": [spare]}))
+    page = browser.page(controller.url)
+    see(page, f"{here}, {ghost}, {spare} never registered")
+    fleet = Fleet(controller, [here])
+    see(page, f"{ghost}, {spare} never registered")
+    for host, ref in ((stray, "main"), (here, "broken")):
+        job = fleet.client.ok("POST", "/v1/jobs", {"repo": "acme/api", "ref": ref, "host": host})["job"]
+    fleet.end(here, fleet.take(here), "failed", ["one", "the last line"], exit_code=1, error="./build.sh ended with exit code 1")
+    see(page, f"{here}: ./build.sh ended with exit code 1")
+    under = page.get_by_role("region", name="Under way")
+    under.get_by_text(stray).wait_for()
+    open_ = fleet.deploy("web", "opened-first")
+    for n in range(520):
+        made = fleet.deploy("web", f"v{n}", hosts=[ghost])
+        fleet.client.ok("POST", f"/v1/deployments/{made['id']}/cancel")
+    check(fleet.client.ok("GET", f"/v1/deployments/{open_['id']}")["deployment"]["status"] == "pending", "it is not open any more")
+    page.reload()
+    under.get_by_text("opened-first").wait_for()
+    under.get_by_text(stray).click()
+    see(page, "for its host: no agent")
+    visit(page, f"job={job['id']}&line=99999")
+    see(page, "the last line", ".at")
+    visit(page, "hosts")
+    see(page, "no agent", f"li[data-key='{spare}']")
+    for program, view in (("agent.py", "hosts"), ("ctl.py", "apps")):
+        visit(page, view)
+        digest = hashlib.sha256((common.ROOT / program).read_bytes()).hexdigest()
+        see(page, f"echo '{digest}  {program}' | sha256sum -c")
+    see(page, "/v1/webhooks/github")
+    page.context.close()
+    fleet.close()
+
+
 def crowd(browser: Browser, proof: Proof) -> None:
     """500 hosts, 1,000 jobs, a hundred of which move while somebody looks."""
     hosts = [f"host-{n:03}.example.com" for n in range(500)]
@@ -609,8 +648,10 @@ def prove(proof: Proof) -> None:
         judge(browser, proof, fleet)
         proof.say("judged")
         check(browser.asked == {f"127.0.0.1:{controller.port}"}, "asked", browser.asked)
-        crowd(browser, proof)
-        quiet(browser, *AWAY)
+        for part in (night, crowd):
+            part(browser, proof)
+            quiet(browser, *AWAY)
+            proof.say(part.__name__)
     fleet.close()
     proof.figure("bytes of the page", (common.ROOT / "www" / "dashboard.html").stat().st_size)
 
