@@ -2391,9 +2391,9 @@ def ids_of(client, path, start):
 
 def hosts_of(client):
     """[(host, what it is)]: with a token of one app alone, which may not list them all, those of the app."""
-    listed = unless(403, list_hosts, client)
-    if listed:
-        return [(one["hostname"], one["agent_status"]) for one in listed["hosts"]]
+    answer = unless(403, list_hosts, client)
+    if answer:
+        return [(one["hostname"], one["agent_status"]) for one in answer["hosts"]]
     return [(one["hostname"], app["name"]) for app in list_apps(client)["apps"] for one in app["hosts"]]
 
 

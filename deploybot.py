@@ -5567,12 +5567,12 @@ class Controller:
 
     def admit_webhook(self, request: Request) -> None:
         """Refuses what cannot be signed well, before 25 MiB of it are read."""
-        if self.webhook_secrets() and signature_in(request.headers):
+        known = self.webhook_secrets()
+        if known and signature_in(request.headers):
             return
         self.metrics.count("deploybot_webhook_deliveries_total", 'outcome="refused"')
         why = "missing, malformed or not that of other headers: is a secret set in GitHub's settings?"
-        is_set = bool(self.webhook_secrets())
-        raise Unauthorized(f"X-Hub-Signature-256 is {why}" if is_set else "no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
+        raise Unauthorized(f"X-Hub-Signature-256 is {why}" if known else "no DEPLOYBOT_WEBHOOK_SECRET is set: no push is taken")
 
     def github_webhook(self, request: Request) -> Answer:
         signature = signature_in(request.headers)
